@@ -1,0 +1,299 @@
+"What 02_schedule leaves to a machine: every number of steps, every wrong argument, dtypes, caching, the spectrum's edges."
+import copy
+import dataclasses
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffnb.data import DiffnbError, load_data, to_float
+from diffnb.schedule import (NoiseSchedule, cosine_schedule, gaussian_loss_floor, image_spectrum, linear_schedule,
+                             make_schedule, sigmoid_schedule)
+
+BUILDERS = dict(linear=linear_schedule, cosine=cosine_schedule, sigmoid=sigmoid_schedule)
+SPACINGS = ("trailing", "leading", "linspace", "quadratic")
+
+
+def randn(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- construction
+
+@pytest.mark.parametrize("wrong, says", [
+    ([1.0, 0.5], "without noise"), ([0.5, -0.1], "[0, 1)"), ([0.5, 0.5], "fall"), ([0.5, 0.9], "fall"), ([0.9, 0.0, 0.0], "fall"),
+    ([0.9, float("nan")], "finite"), ([float("inf"), 0.5], "finite"), ([0.9], "2 entries"), ([], "2 entries"), (0.5, "one dimension"),
+    ([[0.9, 0.5]], "one dimension"), (["a", "b"], "list of numbers"), (None, "dimension"), ({"a": 1}, "list of numbers"),
+    ([[0.9], [0.5, 0.1]], "list of numbers"),
+])
+def test_wrong_alpha_bar(wrong, says):
+    with pytest.raises(DiffnbError) as e: NoiseSchedule(wrong)
+    assert says in str(e.value)
+
+@pytest.mark.parametrize("given", [[0.9, 0.1], (0.9, 0.1), np.array([0.9, 0.1]), torch.tensor([0.9, 0.1], dtype=torch.float64)])
+def test_accepts_sequences_arrays_and_tensors(given):
+    s = NoiseSchedule(given)
+    assert s.alpha_bar.dtype == torch.float64 and s.alpha_bar.tolist() == [0.9, 0.1]  # a list must not pass through float32
+
+def test_immutable():
+    given = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    s = NoiseSchedule(given)
+    given[0] = 0.2
+    assert s.alpha_bar[0] == 0.9
+    with pytest.raises(dataclasses.FrozenInstanceError): s.alpha_bar = given
+    before = s.alpha_bar.clone()
+    s.shift(2), s.zero_terminal_snr(), s.snr().zero_(), s.log_snr().zero_()
+    assert torch.equal(s.alpha_bar, before)
+
+def test_equality_hash_and_repr():
+    a, b = linear_schedule(), linear_schedule()
+    a.signal_noise(torch.tensor([1]))                        # a full cache is no difference
+    assert a == b and hash(a) == hash(b) and a != cosine_schedule() and a != linear_schedule(500) and a != "linear"
+    assert "T=1000" in repr(a) and len(repr(a)) < 80
+
+def test_copies_and_pickles():
+    s = linear_schedule()
+    s.signal_noise(torch.tensor([1]))
+    assert copy.deepcopy(s) == s == pickle.loads(pickle.dumps(s))
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("T", [2, 3, 37, 100, 1000, 4000])
+def test_builders_are_valid_for_every_T(name, T):
+    s = BUILDERS[name](T)
+    assert s.T == T and s.alpha_bar.dtype == torch.float64 and 0 < s.alpha_bar.min() and s.alpha_bar.max() < 1
+    assert (s.alpha_bar.diff() < 0).all()
+    for changed in (s.shift(2), s.shift(0.5), s.zero_terminal_snr(), s.shift(4).zero_terminal_snr()): assert changed.T == T
+    z = s.zero_terminal_snr()
+    assert z.alpha_bar[-1] == 0 and torch.allclose(z.alpha_bar[0], s.alpha_bar[0]) and torch.allclose(z.zero_terminal_snr().alpha_bar, z.alpha_bar)
+
+@pytest.mark.parametrize("T", [1, 0, -5, 10.0, "1000", None, True, 10 ** 9])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_wrong_T(name, T):
+    with pytest.raises(DiffnbError, match="T must be an integer"): make_schedule(name, T)
+
+@pytest.mark.parametrize("call", [
+    lambda: linear_schedule(beta_start=0), lambda: linear_schedule(beta_end=1.0), lambda: linear_schedule(beta_start=0.1, beta_end=0.01),
+    lambda: cosine_schedule(s=-0.1), lambda: sigmoid_schedule(start=3, end=-3), lambda: sigmoid_schedule(tau=0),
+    lambda: linear_schedule().shift(0), lambda: linear_schedule().shift(-1), lambda: linear_schedule().shift(math.inf),
+    lambda: linear_schedule().shift(math.nan), lambda: make_schedule("sine"), lambda: make_schedule("linear", shift=0),
+])
+def test_wrong_settings(call):
+    with pytest.raises(DiffnbError): call()
+
+def test_make_schedule():
+    for name, build in BUILDERS.items(): assert make_schedule(name, 50) == build(50)
+    assert make_schedule("cosine", 50, shift=2, zero_terminal_snr=True) == cosine_schedule(50).shift(2).zero_terminal_snr()
+    with pytest.raises(DiffnbError, match="linear, cosine, sigmoid"): make_schedule("Linear")
+
+def test_published_values():
+    assert abs(linear_schedule().alpha_bar[-1] - 4.0358e-5) < 1e-9   # DDPM's well-known leftover
+    s = cosine_schedule()
+    assert abs(s.alpha_bar[499] - 0.49385) < 1e-3 and s.alpha_bar[-1] > 0
+
+
+# ---- coefficients and conversions
+
+def test_int_and_tensor_agree_exactly():
+    s, x0, noise = cosine_schedule(), randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
+    for t in (-1, 0, 1, 500, 999):
+        ts = torch.full((4,), t)
+        assert torch.equal(s.add_noise(x0, noise, t), s.add_noise(x0, noise, ts))
+        assert all(torch.equal(torch.full((4, 1, 1, 1), v), w) for v, w in zip(s.signal_noise(t), s.signal_noise(ts)))
+        assert np.allclose(s.snr(t), s.snr(ts).tolist()) and s.snr(ts).dtype == torch.float64
+    assert torch.equal(s.add_noise(x0, noise, -1), x0)
+    assert isinstance(s.signal_noise(3)[0], float) and isinstance(s.snr(3), float) and isinstance(s.log_snr(3), float)
+    assert s.signal_noise(np.int64(3)) == s.signal_noise(3)
+
+@pytest.mark.parametrize("t", [-2, 1000, 10 ** 12, 0.5, "3", None])
+def test_ints_out_of_range(t):
+    s = linear_schedule()
+    with pytest.raises(DiffnbError, match="from -1 to 999"): s.signal_noise(t)
+    if t is not None:
+        with pytest.raises(DiffnbError): s.snr(t)
+
+@pytest.mark.parametrize("t", [-2, 1000])
+def test_tensors_out_of_range_do_not_wrap_around(t):
+    with pytest.raises((IndexError, RuntimeError)): linear_schedule().signal_noise(torch.tensor([5, t]))
+
+def test_float_timesteps_are_refused():
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(DiffnbError, match="integers"): linear_schedule().signal_noise(torch.tensor([750], dtype=dtype))
+    a = linear_schedule().signal_noise(torch.tensor([750], dtype=torch.int32))
+    assert torch.equal(a[0], linear_schedule().signal_noise(torch.tensor([750]))[0])
+
+def test_other_ranks():
+    s = linear_schedule()
+    for shape in ((5, 2), (5, 2, 3), (5, 2, 3, 4, 4)): assert s.add_noise(randn(*shape), randn(*shape), torch.arange(5)).shape == shape
+    assert s.signal_noise(torch.tensor(3))[0].shape == (1, 1, 1, 1)
+
+def test_add_noise_refuses():
+    s = linear_schedule()
+    with pytest.raises(DiffnbError, match="uint8"): s.add_noise(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), randn(2, 1, 4, 4), 5)
+    with pytest.raises(DiffnbError, match="shape"): s.add_noise(randn(2, 1, 4, 4), randn(1, 1, 4, 4), 5)
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_everything_is_float32(dtype, prediction):
+    s, x0, noise, t = cosine_schedule(), randn(3, 1, 4, 4).to(dtype), randn(3, 1, 4, 4, seed=1).to(dtype), torch.tensor([5, 500, 900])
+    x_t = s.add_noise(x0, noise, t)
+    output = s.target(x0, noise, t, prediction)
+    back = s.to_x0(output.to(dtype), x_t, t, prediction)
+    assert {x.dtype for x in (x_t, output, back, s.to_eps(back, x_t, t), *s.signal_noise(t))} == {torch.float32}
+    if dtype == torch.float32: assert torch.allclose(back, x0, atol=1e-4)
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_tables_are_rounded_once_from_float64(name):
+    s = make_schedule(name)
+    a, n = s.signal_noise(torch.arange(1000), ndim=1)
+    assert torch.equal(a, s.alpha_bar.sqrt().float()) and torch.equal(n, (1 - s.alpha_bar).sqrt().float())
+
+def test_one_table_per_device():
+    s = linear_schedule()
+    assert not s._tables
+    s.signal_noise(torch.tensor([1])); first = s._tables[torch.device("cpu")]
+    s.signal_noise(torch.tensor([2])); s.add_noise(randn(1, 1, 2, 2), randn(1, 1, 2, 2), torch.tensor([2]))
+    assert len(s._tables) == 1 and s._tables[torch.device("cpu")] is first and first.dtype == torch.float32
+
+def test_no_float64_reaches_the_device():
+    s = linear_schedule()
+    t = torch.zeros(3, dtype=torch.int64, device="meta")     # a device without values: any read of t would raise
+    x = torch.empty(3, 1, 4, 4, device="meta")
+    for out in (s.add_noise(x, x, t), s.target(x, x, t, "v"), s.to_x0(x, x, t, "eps"), s.to_eps(x, x, t)):
+        assert out.device.type == "meta" and out.dtype == torch.float32
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_without_waiting():
+    s, x, t = linear_schedule(), randn(8, 3, 8, 8).cuda(), torch.arange(8).cuda()
+    s.add_noise(x, x, t)                                     # the table is made once, and that waits
+    torch.cuda.set_sync_debug_mode("error")
+    try: out = [s.add_noise(x, x, t), s.target(x, x, t, "v"), s.to_x0(x, x, t, "eps"), s.to_eps(x, x, t)]
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(out[0].cpu(), s.add_noise(x.cpu(), x.cpu(), t.cpu()), atol=1e-6)
+    assert torch.allclose(s.snr(t), s.snr(t.cpu()))
+
+def test_table_made_in_inference_mode_serves_in_training():
+    s = cosine_schedule()
+    with torch.inference_mode(): s.signal_noise(torch.tensor([1, 2]))
+    output = randn(2, 1, 4, 4).requires_grad_()
+    s.to_x0(output, randn(2, 1, 4, 4), torch.tensor([1, 2]), "v").square().mean().backward()
+    assert output.grad.abs().sum() > 0
+
+def test_gradient_flows_through_bf16_output():
+    output = randn(2, 1, 4, 4).bfloat16().requires_grad_()
+    linear_schedule().to_x0(output, randn(2, 1, 4, 4), 500, "eps").sum().backward()
+    assert output.grad.dtype == torch.bfloat16
+
+def test_unknown_prediction():
+    s, x = linear_schedule(), randn(2, 1, 4, 4)
+    for call in (lambda: s.target(x, x, 5, "epsilon"), lambda: s.to_x0(x, x, 5, "v_prediction"), lambda: gaussian_loss_floor(torch.ones(3), s, "noise")):
+        with pytest.raises(DiffnbError, match="'eps', 'x0' or 'v'"): call()
+
+def test_zero_terminal_snr_and_eps():
+    z, x = linear_schedule().zero_terminal_snr(), randn(2, 1, 4, 4)
+    for t in (999, torch.tensor([3, 999]), torch.tensor([999, 999])):
+        with pytest.raises(DiffnbError, match="zero terminal SNR"): z.to_x0(x, x, t, "eps")
+        for prediction in ("x0", "v"): assert z.to_x0(x, x, t, prediction).isfinite().all()
+    for t in (998, torch.tensor([3, 998])): assert z.to_x0(x, x, t, "eps").isfinite().all()
+    assert z.snr(999) == 0 and z.log_snr(999) == -math.inf
+
+def test_clean_end():
+    s, x = linear_schedule(), randn(2, 1, 4, 4)
+    for prediction in ("eps", "v"): assert torch.equal(s.to_x0(torch.ones_like(x), x, -1, prediction), x)
+    with pytest.raises(DiffnbError, match="clean end"): s.to_eps(x, x, -1)
+    assert s.snr(-1) == s.log_snr(-1) == math.inf
+
+
+# ---- timesteps
+
+@pytest.mark.parametrize("T", [1000, 37, 2])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_number_of_steps(T, spacing):
+    s = linear_schedule(T)
+    for steps in range(1, T + 1):
+        ts = s.timesteps(steps, spacing)
+        assert len(ts) == steps and all(a > b for a, b in zip(ts, ts[1:])) and 0 <= ts[-1] and ts[0] <= T - 1
+        assert all(type(t) is int for t in ts)
+        if spacing == "leading": assert ts[-1] == 0 and (ts[0] == T - 1) == (steps == T)
+        else: assert ts[0] == T - 1
+        if spacing in ("linspace", "quadratic") and steps > 1: assert ts[-1] == 0
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_all_steps_is_every_timestep(spacing):
+    assert linear_schedule(100).timesteps(100, spacing) == list(range(99, -1, -1))
+
+def test_trailing_is_rounding_of_the_exact_number():
+    s = linear_schedule()
+    for steps in range(1, 1001):
+        assert all(abs(t + 1 - (1000 - i * 1000 / steps)) <= 0.5 + 1e-9 for i, t in enumerate(s.timesteps(steps)))
+
+def test_known_timesteps():
+    s = linear_schedule()
+    assert s.timesteps(4) == [999, 749, 499, 249] and s.timesteps(4, "leading") == [750, 500, 250, 0]
+    assert s.timesteps(4, "linspace") == [999, 666, 333, 0] and s.timesteps(4, "quadratic") == [999, 444, 111, 0]
+    assert s.timesteps(50)[:3] == [999, 979, 959] and s.timesteps(50)[-1] == 19
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_pairs(spacing):
+    s = linear_schedule(100)
+    for steps in (1, 2, 7, 30, 99, 100):
+        pairs = s.pairs(steps, spacing)
+        assert [t for t, _ in pairs] == s.timesteps(steps, spacing) and pairs[-1][1] == -1
+        assert all(a[1] == b[0] for a, b in zip(pairs, pairs[1:]))
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 10.0, "10", None, True])
+def test_wrong_steps(steps):
+    for call in (linear_schedule().timesteps, linear_schedule().pairs):
+        with pytest.raises(DiffnbError, match="steps must be an integer from 1 to 1000"): call(steps)
+
+def test_wrong_spacing():
+    with pytest.raises(DiffnbError, match="trailing, leading, linspace, quadratic"): linear_schedule().timesteps(10, "uniform")
+
+
+# ---- spectrum and floor
+
+def test_spectrum_is_that_of_numpy_and_independent_of_chunks():
+    x = randn(300, 1, 5, 5) @ randn(5, 5, seed=1) * 0.1 + 0.3
+    want = np.linalg.eigvalsh(np.cov(x.flatten(1).double().numpy(), rowvar=False, bias=True))[::-1].copy()
+    for chunk in (7, 300, 4096):
+        got = image_spectrum(x, chunk)
+        assert got.dtype == torch.float64 and got.shape == (25,) and np.allclose(got, want, atol=1e-12)
+
+def test_spectrum_of_bytes_is_that_of_their_floats():
+    images = load_data("digits").images
+    a, b = image_spectrum(images), image_spectrum(to_float(images))
+    assert torch.equal(a, b) and (a >= 0).all() and (a.diff() <= 0).all()
+
+def test_spectrum_of_upscaled_images():
+    images = to_float(load_data("digits").images)
+    small, large = image_spectrum(images), image_spectrum(F.interpolate(images, scale_factor=2))
+    # every pixel four times: four times the variance in the same 64 directions, and nothing in the other 192
+    assert torch.allclose(large[:64], 4 * small, atol=1e-9) and large[64:].max() < 1e-9
+    s = linear_schedule()
+    eps, eps_large = gaussian_loss_floor(small, s), gaussian_loss_floor(large, s)
+    # noise in directions without image is free to guess: eps errors shrink. Shifted by 2, the x0 errors are the same
+    assert (eps_large < eps).all()
+    assert torch.allclose(gaussian_loss_floor(large, s.shift(2), "x0"), gaussian_loss_floor(small, s, "x0"))
+
+def test_too_few_images_warn():
+    with pytest.warns(UserWarning, match="too low"): image_spectrum(randn(10, 1, 4, 4))
+    with pytest.warns(UserWarning, match="too low"): gaussian_loss_floor(randn(16, 1, 4, 4), linear_schedule())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image_spectrum(randn(17, 1, 4, 4))
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_floor_limits(name):
+    s, spectrum = make_schedule(name, zero_terminal_snr=True), torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64)
+    floors = {p: gaussian_loss_floor(spectrum, s, p) for p in ("eps", "x0", "v")}
+    for floor in floors.values(): assert floor.shape == (1000,) and floor.dtype == torch.float64 and floor.isfinite().all() and (floor >= 0).all()
+    assert floors["eps"][-1] == 0 and abs(floors["x0"][-1] - spectrum.mean()) < 1e-12 and floors["v"][-1] == floors["x0"][-1]  # pure noise: guess the mean
+    assert (floors["eps"] <= 1).all() and (floors["x0"] <= spectrum.mean() + 1e-12).all()
+    a2, s2 = s.alpha_bar, 1 - s.alpha_bar
+    assert torch.allclose(floors["eps"], floors["x0"] * a2 / s2) and torch.allclose(floors["v"], floors["x0"] / s2)
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, -0.5]), torch.tensor([float("nan"), 1.0])])
+def test_wrong_spectrum(wrong):
+    with pytest.raises(DiffnbError, match="spectrum"): gaussian_loss_floor(wrong, linear_schedule())
