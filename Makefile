@@ -1,20 +1,25 @@
 # Each target works on a fresh clone: it needs Python 3.11 or newer and make, and puts everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-THREADS ?= 1
+RUN := runs/demo
 
-.PHONY: demo test lab notebooks clean
+.PHONY: demo test lab lock
 
-demo: .venv/ready
-	$(BIN)/python -m diffnb train --data digits --run runs/demo --preset demo
+demo: .venv/ready  ## train on the handwritten digits (about two minutes on two cores), then sample
+	$(BIN)/diffnb train --data digits --run $(RUN) --base-channels 32 --channel-mult 1 2 --attention 4 --norm-groups 8 \
+	    --epochs 100 --lr 2e-3 --warmup 200
+	$(BIN)/diffnb sample $(RUN) --out $(RUN)/samples.png
 
-test: .venv/ready
+test: .venv/ready  ## generated code in step with the notebooks, every notebook run, tests/
 	$(BIN)/python tests/sync.py
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --n_workers 2 --timing --do_print
-	$(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2
 
-lab: .venv/ready
+lab: .venv/ready  ## read the course
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+lock: .venv/ready  ## resolve requirements.lock again from settings.ini
+	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.11 --no-header --upgrade -o requirements.lock
 
 .venv/ready: requirements.lock settings.ini setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'diffnb needs Python 3.11 or newer; try: make PYTHON=python3.12')"

@@ -10,9 +10,11 @@ extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "de
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",
-    author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], keywords=cfg["keywords"].split(),
+    author=cfg["author"], author_email=cfg["author_email"], keywords=cfg["keywords"].split(),
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=find_packages(include=["diffnb", "diffnb.*"]), package_data={"diffnb": ["weights/*.safetensors"]},
+    classifiers=["Framework :: Jupyter", "Intended Audience :: Education", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3"], project_urls={"Source": cfg["git_url"]},
+    packages=find_packages(include=["diffnb", "diffnb.*"]), package_data={"diffnb": ["weights/*.safetensors", "stats/*.npz"]},
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={**extras, "all": sum(extras.values(), [])},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["diffnb=diffnb._modidx:d"]},

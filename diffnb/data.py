@@ -51,6 +51,7 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
                 cols=8,      # images in a row
                 size=1.0,    # side of one image, inches
                 title=None,  # one line above all
+                smooth=None, # draw pixels as a smooth surface, not as squares; None: below 16 pixels, to help the eye
                ):            # the matplotlib Figure
     "Draw images as a grid. Values outside [-1, 1] are clamped, as a viewer would."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
@@ -58,9 +59,10 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
     rows = -(-len(images) // cols)
     fig, axes = plt.subplots(rows, cols, squeeze=False, layout="compressed",
                              figsize=(cols * size, rows * (size + 0.25 * (titles is not None)) + 0.3 * bool(title)))
+    smooth = images.shape[-1] < 16 if smooth is None else smooth
     for ax in axes.flat: ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images.cpu())):
-        ax.imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255)
+        ax.imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255, interpolation="bicubic" if smooth else "nearest")
         if titles is not None: ax.set_title(titles[i], fontsize=8)
     if title: fig.suptitle(title, fontsize=9)
     return fig
@@ -79,7 +81,7 @@ def write_whole(path, # the file to appear
             f.flush(); os.fsync(f.fileno())
         os.replace(partial_path, path)
     except OSError as e:
-        partial_path.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        if partial_path.is_file(): partial_path.unlink()
         raise DiffnbError(f"cannot write {path}: {e.strerror or e}. Choose a folder you may write to, "
                           "with space left on its disk") from e
     return path
@@ -88,11 +90,11 @@ def write_whole(path, # the file to appear
 def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
               cols=10, # images in a row
-              scale=1, # each pixel becomes scale x scale pixels
+              scale=1, # enlarge each image so many times, by bicubic interpolation
              ):        # the path
-    "Save images as one PNG grid, two pixels of white between them; nothing is smoothed."
-    images = images if images.dtype == torch.uint8 else to_uint8(images)
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    "Save images as one PNG grid, two pixels of white between them."
+    images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
+    if scale > 1: images = TF.resize(images, [scale * images.shape[-2], scale * images.shape[-1]], InterpolationMode.BICUBIC)
     grid = torchvision.utils.make_grid(images, nrow=cols, padding=2, pad_value=255)
     png = io.BytesIO()
     Image.fromarray(rearrange(grid, "c h w -> h w c").numpy()).save(png, format="PNG")

@@ -23,13 +23,14 @@ def _diffusers():
     "The diffusers library, imported when first needed; DiffnbError says how to install it."
     try: import diffusers
     except ImportError as e:
-        raise DiffnbError(f"this needs the diffusers library, which cannot be imported ({e}): pip install diffusers") from e
+        raise DiffnbError(f"this needs the diffusers library, not importable here ({e}): pip install diffusers") from e
     return diffusers
 
 # %% ../nbs/tools/interchange.ipynb #c007
 _words = {"norm_out": "conv_norm_out", "time": "time_embedding", "linear1": "linear_1", "linear2": "linear_2",
-          "classes": "class_embedding", "down": "down_blocks", "mid": "mid_block", "up": "up_blocks", "blocks": "resnets",
-          "emb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm", "out": "to_out.0"}
+          "classes": "class_embedding", "down": "down_blocks", "mid": "mid_block", "up": "up_blocks",
+          "blocks": "resnets", "emb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm",
+          "out": "to_out.0"}
 
 def key_map(model): # our UNet
     "{their name: (our name, part)}; part is 0, 1, 2 for the q, k, v thirds of our fused matrix, None for all else."
@@ -55,19 +56,21 @@ def _their_settings(c):
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         add_attention=c["mid_attention"], attention_head_dim=c["head_dim"], norm_num_groups=c["norm_groups"],
         attn_norm_num_groups=c["norm_groups"] if c["mid_norm"] else None, norm_eps=c["norm_eps"],
-        resnet_time_scale_shift="scale_shift" if c["film"] else "default", freq_shift=c["freq_shift"], flip_sin_to_cos=True,
-        downsample_padding=1 if c["down_padding"] == "both" else 0,
+        resnet_time_scale_shift="scale_shift" if c["film"] else "default", freq_shift=c["freq_shift"],
+        flip_sin_to_cos=True, downsample_padding=1 if c["down_padding"] == "both" else 0,
         num_class_embeds=None if c["num_classes"] is None else c["num_classes"] + 1)
 
 # %% ../nbs/tools/interchange.ipynb #c012
 _theirs = dict(  # every setting of UNet2DModel that we translate, with its default there
     sample_size=None, in_channels=3, out_channels=3, freq_shift=0, flip_sin_to_cos=True, layers_per_block=2,
-    down_block_types=("DownBlock2D",) + 3 * ("AttnDownBlock2D",), up_block_types=3 * ("AttnUpBlock2D",) + ("UpBlock2D",),
-    block_out_channels=(224, 448, 672, 896), downsample_padding=1, dropout=0.0, attention_head_dim=8, norm_num_groups=32,
-    attn_norm_num_groups=None, norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, num_class_embeds=None)
+    down_block_types=("DownBlock2D",) + 3 * ("AttnDownBlock2D",),
+    up_block_types=3 * ("AttnUpBlock2D",) + ("UpBlock2D",), block_out_channels=(224, 448, 672, 896),
+    downsample_padding=1, dropout=0.0, attention_head_dim=8, norm_num_groups=32, attn_norm_num_groups=None,
+    norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, num_class_embeds=None)
 _fixed = dict(  # and those that we do not, with the values that mean what our UNet does
-    center_input_sample=(False,), time_embedding_type=("positional",), time_embedding_dim=(None,), act_fn=("silu", "swish"),
-    mid_block_type=("UNetMidBlock2D",), mid_block_scale_factor=(1,), downsample_type=("conv",), upsample_type=("conv",),
+    center_input_sample=(False,), time_embedding_type=("positional",), time_embedding_dim=(None,),
+    act_fn=("silu", "swish"), mid_block_type=("UNetMidBlock2D",), mid_block_scale_factor=(1,),
+    downsample_type=("conv",), upsample_type=("conv",),
     class_embed_type=(None,), num_train_timesteps=None)
 
 def _unsupported(name, value, why): return DiffnbError(f"unsupported setting {name}={value!r}: {why}")
@@ -93,7 +96,7 @@ def _levels(c):
         for kind in c[name]: _choice(f"{name}: element", kind, (f"{way}Block2D", f"Attn{way}Block2D"))
     attends = [kind.startswith("Attn") for kind in c["down_block_types"]]
     if attends != [kind.startswith("Attn") for kind in c["up_block_types"]][::-1]:
-        raise _unsupported("up_block_types", c["up_block_types"], "attention must be at the same resolutions as on the way down.")
+        raise _unsupported("up_block_types", c["up_block_types"], "attention must be where it is on the way down.")
     size = c["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]: size = size[0]
     size = _number("sample_size", size, 1, 4096)
@@ -107,7 +110,7 @@ def _our_settings(config, # a UNet2DModel's config
                   null_class):
     "Our UNet's arguments for their configuration; DiffnbError names the setting that does not fit."
     c = _known(config)
-    if c["out_channels"] != c["in_channels"]: raise _unsupported("out_channels", c["out_channels"], "must equal in_channels.")
+    if (out := c["out_channels"]) != c["in_channels"]: raise _unsupported("out_channels", out, "must be in_channels.")
     film = _choice("resnet_time_scale_shift", c["resnet_time_scale_shift"], ("scale_shift", "default")) == "scale_shift"
     if (groups := c["attn_norm_num_groups"]) not in (None, c["norm_num_groups"]):
         raise _unsupported("attn_norm_num_groups", groups, "must be None or equal norm_num_groups.")
@@ -115,25 +118,27 @@ def _our_settings(config, # a UNet2DModel's config
     _choice("flip_sin_to_cos", c["flip_sin_to_cos"], (True, False))
     rows = _number("num_class_embeds", c["num_class_embeds"], 1 + null_class, 100_000, none=True)
     return _levels(c) | dict(
-        in_channels=c["in_channels"], blocks=c["layers_per_block"], head_dim=c["attention_head_dim"], dropout=c["dropout"],
-        num_classes=None if rows is None else rows - null_class, norm_groups=c["norm_num_groups"], film=film,
-        mid_attention=_choice("add_attention", c["add_attention"], (True, False)), norm_eps=c["norm_eps"], freq_shift=c["freq_shift"],
+        in_channels=c["in_channels"], blocks=c["layers_per_block"], head_dim=c["attention_head_dim"],
+        dropout=c["dropout"], freq_shift=c["freq_shift"], num_classes=None if rows is None else rows - null_class,
+        norm_groups=c["norm_num_groups"], film=film,
+        mid_attention=_choice("add_attention", c["add_attention"], (True, False)), norm_eps=c["norm_eps"],
         down_padding="both" if padding else "end", mid_norm=groups is not None or not film)
 
 # %% ../nbs/tools/interchange.ipynb #c017
 def _swap_halves(w): return torch.cat(w.chunk(2, dim=1)[::-1], dim=1)
 
 def _load(model, theirs, flip):
-    "Copies their state dict into our model. Raises for a missing, extra, misshapen or damaged tensor, changing nothing."
+    "Copies their state dict into our model. Raises for a missing, extra, misshapen or damaged tensor, copying nothing."
     names, ours = key_map(model), model.state_dict()
     parts = {k: ours[n] if i is None else ours[n].chunk(3)[i] for k, (n, i) in names.items()}  # views of our tensors
     if odd := sorted(parts.keys() ^ theirs.keys()):
-        raise DiffnbError(f"the weights do not fit the settings: {'no' if odd[0] in parts else 'unexpected'} tensor {odd[0]}"
+        raise DiffnbError(f"the weights do not fit the settings: "
+                          f"{'no' if odd[0] in parts else 'unexpected'} tensor {odd[0]}"
                           + (f" (and {len(odd) - 1} more)." if len(odd) > 1 else "."))
     for k, p in parts.items():
         if theirs[k].shape != p.shape or not theirs[k].is_floating_point() or not theirs[k].isfinite().all():
-            raise DiffnbError(f"tensor {k} is {theirs[k].dtype} of shape {tuple(theirs[k].shape)}: expected finite floats of "
-                              f"shape {tuple(p.shape)}. The file is damaged, or belongs to other settings.")
+            raise DiffnbError(f"tensor {k} is {theirs[k].dtype} of shape {tuple(theirs[k].shape)}: expected finite "
+                              f"floats of shape {tuple(p.shape)}. The file is damaged, or belongs to other settings.")
     for k, p in parts.items():
         p.copy_(_swap_halves(theirs[k]) if k == "time_embedding.linear_1.weight" and not flip else theirs[k])
     return model
@@ -173,8 +178,8 @@ def to_diffusers(model,            # our UNet
     "The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes."
     _choice("prediction", prediction, tuple(_predictions))
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
-        raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and diffusers would "
-                          "divide by 0. A schedule with zero terminal SNR needs a model trained with prediction='v' or 'x0'.")
+        raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
+                          "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
     before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar[:-1]])
     betas = (1 - schedule.alpha_bar / before).tolist()
     unet = unet_to_diffusers(model)
@@ -188,8 +193,8 @@ def save_diffusers(model,            # our UNet
                    folder,           # where; must not exist yet, or be empty
                    prediction="eps", # what it predicts: "eps", "x0" or "v"
                   ):                 # the folder
-    """Writes what `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without classes; the
-    network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`."""
+    """Writes what `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without classes;
+    the network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one.")
@@ -199,11 +204,11 @@ def save_diffusers(model,            # our UNet
         _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
         part.replace(folder)
     except OSError as e:
-        raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left on its disk.") from e
+        raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/tools/interchange.ipynb #c037
+# %% ../nbs/tools/interchange.ipynb #c038
 def _read_json(path):
     "A JSON file's object; DiffnbError if it cannot be read or is something else."
     try: values = json.loads(path.read_text(encoding="utf-8"))
@@ -219,27 +224,30 @@ def _read_weights(folder):
     if not path.exists():
         found = next((p.name for p in sorted(folder.glob("*.bin"))), None)
         raise DiffnbError(f"{folder} has no {path.name}" + (
-            f", only {found}, a pickle file, which can run code when it is loaded. If you trust where it comes from, convert it "
-            f"in an environment of its own: UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')"
+            f", only {found}, a pickle file, which can run code when it is loaded. If you trust where it comes from, "
+            "convert it in an environment of its own: "
+            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')"
             if found else ". Copy the whole folder of the model."))
     try: weights = load_file(path)
     except (OSError, SafetensorError) as e: raise DiffnbError(f"cannot read {path}: {e}. Copy it again.") from e
     return {".".join(_old_names.get(w, w) for w in k.split(".")): v for k, v in weights.items()}
 
-# %% ../nbs/tools/interchange.ipynb #c039
-_schedulers = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+# %% ../nbs/tools/interchange.ipynb #c040
+_schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep"))
 
 def _read_schedule(config):
     "(NoiseSchedule, prediction) from a scheduler's settings."
     _choice("_class_name", config.get("_class_name"), _schedulers)
     name = _choice("prediction_type", config.get("prediction_type", "epsilon"), tuple(_predictions.values()))
     T = _number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000)
-    start, end = (_number(k, config.get(k, v), 1e-12, 0.999, float) for k, v in (("beta_start", 1e-4), ("beta_end", 0.02)))
+    start = _number("beta_start", config.get("beta_start", 1e-4), 1e-12, 0.999, float)
+    end = _number("beta_end", config.get("beta_end", 0.02), 1e-12, 0.999, float)
     if (betas := config.get("trained_betas")) is not None: beta = _numbers("trained_betas", betas, 1e-12, 1, float)
     else:
-        kind = _choice("beta_schedule", config.get("beta_schedule", "linear"), ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        kinds = ("linear", "scaled_linear", "squaredcos_cap_v2")  # the last is our cosine schedule, made below
+        kind = _choice("beta_schedule", config.get("beta_schedule", "linear"), kinds)
         line = lambda a, b: torch.linspace(a, b, T, dtype=torch.float64)
-        beta = {"linear": line(start, end), "scaled_linear": line(start**0.5, end**0.5)**2, "squaredcos_cap_v2": None}[kind]
+        beta = dict(zip(kinds, (line(start, end), line(start**0.5, end**0.5)**2, None)))[kind]
     if beta is None: schedule = cosine_schedule(T)
     else: schedule = NoiseSchedule((1 - torch.as_tensor(beta, dtype=torch.float64)).cumprod(0))
     if schedule.T != T: raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}.")
@@ -247,16 +255,16 @@ def _read_schedule(config):
         schedule = schedule.zero_terminal_snr()
     return schedule, {v: k for k, v in _predictions.items()}[name]
 
-# %% ../nbs/tools/interchange.ipynb #c041
+# %% ../nbs/tools/interchange.ipynb #c042
 def from_diffusers(path,            # a folder on this machine
                    null_class=True, # see unet_from_diffusers
                   ):                # (UNet, NoiseSchedule, prediction), the UNet on the CPU, in eval mode
-    "Reads a model saved by diffusers, without diffusers. Raises DiffnbError for what is missing, damaged or unsupported."
+    "Reads a model saved by diffusers, without diffusers. DiffnbError for what is missing, damaged or unsupported."
     path = Path(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise DiffnbError(f"no model in {path}: expected a folder with config.json, or unet/config.json. A name on a model hub "
-                          "is not enough: download the folder first.")
+        raise DiffnbError(f"no model in {path}: expected a folder with config.json, or unet/config.json. A name on a "
+                          "model hub is not enough: download the folder first.")
     config = _read_json(folder / "config.json")
     _choice("_class_name", config.get("_class_name", "UNet2DModel"), ("UNet2DModel",))
     files = [path / d / "scheduler_config.json" for d in ("scheduler", ".")]

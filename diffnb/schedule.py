@@ -47,7 +47,8 @@ class NoiseSchedule:
     def __post_init__(self): object.__setattr__(self, "alpha_bar", _checked(self.alpha_bar))
     def __eq__(self, other): return isinstance(other, NoiseSchedule) and torch.equal(self.alpha_bar, other.alpha_bar)
     def __hash__(self): return hash(tuple(self.alpha_bar.tolist()))
-    def __repr__(self): return f"NoiseSchedule(T={self.T}, alpha_bar {self.alpha_bar[0]:.5g} to {self.alpha_bar[-1]:.4g})"
+    def __repr__(self):
+        return f"NoiseSchedule(T={self.T}, alpha_bar {self.alpha_bar[0]:.5g} to {self.alpha_bar[-1]:.4g})"
 
     @property
     def T(self): return len(self.alpha_bar)
@@ -91,8 +92,10 @@ def add_noise(self, x0, # clean images, (B, C, H, W), float in [-1, 1]
               t         # timesteps, (B,), or one int for all
              ):         # noised images, same shape, float32
     "x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4). Raises DiffnbError for uint8 images."
-    if not x0.is_floating_point(): raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images).")
-    if x0.shape != noise.shape: raise DiffnbError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape.")
+    if not x0.is_floating_point():
+        raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images).")
+    if x0.shape != noise.shape:
+        raise DiffnbError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape.")
     a, s = self.signal_noise(t, x0.ndim)
     return a * x0.float() + s * noise.float()
 
@@ -239,7 +242,8 @@ def timesteps(self, steps,       # how many, from 1 to T
     "The timesteps a sampler visits (Lin et al. 2023, table 2; quadratic: Song et al. 2021). Raises DiffnbError."
     if spacing not in _SPACINGS: raise DiffnbError(f"spacing must be one of {', '.join(_SPACINGS)}; got {spacing!r}.")
     steps = _integer(steps, "steps", 1, self.T)
-    return [_SPACINGS[spacing](self.T, steps, j, Fraction(j, steps - 1) if steps > 1 else 1) for j in reversed(range(steps))]
+    u = lambda j: Fraction(j, steps - 1) if steps > 1 else 1
+    return [_SPACINGS[spacing](self.T, steps, j, u(j)) for j in reversed(range(steps))]
 
 # %% ../nbs/02_schedule.ipynb #c083
 @patch_to(NoiseSchedule)
@@ -257,8 +261,9 @@ def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
     "Eigenvalues of the images' covariance. Warns if there are too few images to know it."
     device = images.device if images.is_cuda else "cpu"  # other accelerators have no float64
     n, d = len(images), images[0].numel()
-    if n <= d: warnings.warn(f"{n} images do not determine a covariance in {d} dimensions: the spectrum, and a loss floor "
-                             f"computed from it, come out too low. Use more than {d} images.", stacklevel=2)
+    if n <= d:
+        warnings.warn(f"{n} images do not determine a covariance in {d} dimensions: the spectrum, and a loss floor "
+                      f"computed from it, come out too low. Use more than {d} images.", stacklevel=2)
     total = torch.zeros(d, dtype=torch.float64, device=device)
     products = torch.zeros(d, d, dtype=torch.float64, device=device)
     for x in images.split(chunk):
@@ -275,7 +280,8 @@ def gaussian_loss_floor(images,           # (N, C, H, W), or their spectrum, (D,
                        ):                 # mean squared error per pixel at each timestep, (T,), float64
     "The loss of the best denoiser that knows only the mean and covariance of the images. Raises DiffnbError."
     spectrum = images.double().cpu() if images.ndim == 1 else image_spectrum(images)
-    if not (spectrum >= 0).all(): raise DiffnbError("a spectrum holds variances: every entry must be a number, 0 or above.")
+    if not (spectrum >= 0).all():
+        raise DiffnbError("a spectrum holds variances: every entry must be a number, 0 or above.")
     a2, variance = schedule.alpha_bar[:, None], spectrum[None]
     s2 = 1 - a2
     if prediction not in ("eps", "x0", "v"): raise _unknown(prediction)

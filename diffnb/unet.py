@@ -42,7 +42,7 @@ def zero_init(layer):
     return layer
 
 class ResBlock(nn.Module):
-    "Two convolutions, told the time between them, around a shortcut: (B, c_in, H, W), (B, emb_dim) -> (B, c_out, H, W)."
+    "Two convolutions, told the time between them, and a shortcut: (B, c_in, H, W), (B, emb_dim) -> (B, c_out, H, W)."
     def __init__(self, c_in, c_out, emb_dim, groups=16, dropout=0.0, film=True, eps=1e-5):
         super().__init__()
         self.film = film
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                      # (B, H*W, C)
-        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v)                           # (B, heads, H*W, head_dim)
         a = self.out(a.transpose(1, 2).reshape(b, h * w, c))
         return x + a.transpose(1, 2).reshape(b, c, h, w)
@@ -119,31 +119,34 @@ def _choice(name, value, choices):
 
 # %% ../nbs/03_unet.ipynb #c046
 def _shape(c):
-    "Fills in channel_mult, and checks it with image_size and norm_groups. Returns (widths, resolutions), outermost first."
-    if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32, so that the inner ones stay the same
+    "Fills in channel_mult and checks it with image_size and norm_groups. Returns widths, resolutions, outermost first."
+    if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32: the inner ones stay the same
         c["channel_mult"] = [1] * max(0, int(math.log2(c["image_size"] / 32))) + [1, 2.5, 3.5]
     c["channel_mult"] = _numbers("channel_mult", c["channel_mult"], 0.01, 64, float)
     size, levels, groups = c["image_size"], len(c["channel_mult"]), c["norm_groups"]
     if not 1 <= levels <= 8: raise DiffnbError(f"channel_mult has {levels} levels: expected 1 to 8.")
     widths = [c["base_channels"] * m for m in c["channel_mult"]]
     if any(w != int(w) or int(w) % groups or int(w) < 2 for w in widths) or widths[0] % 2:
-        raise DiffnbError(f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times channel_mult): "
-                          f"each must be a whole number divisible by norm_groups={groups}, the first one even. "
-                          "Change base_channels, channel_mult or norm_groups.")
+        raise DiffnbError(f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times "
+                          f"channel_mult): each must be a whole number divisible by norm_groups={groups}, the first one "
+                          "even. Change base_channels, channel_mult or norm_groups.")
     if size % 2**(levels - 1):
-        raise DiffnbError(f"image_size={size} cannot be halved {levels - 1} times, once per level of channel_mult after the "
-                          f"first: it must be divisible by {2**(levels - 1)}. Resize the images or use fewer levels.")
-    if widths[0] // 2 <= c["freq_shift"]: raise DiffnbError(f"freq_shift={c['freq_shift']} needs a first width above 2.")
+        raise DiffnbError(f"image_size={size} cannot be halved {levels - 1} times, once per level of channel_mult "
+                          f"after the first: it must be divisible by {2**(levels - 1)}. Resize the images or use fewer "
+                          "levels.")
+    if widths[0] // 2 <= c["freq_shift"]: raise DiffnbError("freq_shift=1 needs a first width above 2.")
     return [int(w) for w in widths], [size // 2**i for i in range(levels)]
 
 # %% ../nbs/03_unet.ipynb #c049
 def _checked(c):
-    "A copy of the constructor arguments `c`, checked and with every None that stands for a rule filled in, ready for JSON."
+    "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
     c = dict(c)
-    for name, low, high in [("image_size", 1, 4096), ("in_channels", 1, 1024), ("base_channels", 1, 4096), ("blocks", 1, 16),
-                            ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]: c[name] = _number(name, c[name], low, high)
+    for name, low, high in [("image_size", 1, 4096), ("in_channels", 1, 1024), ("base_channels", 1, 4096),
+                            ("blocks", 1, 16), ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]:
+        c[name] = _number(name, c[name], low, high)
     for name in ("head_dim", "num_classes"): c[name] = _number(name, c[name], 1, 100_000, none=True)
-    for name, low, high in [("dropout", 0, 0.99), ("norm_eps", 1e-12, 0.1)]: c[name] = _number(name, c[name], low, high, float)
+    c["dropout"] = _number("dropout", c["dropout"], 0, 0.99, float)
+    c["norm_eps"] = _number("norm_eps", c["norm_eps"], 1e-12, 0.1, float)
     for name in ("film", "mid_norm"): _choice(name, c[name], (True, False))
     _choice("mid_attention", c["mid_attention"], (True, False, None))
     _choice("down_padding", c["down_padding"], ("both", "end"))
@@ -156,9 +159,11 @@ def _checked(c):
     if c["mid_attention"] is None: c["mid_attention"] = bool(c["attention"])
     used = [w for w, s in zip(widths, sizes) if s in c["attention"]] + widths[-1:] * c["mid_attention"]
     if c["head_dim"] and any(w % c["head_dim"] for w in used):
-        raise DiffnbError(f"head_dim={c['head_dim']} does not divide every width that has attention ({', '.join(map(str, used))}).")
+        raise DiffnbError(f"head_dim={c['head_dim']} does not divide every width that has attention "
+                          f"({', '.join(map(str, used))}).")
     size = 18 * (2 * c["blocks"] + 1) * sum(w * w for w in widths)  # roughly: two 3x3 convolutions a block
-    if size > 2e9: raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2 billion. Reduce base_channels.")
+    if size > 2e9:
+        raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2. Reduce base_channels.")
     return c
 
 # %% ../nbs/03_unet.ipynb #c052
@@ -190,14 +195,15 @@ def _stages(c, widths, sizes):
         return Stage([block(w, width) for w in inputs], [attend(width, size in c["attention"]) for _ in inputs], resize)
 
     n, last = c["blocks"], len(widths) - 1
-    down, up, skips = [], [], widths[:1]     # skips: the widths kept on the way down, which the way up takes from the end
+    down, up, skips = [], [], widths[:1]     # skips: widths kept on the way down, which the way up takes from the end
     for i, (w, size) in enumerate(zip(widths, sizes)):
         down.append(stage([skips[-1]] + [w] * (n - 1), w, size, Downsample(w, c["down_padding"]) if i < last else None))
         skips += [w] * (n + (i < last))
     mid = Stage([block(w, w), block(w, w)], [attend(w, c["mid_attention"], c["mid_norm"]), nn.Identity()])
     for i in reversed(range(len(widths))):
         below, w = w, widths[i]
-        up.append(stage([below + skips.pop()] + [w + skips.pop() for _ in range(n)], w, sizes[i], Upsample(w) if i else None))
+        inputs = [below + skips.pop()] + [w + skips.pop() for _ in range(n)]
+        up.append(stage(inputs, w, sizes[i], Upsample(w) if i else None))
     return nn.ModuleList(down), mid, nn.ModuleList(up)
 
 # %% ../nbs/03_unet.ipynb #c058
@@ -205,23 +211,25 @@ def _check_inputs(c, x_t, t, y):
     "Raises if x_t, t or y do not suit configuration `c`; returns t and y as (B,) tensors, y None without classes."
     factor = 2**(len(c["channel_mult"]) - 1)
     if x_t.ndim != 4 or x_t.shape[1] != c["in_channels"] or x_t.shape[2] % factor or x_t.shape[3] % factor:
-        raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), height and "
-                          f"width divisible by {factor}. Another image size or number of channels needs another UNet.")
-    if not x_t.is_floating_point(): raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them of bytes.")
+        raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), "
+                          f"height and width divisible by {factor}. Other sizes or channels need another UNet.")
+    if not x_t.is_floating_point():
+        raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them of bytes.")
     b, t = x_t.shape[0], torch.as_tensor(t, device=x_t.device)
     if t.dtype in (torch.bfloat16, torch.float16, torch.bool) or t.shape not in ((), (b,)):
-        raise DiffnbError(f"t is {t.dtype} of shape {tuple(t.shape)}: expected integers, shape ({b},) or a single number. "
+        raise DiffnbError(f"t is {t.dtype} of shape {tuple(t.shape)}: expected integers, shape ({b},) or one number. "
                           "Half precision cannot hold timesteps: 750 becomes 752 or worse.")
     if c["num_classes"] is None:
         if y is not None:
-            raise DiffnbError("this model was trained without classes: leave y out, or build UNet(num_classes=...) and train it.")
+            raise DiffnbError("this model was trained without classes: leave y out, or train a UNet(num_classes=...).")
         return t.expand(b), None
     if y is None: y = torch.full((b,), c["num_classes"], device=x_t.device)
     if not torch.is_tensor(y) or y.shape != (b,) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         what = f"{y.dtype} of shape {tuple(y.shape)}" if torch.is_tensor(y) else repr(y)
         raise DiffnbError(f"y is {what}: expected class numbers, an integer tensor of shape ({b},).")
     # on an accelerator, looking at the values would make every step wait for the device
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and b and not 0 <= y.min() <= y.max() <= c["num_classes"]:
+    look = y.device.type == "cpu" and b > 0 and not torch.compiler.is_compiling()
+    if look and not 0 <= y.min() <= y.max() <= c["num_classes"]:
         raise DiffnbError(f"y runs from {y.min()} to {y.max()}: expected classes 0 to {c['num_classes'] - 1}, or "
                           f"{c['num_classes']}, the null class.")
     return t.expand(b), y.long()
@@ -229,14 +237,14 @@ def _check_inputs(c, x_t, t, y):
 # %% ../nbs/03_unet.ipynb #c061
 class UNet(nn.Module):
     """`model(x_t, t, y=None)`: x_t (B, in_channels, H, W), t (B,), classes y (B,) -> prediction, shaped as x_t.
-    14.4M parameters by default. `UNet(**model.config)` rebuilds it. Raises DiffnbError for settings or inputs that cannot
-    work. Ho et al. 2020, appendix B, with the scale-and-shift conditioning of Nichol & Dhariwal 2021."""
+    14.4M parameters by default. `UNet(**model.config)` rebuilds it. Raises DiffnbError for settings or inputs that
+    cannot work. Ho et al. 2020, appendix B, with the scale-and-shift conditioning of Nichol & Dhariwal 2021."""
     def __init__(self, image_size=32,        # the size it is made for: names the levels
                  in_channels=3,              # also the number of output channels
                  base_channels=64,           # the width that channel_mult multiplies
-                 channel_mult=None,          # one number per level; None: 1, 2.5, 3.5, with more 1s in front above 32 pixels
+                 channel_mult=None,          # one number per level; None: 1, 2.5, 3.5, more 1s in front above 32 pixels
                  blocks=2,                   # residual blocks per level on the way down; one more on the way up
-                 attention=None,             # resolutions with attention; None: the first level up to 16 pixels; (): none
+                 attention=None,             # resolutions with attention; None: the first one up to 16 pixels; (): none
                  head_dim=None,              # channels per attention head; None: a single head
                  dropout=0.0,                # before each block's last convolution
                  num_classes=None,           # None: no classes; else y is 0..num_classes, the last being the null class

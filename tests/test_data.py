@@ -1,0 +1,170 @@
+"Data: what needs damaged files, fake archives or real data sets, and so is not on the lesson's page."
+import functools, hashlib, http.server, os, pickle, tarfile, threading
+
+import numpy as np, pytest, torch, torchvision
+from PIL import Image
+
+from diffnb.data import DiffnbError, addressed, batch_indices, load_data, save_grid, to_float, write_whole
+
+
+def picture(path, size=(20, 20), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def fake_cifar(tmp_path, monkeypatch):
+    "An archive with the layout of CIFAR-10's, 20 images a batch, and torchvision told to expect its md5s."
+    rng, source = np.random.default_rng(0), tmp_path / "source" / "cifar-10-batches-py"
+    source.mkdir(parents=True)
+    def put(name, content):
+        (source / name).write_bytes(pickle.dumps(content, protocol=2))
+        return [name, hashlib.md5((source / name).read_bytes()).hexdigest()]
+    batches = [put(f"data_batch_{i}" if i < 6 else "test_batch", {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8),
+               "labels": rng.integers(0, 10, 20).tolist()}) for i in range(1, 7)]
+    meta = put("batches.meta", {"label_names": "airplane automobile bird cat deer dog frog horse ship truck".split()})
+    archive = tmp_path / "mirror" / "other-name.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar: tar.add(source, "cifar-10-batches-py")
+    cls = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cls, "train_list", batches[:5]); monkeypatch.setattr(cls, "test_list", batches[5:])
+    monkeypatch.setattr(cls, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return source, archive
+
+
+@pytest.fixture
+def mirror(fake_cifar):
+    "The archive's folder, served on this machine; gives the address of the archive."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=fake_cifar[1].parent))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{fake_cifar[1].name}"
+    server.shutdown()
+
+
+def test_cifar10_from_another_address(mirror, tmp_path):
+    data = load_data("cifar10", root=tmp_path / "root", url=mirror)
+    assert data.images.shape == (100, 3, 32, 32) and data.classes[7] == "horse" and data.native_size == 32
+    assert len(load_data("cifar10", root=tmp_path / "root", split="test")) == 20          # no address needed any more
+
+
+def test_cifar10_from_a_local_folder_in_either_spelling(fake_cifar):
+    source, _ = fake_cifar
+    assert load_data("cifar10", root=source).images.equal(load_data("cifar10", root=source.parent).images)
+
+
+def test_cifar10_damaged_archive_is_noticed_by_md5(fake_cifar, mirror, tmp_path):
+    _, archive = fake_cifar
+    archive.write_bytes(archive.read_bytes()[:-50])
+    with pytest.raises(DiffnbError, match="data_batch_1"): load_data("cifar10", root=tmp_path / "root", url=mirror)
+
+
+def test_cifar10_upscaled_keeps_native_bytes(fake_cifar):
+    data = load_data("cifar10", size=64, root=fake_cifar[0])
+    assert data.images.shape[-1] == 32 and data.take(torch.tensor([3, 1])).shape == (2, 3, 64, 64) and data.native_size == 32
+
+
+def test_fashion_mnist_without_network_names_the_files(tmp_path):
+    with pytest.raises(DiffnbError, match="train-images-idx3-ubyte"):
+        load_data("fashion_mnist", root=tmp_path, url="file:///no/such/folder")
+
+
+def test_real_sets_where_they_are():
+    "With DIFFNB_DATA pointing to the real files (they are not part of this project)."
+    root = os.environ.get("DIFFNB_DATA")
+    if not root: pytest.skip("DIFFNB_DATA is not set")
+    data = load_data("cifar10", root=root)
+    assert data.images.shape == (50_000, 3, 32, 32) and data.labels.bincount().tolist() == [5000] * 10
+    assert load_data("fashion_mnist", root=root, split="test").images.shape == (10_000, 1, 28, 28)
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("nothing to see")
+    with pytest.raises(DiffnbError, match="no images in .*empty"): load_data(tmp_path / "empty", size=8)
+
+
+def test_folder_mixing_loose_and_classes(tmp_path):
+    picture(tmp_path / "f" / "a.png"); picture(tmp_path / "f" / "cat" / "b.png")
+    with pytest.raises(DiffnbError, match="a.png"): load_data(tmp_path / "f", size=8, root=tmp_path)
+
+
+def test_folder_needs_a_size(tmp_path):
+    picture(tmp_path / "f" / "a.png")
+    with pytest.raises(DiffnbError, match="image-size"): load_data(tmp_path / "f")
+
+
+def test_folder_with_train_and_test(tmp_path):
+    for split, n in (("train", 3), ("test", 2)):
+        for i in range(n): picture(tmp_path / "f" / split / "dog" / f"{i}.png", seed=i)
+    assert len(load_data(tmp_path / "f", size=8, root=tmp_path, progress=False)) == 3
+    assert len(load_data(tmp_path / "f", size=8, split="test", root=tmp_path, progress=False)) == 2
+
+
+def test_folder_without_labels_and_grey(tmp_path):
+    for i, mode in enumerate(("RGB", "L", "P", "1")): picture(tmp_path / "f" / f"{i}.png", mode=mode, seed=i)
+    data = load_data(tmp_path / "f", size=8, channels=1, root=tmp_path, progress=False)
+    assert data.labels is None and data.classes == () and data.images.shape == (4, 1, 8, 8)
+
+
+def test_rotation_flag_is_obeyed(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8); pixels[:, :20] = 255
+    exif = Image.Exif(); exif[0x0112] = 6                                       # "rotate me by 90 degrees"
+    (tmp_path / "f").mkdir(); Image.fromarray(pixels).save(tmp_path / "f" / "a.jpg", exif=exif, quality=95)
+    image = load_data(tmp_path / "f", size=20, root=tmp_path, progress=False).images[0]
+    assert image[:, :8].float().mean() > 240 and image[:, -8:].float().mean() < 15   # white is now above, not left
+
+
+def test_broken_image_is_named_and_nothing_half_made_stays(tmp_path):
+    picture(tmp_path / "f" / "good.png"); (tmp_path / "f" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    with pytest.raises(DiffnbError, match="torn.jpg"): load_data(tmp_path / "f", size=8, root=tmp_path, progress=False)
+    assert not [p for p in (tmp_path / "cache").iterdir()]
+    assert len(load_data(tmp_path / "f", size=8, root=tmp_path, on_broken="skip", progress=False)) == 1
+
+
+def test_all_images_broken(tmp_path):
+    (tmp_path / "f").mkdir(); (tmp_path / "f" / "torn.png").write_bytes(b"no")
+    with pytest.raises(DiffnbError, match="none of the 1"): load_data(tmp_path / "f", size=8, root=tmp_path, on_broken="skip", progress=False)
+
+
+def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
+    picture(tmp_path / "f" / "a.png", seed=1)
+    first = load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.clone()
+    with monkeypatch.context() as m:
+        m.setattr("diffnb.data.decode", lambda *a: pytest.fail("decoded again"))
+        assert load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(first)
+    picture(tmp_path / "f" / "a.png", seed=2); os.utime(tmp_path / "f" / "a.png", (1, 1))
+    assert not load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(first)
+
+
+def test_memory_map_is_not_written_to(tmp_path):
+    picture(tmp_path / "f" / "a.png")
+    data = load_data(tmp_path / "f", size=8, root=tmp_path, progress=False)
+    before = data.images.clone(); data.images[:] = 0                             # only this process's copy changes
+    assert load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(before)
+
+
+def test_no_write_access_is_said(tmp_path):
+    blocked = tmp_path / "file"; blocked.write_text("a file where a folder should be")
+    with pytest.raises(DiffnbError, match="cannot write"): write_whole(blocked / "x.png", b"data")
+    with pytest.raises(DiffnbError, match="cannot write"): save_grid(torch.zeros(1, 1, 4, 4), blocked / "grid.png")
+
+
+def test_batches_cover_every_epoch_for_any_sizes():
+    for n, b in ((7, 3), (10, 10), (5, 12), (64, 7)):
+        stream = torch.cat([batch_indices(n, b, 1, i) for i in range(3 * n)])
+        for e in range(3 * b): assert sorted(stream[e * n:(e + 1) * n].tolist()) == list(range(n)), (n, b, e)
+
+
+def test_addresses_do_not_collide():
+    states = {torch.randint(2**62, (1,), generator=addressed(*key)).item() for key in
+              [(s, name, i) for s in range(10) for name in ("batch", "epoch", "sample") for i in range(100)]}
+    assert len(states) == 3000
+
+
+def test_to_float_range():
+    x = to_float(torch.tensor([0, 255], dtype=torch.uint8))
+    assert x.tolist() == [-1, 1] and x.dtype == torch.float32

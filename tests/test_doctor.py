@@ -1,0 +1,377 @@
+"The doctor: each finding against a run with that fault planted, and a healthy run in which all are silent."
+import json, math, os, re, shutil, time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffnb.data import DiffnbError, addressed, load_data, save_grid, to_float, to_uint8
+from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, examine, findings, gather, live_dashboard, mirror_test, spikes, trend, verdict, watch)
+from diffnb.sample import ddim
+from diffnb.schedule import gaussian_loss_floor
+from diffnb.train import BINS, TrainConfig, checkpoints, columns, lr_at, read_config, read_metrics, read_tensors, train, write_tensors
+
+BASE = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
+                   log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
+
+
+@pytest.fixture(scope="session")
+def ward(tmp_path_factory):
+    "A folder with one healthy run in it; the live doctor listens, and its words are kept."
+    ward, said = tmp_path_factory.mktemp("ward"), []
+    floor = gaussian_loss_floor(load_data("digits").images, gather_schedule())
+    train(BASE, ward / "healthy", sampler=ddim, on_log=watch(ward / "healthy", floor, said.append), progress=False)
+    (ward / "said.json").write_text(json.dumps(said))
+    return ward
+
+
+def gather_schedule():
+    from diffnb.schedule import linear_schedule
+    return linear_schedule()
+
+
+@pytest.fixture
+def patient(ward, tmp_path):
+    "patient(config={}, data={}, rows=f, **top): a copy of the healthy run with facts changed."
+    def make(config={}, data={}, rows=None, model={}, **top):
+        run = shutil.copytree(ward / "healthy", tmp_path / "run", dirs_exist_ok=True)
+        facts = json.loads((run / "config.json").read_text())
+        facts["config"].update(config); facts["data"].update(data); facts["model"].update(model); facts.update(top)
+        (run / "config.json").write_text(json.dumps(facts))
+        if rows:
+            m = read_metrics(run); m = rows(m) or m
+            text = [",".join(columns)] + [",".join(repr(float(m[c][i])) for c in columns) for i in range(len(m["step"]))]
+            (run / "metrics.csv").write_text("\n".join(text) + "\n")
+        return run
+    return make
+
+
+def alarms(run, deep=False): return {x.id for x in examine(run, deep).problems}
+
+
+def rows(**change):
+    "A function that changes columns of the metrics: a number, an array, or a function of the column."
+    def edit(m):
+        for k, v in change.items(): m[k] = v(m[k]) if callable(v) else np.broadcast_to(v, m[k].shape).copy()
+        return m
+    return edit
+
+
+def cut(n):
+    return lambda m: {k: v[:n] for k, v in m.items()}
+
+
+# --- healthy -------------------------------------------------------------------------------------------------------
+
+def test_a_healthy_run_has_no_problems(ward):
+    report = examine(ward / "healthy")
+    assert report.problems == []
+    assert {"above-floor", "flip-harmful", "ema-worse", "copies", "clipping"} - {x.id for x in report.findings} <= {"flip-harmful"}
+    assert report.facts.missing == ["scores: no evaluation.json that can be read; `diffnb evaluate` writes one"]
+
+
+def test_the_live_doctor_was_silent_in_the_healthy_run(ward):
+    assert json.loads((ward / "said.json").read_text()) == []
+
+
+def test_no_prefix_of_the_healthy_metrics_alarms(patient):
+    run = patient(); facts = gather(run, live=True); full = facts.metrics
+    facts.floor = gaussian_loss_floor(load_data("digits").images, facts.schedule)
+    for n in range(1, len(full["step"]) + 1):
+        facts.metrics = {k: v[:n] for k, v in full.items()}
+        assert [x.id for x in findings(facts) if x.severity != "good"] == [], n
+
+
+@pytest.mark.parametrize("change", [dict(seed=1, epochs=9.0), dict(prediction="v", schedule="cosine", seed=2, epochs=9.0)])
+def test_other_healthy_runs(change, tmp_path):
+    train(replace(BASE, **change), tmp_path / "run", sampler=ddim, progress=False)
+    assert examine(tmp_path / "run").problems == []
+
+
+# --- planted faults ------------------------------------------------------------------------------------------------
+
+def scale_late(start, factor): return lambda y: np.where(np.arange(len(y)) >= start, y * factor, y)
+def some(index, factor): return lambda y: y * np.where(np.isin(np.arange(len(y)), index), factor, 1)
+
+GOOD_ROWS = {f"loss_bin_{i}": lambda y: y for i in range(BINS)}
+PLANTED = {
+    "diverging": dict(rows=rows(loss=lambda y: y * np.where(np.arange(len(y)) < 38, 1, np.linspace(0, 3, len(y)).clip(1)))),
+    "spikes": dict(rows=rows(loss=some([25, 40], 5))),
+    "not-finite": dict(rows=rows(loss=some([50], np.nan))),
+    "above-floor": dict(rows=rows(loss=lambda y: np.maximum(y, 0.2) * 1.01)),
+    "bin-above-floor": dict(rows=rows(loss_bin_4=lambda y: y + 0.2)),
+    "no-warmup": dict(config=dict(warmup=0), rows=rows(lr=np.linspace(4e-3, 0, 57))),
+    "lr-not-decayed": dict(rows=rows(lr=4e-3)),
+    "lr-jump": dict(rows=rows(lr=lambda y: np.where(np.arange(len(y)) > 40, 3e-3 * np.linspace(3, 0, len(y)).clip(0, 1), y))),
+    "clipping": dict(rows=rows(clipped=0.6)),
+    "no-clip": dict(config=dict(grad_clip=0.0)),
+    "grad-growing": dict(rows=rows(grad_norm=scale_late(42, 20))),
+    "no-ema": dict(config=dict(ema_decay=0.0)),
+    "ema-short": dict(config=dict(ema_decay=0.95, epochs=2000.0)),
+    "few-images": dict(config=dict(base_channels=256), model=dict(base_channels=256)),
+    "flip-harmful": dict(config=dict(flip=True)),
+    "imbalance": dict(data=dict(class_counts=[600, 10] + [111] * 8)),
+    "small-data": dict(data=dict(images=60, class_counts=[6] * 10), config=dict(epochs=281 * 64 / 60)),
+    "size-mismatch": dict(config=dict(image_size=16)),
+    "upscaled": dict(data=dict(native_size=4)),
+    "zero-snr-eps": dict(config=dict(zero_terminal_snr=True)),
+    "noise-never-pure": dict(config=dict(T=100, sample_steps=20)),
+    "no-label-dropout": dict(config=dict(label_dropout=0.0)),
+    "sampler-steps": dict(config=dict(sample_steps=3)),
+    "slowing": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) < 25, 30.0, 3.0))),
+    "overhead": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) % 8 == 7, 0.3, 30.0))),
+    "float32-on-gpu": dict(device="cuda"),
+    "gpu-starved": dict(device="cuda:0", config=dict(precision="bf16")),
+}
+ALSO = {  # what necessarily comes with a fault
+    "not-finite": {"spikes"}, "few-images": {"size-mismatch"}, "noise-never-pure": {"above-floor", "bin-above-floor"},
+    "zero-snr-eps": {"bin-above-floor"}, "ema-short": {"stopped-early"}, "float32-on-gpu": {"gpu-starved"},
+    "diverging": {"above-floor", "spikes"}, "above-floor": {"plateau"}, "size-mismatch": {"upscaled", "above-floor", "bin-above-floor"},
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted(fault, patient):
+    found = alarms(patient(**PLANTED[fault]))
+    assert fault in found and found - {fault} <= ALSO.get(fault, set())
+
+
+def test_plateau_needs_a_high_rate(patient):
+    flat = lambda m: {**cut(40)(m), "loss": np.r_[m["loss"][:20], 0.09 + 0.0003 * np.sin(2.4 * np.arange(20))]}
+    assert "plateau" in alarms(patient(config=dict(epochs=60.0), rows=flat))
+    assert "plateau" not in alarms(patient(config=dict(epochs=60.0), rows=lambda m: {**flat(m), "lr": np.full(40, 1e-5)}))
+
+
+def test_stopped_early_only_when_nothing_moves(patient):
+    run = patient(config=dict(epochs=60.0))
+    assert "stopped-early" not in alarms(run)
+    os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)
+    assert "stopped-early" in alarms(run)
+
+
+def test_an_extension_is_seen_as_a_jump(tmp_path):
+    short = replace(BASE, epochs=2.0, log_every=4, sample_every=1e6)
+    train(short, tmp_path / "run", progress=False)
+    assert "lr-jump" not in alarms(tmp_path / "run")
+    train(replace(short, epochs=5.0), tmp_path / "run", progress=False)
+    assert "lr-jump" in alarms(tmp_path / "run")
+
+
+def edit_checkpoint(run, change):
+    path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
+    change(tensors, meta); write_tensors(path, tensors, meta)
+    return run
+
+
+def test_ema_worse_than_the_weights(patient):
+    def forget(tensors, meta):
+        g = addressed("forget")
+        for k, v in tensors.items():
+            if k.startswith("ema.") and v.ndim > 1: v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
+    assert alarms(edit_checkpoint(patient(), forget), deep=True) == {"ema-worse"}
+
+
+def test_weights_that_are_not_finite(patient):
+    def spoil(tensors, meta): tensors["model.conv_in.weight"][0] = math.nan
+    assert "not-finite" in alarms(edit_checkpoint(patient(), spoil))
+
+
+def test_checkpoint_of_another_size(patient):
+    def lie(tensors, meta): meta["model"]["image_size"] = 16
+    assert "size-mismatch" in alarms(edit_checkpoint(patient(), lie), deep=True)
+
+
+def test_damaged_checkpoints(patient):
+    run = patient(); paths = checkpoints(run)
+    paths[-1].write_bytes(paths[-1].read_bytes()[:1000])
+    report = examine(run, deep=False)
+    assert [x.id for x in report.problems] == ["damaged-checkpoint"] and paths[-1].name in report.problems[0].evidence
+    for p in paths: p.write_bytes(b"nothing")
+    report = examine(run)
+    assert "damaged-checkpoint" in [x.id for x in report.problems] and any("checkpoint" in m and "damaged" in m for m in report.facts.missing)
+
+
+def grid(run, made, size=8):
+    "Replace the last sample grid by one with these generated pictures."
+    real = gather(run, deep=False).grid[0]
+    tiles = torch.cat([real.unflatten(0, (-1, 6)), real[:10, None], made.unflatten(0, (-1, 6))], 1).flatten(0, 1)
+    save_grid(tiles, sorted((run / "samples").glob("*.png"))[-1], cols=13, scale=64 // size)
+    return run
+
+
+def test_samples_of_noise_grey_and_copies(patient):
+    digits = load_data("digits").images
+    noise = to_uint8(torch.randn(60, 1, 8, 8, generator=addressed("static")))
+    assert alarms(grid(patient(), noise)) == {"samples-off"}
+    assert alarms(grid(patient(), torch.full((60, 1, 8, 8), 127, dtype=torch.uint8))) == {"samples-off"}
+    assert alarms(grid(patient(), digits[100:160])) == {"copies"}
+    assert alarms(grid(patient(), load_data("digits", split="test").images[:60])) == set()   # real, but new: no copies
+
+
+def test_no_samples(patient):
+    run = patient()
+    for p in (run / "samples").glob("*.png"): p.unlink()
+    assert alarms(run) == {"no-samples"}
+
+
+def as_folder(images, labels, folder):
+    for i, (x, y) in enumerate(zip(images, labels)):
+        path = folder / str(int(y)) / f"{i}.png"; path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(path)
+
+
+def test_overfitting(tmp_path):
+    "Sixty-four digits, learned by heart."
+    train_set, test_set = load_data("digits"), load_data("digits", split="test")
+    as_folder(train_set.images[:64], train_set.labels[:64], tmp_path / "set/train")
+    as_folder(test_set.images[:64], test_set.labels[:64], tmp_path / "set/test")
+    config = replace(BASE, data=str(tmp_path / "set"), image_size=8, data_root=str(tmp_path), epochs=250.0, lr=1e-2, sample_every=1e6,
+                     checkpoint_every=1e6, flip=False)
+    train(config, tmp_path / "run", progress=False)
+    report = examine(tmp_path / "run")
+    gap = next(x for x in report.problems if x.id == "overfitting")
+    assert "Held-out loss" in gap.evidence and "small-data" in {x.id for x in report.problems}
+
+
+def test_flips_that_would_help(patient, tmp_path):
+    images = load_data("digits").images[:300]
+    as_folder(torch.cat([images, images.flip(-1)]), torch.zeros(600), tmp_path / "symmetric")
+    assert "flip-absent" in alarms(patient(config=dict(data=str(tmp_path / "symmetric"), data_root=str(tmp_path)), data=dict(name=str(tmp_path / "symmetric"))))
+
+
+SCORE = dict(metric="Fréchet distance", value=5.0, network="digits classifier", dim=64, n=10_000, reference="digits", split="train", n_reference=1498,
+             size=8, native_size=8, filter="bicubic", error=0.05, text="Fréchet distance 5")
+EVALUATION = dict(step=281, steps=50, score=SCORE, floor={**SCORE, "value": 1.0, "n": 749}, precision={"value": 0.8}, recall={"value": 0.7},
+                  real_precision=0.9, real_recall=0.9, extrapolated=4.8, copied=0.06, held_out=None, unseen=None)
+
+
+@pytest.mark.parametrize("fault,change", [
+    (None, {}), ("score-few", {"score": {**SCORE, "n": 300}}), ("score-uncertain", {"score": {**SCORE, "error": 0.6}}),
+    ("score-copying", {"copied": 0.9}), ("size-mismatch", {"score": {**SCORE, "size": 16}}), ("sampler-steps", {"steps": 4})])
+def test_scores(fault, change, patient):
+    run = patient(); (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
+    report = examine(run, deep=False)
+    assert [x.id for x in report.problems] == ([fault] if fault else [])
+    assert "was measured" in report.summary and "Precision 0.80" in report.markdown()
+    if not fault: assert report.facts.scores["score"]["value"] == 5.0 and 'alt="Scores' not in report.html()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"score": 3}', '{"score": {"value": "x"}}'])
+def test_a_strange_evaluation_is_missing_not_fatal(text, patient):
+    run = patient(); (run / "evaluation.json").write_text(text)
+    assert any("evaluation.json" in m for m in examine(run, deep=False).facts.missing)
+
+
+def test_every_check_has_a_planted_fault():
+    source = open(__file__).read()
+    assert all(f'"{id}"' in source for id in CHECKS) and len(CHECKS) >= 20
+
+
+def test_every_check_points_to_a_page_that_exists():
+    from pathlib import Path
+    nbs = Path(__file__).parent.parent / "nbs"
+    for c in CHECKS.values():
+        page, _, section = c.lesson.partition(": ")
+        path = nbs / f"{page}.ipynb"
+        if not path.exists(): assert page in ("09_scale",) or page[:2] in ("06", "07"); continue
+        assert not section or section in path.read_text(), c.lesson
+
+
+# --- half-written and wrong folders --------------------------------------------------------------------------------
+
+def test_not_a_run(tmp_path):
+    for what in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DiffnbError, match="not a run folder"): examine(what)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DiffnbError, match="damaged"): examine(tmp_path)
+    (tmp_path / "config.json").write_text('{"config": {"lr": -1}, "model": {}, "data": {}}')
+    with pytest.raises(DiffnbError): examine(tmp_path)
+
+
+@pytest.mark.parametrize("gone,word", [(["metrics.csv"], "metrics"), (["checkpoints"], "checkpoint"), (["samples"], "samples"),
+                                       (["metrics.csv", "checkpoints", "samples"], "metrics")])
+def test_half_written(gone, word, patient, tmp_path):
+    run = patient()
+    for name in gone: shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    report = examine(run)
+    assert any(word in m for m in report.facts.missing) and not {x.severity for x in report.problems} & {"critical"}
+    assert word in report.write(tmp_path / "out").read_text()
+
+
+def test_a_csv_with_a_header_only_or_one_row(patient):
+    assert "no metrics yet" in examine(patient(rows=cut(0)), deep=False).summary
+    for n in (1, 2, 5): assert "cannot be said" in examine(patient(rows=cut(n)), deep=False).summary
+
+
+def test_data_that_are_not_here_are_never_downloaded(patient, tmp_path, monkeypatch):
+    import urllib.request
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("the doctor went to the network") if "http" in str(getattr(a[0], "full_url", a[0])) else (_ for _ in ()).throw(OSError()))
+    run = patient(config=dict(data="fashion_mnist", data_root=str(tmp_path)), data=dict(name="fashion_mnist"))
+    report = examine(run)
+    assert any("train images" in m for m in report.facts.missing) and "cannot be said" in report.summary
+
+
+# --- words and pages -----------------------------------------------------------------------------------------------
+
+def test_the_verdict(patient, ward):
+    facts = gather(ward / "healthy", deep=False)
+    good, falling, stop, *_ = verdict(facts, findings(facts))
+    assert f"{facts.floor_mean:.4f}" in good and "good" in good and "%" in falling and stop.startswith("You may stop")
+    assert "Do not stop yet" in examine(patient(config=dict(epochs=60.0)), False).summary
+    assert "first mend" in examine(patient(rows=rows(loss=lambda y: np.maximum(y, 0.2))), False).summary
+
+
+def test_reports(patient, tmp_path):
+    run = patient(config=dict(flip=True, label_dropout=0.0), rows=rows(loss=some([25, 40], 5)))
+    report = examine(run); page = report.write(tmp_path / "out").read_text(); text = (tmp_path / "out/report.md").read_text()
+    for id in ("flip-harmful", "no-label-dropout", "spikes"): assert id in page and id in text
+    images = re.findall(r'<img alt="([^"]*)" src="([^"]{20})', page)
+    assert len(images) >= 2 and all(len(alt) > 20 and src.startswith("data:image/png") for alt, src in images)
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page and "viewport" in page
+    for heading in ("Critical problems", "What is well set", "Recommendations", "Checklist", "Expected image quality", "Metrics to watch", "Next steps"):
+        assert heading in page and heading in text
+    ids = re.findall(r'id="(\w+)"', page); assert len(ids) == len(set(ids))
+
+
+def test_names_are_escaped(patient):
+    page = examine(patient(data=dict(name="<b>x</b>")), deep=False).html()
+    assert "<b>x</b>" not in page and "&lt;b&gt;" in page
+
+
+def test_findings_are_computed(patient):
+    "The numbers in the evidence follow the run."
+    for share in (0.5, 0.8):
+        x = next(x for x in examine(patient(rows=rows(clipped=share)), False).problems if x.id == "clipping")
+        assert f"{share:.0%}" in x.evidence
+
+
+def test_watch_says_each_thing_once(tmp_path):
+    said = []
+    config = replace(BASE, epochs=4.0, grad_clip=0.05, label_dropout=0.0, sample_every=1e6)
+    train(config, tmp_path / "run", on_log=watch(tmp_path / "run", 0.1, said.append), progress=False)
+    titles = [s.split("] ")[1].split(".")[0] for s in said]
+    assert len(titles) == len(set(titles)) >= 2 and any("clipped" in t for t in titles)
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+def test_trend_covers_the_truth():
+    rng, x, inside = np.random.default_rng(1), np.linspace(0, 1, 40), 0
+    for _ in range(200):
+        _, low, high = trend(x, 0.8 ** x * np.exp(0.05 * rng.standard_normal(40)), 300)
+        inside += low < -0.2 < high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_spikes_in_noise_are_rare():
+    rng = np.random.default_rng(2)
+    assert sum(len(spikes(np.exp(0.05 * rng.standard_normal(200)))) for _ in range(200)) == 0
+    y = np.exp(0.05 * rng.standard_normal(200)); y[[50, 120]] *= 2
+    assert spikes(y).tolist() == [50, 120]
+
+
+def test_the_floor_of_bins_averages_to_the_floor(ward):
+    facts = gather(ward / "healthy", deep=False)
+    assert bin_floor(facts).mean() == pytest.approx(facts.floor_mean)

@@ -1,0 +1,309 @@
+"Folders of diffusers: written, read, refused."
+import builtins
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffnb.data import DiffnbError
+from diffnb.interchange import from_diffusers, key_map, save_diffusers, to_diffusers, unet_from_diffusers, unet_to_diffusers
+from diffnb.schedule import cosine_schedule, linear_schedule, sigmoid_schedule
+from diffnb.unet import UNet
+
+SMALL = dict(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8)
+
+
+def randomise(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g) * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
+        if p.ndim == 1 and "weight" in name: p.data.add_(1)
+    return model.eval().requires_grad_(False)
+
+
+def batch(n=2, channels=3, size=8): return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([999, 3][:n])
+
+
+@pytest.fixture(scope="module")
+def model(): return randomise(UNet(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory): return save_diffusers(model, linear_schedule(), tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture()
+def folder(saved, tmp_path):
+    "A copy of a saved pipeline, to be damaged."
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+# ---- there and back
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule(T=100), sigmoid_schedule(),
+                                      cosine_schedule().shift(2).zero_terminal_snr()], ids=str)
+def test_folder_round_trip(tmp_path, schedule, prediction):
+    model = randomise(UNet(**SMALL, num_classes=3, head_dim=8))
+    if prediction == "eps" and schedule.alpha_bar[-1] == 0:
+        with pytest.raises(DiffnbError, match="zero terminal SNR"): save_diffusers(model, schedule, tmp_path / "m", prediction)
+        assert not list(tmp_path.iterdir())
+        return
+    again, its_schedule, its_prediction = from_diffusers(save_diffusers(model, schedule, tmp_path / "m", prediction))
+    x, t = batch()
+    assert its_prediction == prediction and again.config == model.config and not again.training
+    assert torch.equal(again(x, t, torch.tensor([0, 3])), model(x, t, torch.tensor([0, 3])))
+    assert (its_schedule.alpha_bar - schedule.alpha_bar).abs().max() < 1e-13
+
+
+def test_no_partial_folder_left(saved):
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("prediction, schedule", [("eps", linear_schedule()), ("v", linear_schedule().zero_terminal_snr()),
+                                                  ("x0", cosine_schedule())], ids=["eps", "v", "x0"])
+def test_pipeline_samples_the_same_images(tmp_path, model, prediction, schedule):
+    from diffusers import DDIMPipeline
+    sample = pytest.importorskip("diffnb.sample")
+    pipe = DDIMPipeline.from_pretrained(save_diffusers(model, schedule, tmp_path / "m", prediction), low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)  # 25 divides T: DDIMScheduler goes to t - T // steps (diffusers#12633)
+    images = pipe(4, torch.Generator().manual_seed(3), num_inference_steps=25, use_clipped_model_output=True, output_type="np").images
+    x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(): ours = sample.ddim(model, schedule, (4, 3, 8, 8), steps=25, prediction=prediction, x_T=x_T)
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    print("PIPELINE", prediction, (ours - theirs).abs().max().item())
+    assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-3
+
+
+def test_scheduler_has_our_alpha_bar(model):
+    for schedule in (linear_schedule(), cosine_schedule(), linear_schedule(T=50)):
+        unet, scheduler = to_diffusers(model, schedule)
+        assert (scheduler.alphas_cumprod.double() - schedule.alpha_bar).abs().max() < 1e-6
+        assert scheduler.final_alpha_cumprod == 1
+        scheduler.set_timesteps(25)
+        assert scheduler.timesteps.tolist() == schedule.timesteps(25)
+        x, t = batch()
+        t = t.clamp(max=schedule.T - 1)
+        assert (unet(x, t).sample - model(x, t)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("settings, build", [
+    (dict(beta_schedule="linear"), linear_schedule), (dict(beta_schedule="squaredcos_cap_v2"), cosine_schedule),
+    (dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), None),
+    (dict(rescale_betas_zero_snr=True), lambda: linear_schedule().zero_terminal_snr())], ids=str)
+def test_schedules_described_in_words(folder, settings, build):
+    from diffusers import DDIMScheduler
+    edit(folder / "scheduler/scheduler_config.json", trained_betas=None, **settings)
+    schedule = from_diffusers(folder)[1]
+    theirs = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert (theirs.alphas_cumprod.double() - schedule.alpha_bar).abs().max() < 1e-5
+    if build: assert torch.allclose(build().alpha_bar, schedule.alpha_bar, rtol=1e-12, atol=1e-15)
+
+
+def ddpm_folder(path, old_names):
+    "A folder as published in 2022: everything at the root, few settings, attention under its old names."
+    from diffusers import UNet2DModel
+    theirs = randomise(UNet2DModel(
+        sample_size=32, block_out_channels=(16, 32, 32, 32), norm_num_groups=16, norm_eps=1e-6, freq_shift=1, downsample_padding=0,
+        flip_sin_to_cos=False, attention_head_dim=None, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
+    theirs.save_pretrained(path)
+    edit(path / "config.json", dropout=..., add_attention=..., resnet_time_scale_shift=..., upsample_type=..., downsample_type=...,
+         attn_norm_num_groups=..., class_embed_type=..., num_class_embeds=..., time_embedding_dim=..., mid_block_type=...,
+         num_train_timesteps=..., _diffusers_version="0.0.4")
+    if old_names:
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        weights = load_file(file := path / "diffusion_pytorch_model.safetensors")
+        for new, name in old.items(): weights = {k.replace(new, name): v for k, v in weights.items()}
+        assert any("proj_attn" in k for k in weights)
+        save_file(weights, file)
+    return theirs
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_published_ddpm_form(tmp_path, old_names):
+    theirs = ddpm_folder(tmp_path, old_names)
+    ours, schedule, prediction = from_diffusers(tmp_path)
+    assert schedule == linear_schedule() and prediction == "eps"
+    x, t = batch(size=32)
+    assert (ours(x, t) - theirs(x, t).sample).abs().max() < 1e-5
+    back = unet_to_diffusers(ours)  # and out again, now with cosine first
+    assert back.config.flip_sin_to_cos and (back(x, t).sample - theirs(x, t).sample).abs().max() < 1e-5
+
+
+def test_published_ddpm_size():
+    with torch.device("meta"):
+        ours = UNet(base_channels=128, channel_mult=(1, 2, 2, 2), norm_groups=32, film=False, norm_eps=1e-6, freq_shift=1,
+                    down_padding="end")
+    assert sum(p.numel() for p in ours.parameters()) == 35_746_307
+
+
+def test_reading_needs_no_diffusers(saved, monkeypatch):
+    hide_diffusers(monkeypatch)
+    assert from_diffusers(saved)[0].config["image_size"] == 8
+
+
+def test_widths_without_exact_ratio():
+    from diffusers import UNet2DModel
+    theirs = randomise(UNet2DModel(sample_size=8, block_out_channels=(24, 56, 88), norm_num_groups=8,
+                                   down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3, attention_head_dim=None))
+    x, t = batch()
+    assert (unet_from_diffusers(theirs)(x, t) - theirs(x, t).sample).abs().max() < 1e-5
+
+
+def test_class_table_without_null_class():
+    from diffusers import UNet2DModel
+    theirs = randomise(UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, num_class_embeds=4,
+                                   down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2))
+    x, t = batch()
+    y = torch.tensor([0, 3])
+    for null, classes in ((True, 3), (False, 4)):
+        ours = unet_from_diffusers(theirs, null_class=null)
+        assert ours.config["num_classes"] == classes
+        assert (ours(x, t, y) - theirs(x, t, y).sample).abs().max() < 1e-5
+
+
+def test_mode_follows(model):
+    assert unet_to_diffusers(UNet(**SMALL).train()).training and not unet_to_diffusers(model).training
+    assert unet_from_diffusers(unet_to_diffusers(UNet(**SMALL).train())).training
+
+
+def test_key_map_covers_every_tensor(model):
+    assert set(key_map(model)) == set(unet_to_diffusers(model).state_dict())
+
+
+# ---- refused
+
+def hide_diffusers(monkeypatch):
+    real = builtins.__import__
+    def fake(name, *args, **kw):
+        if name.split(".")[0] == "diffusers": raise ImportError("No module named 'diffusers'")
+        return real(name, *args, **kw)
+    for name in [m for m in sys.modules if m.split(".")[0] == "diffusers"]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", fake)
+
+
+def test_missing_diffusers(model, tmp_path, monkeypatch):
+    hide_diffusers(monkeypatch)
+    for f in (lambda: unet_to_diffusers(model), lambda: save_diffusers(model, linear_schedule(), tmp_path / "m")):
+        with pytest.raises(DiffnbError, match="pip install diffusers"): f()
+    assert not list(tmp_path.iterdir())
+
+
+def test_ours_that_diffusers_lacks():
+    with pytest.raises(DiffnbError, match="mid_norm"): unet_to_diffusers(UNet(**SMALL, film=False, mid_norm=False))
+
+
+def test_wrong_prediction(model):
+    with pytest.raises(DiffnbError, match="prediction='epsilon'"): to_diffusers(model, linear_schedule(), "epsilon")
+
+
+def test_does_not_overwrite(model, saved, tmp_path):
+    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), saved)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert from_diffusers(save_diffusers(model, linear_schedule(), tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("change", [
+    dict(center_input_sample=True), dict(time_embedding_type="fourier"), dict(time_embedding_dim=99), dict(act_fn="gelu"),
+    dict(mid_block_type=None), dict(mid_block_scale_factor=1.5), dict(downsample_type="resnet"), dict(upsample_type="resnet"),
+    dict(class_embed_type="timestep"), dict(out_channels=6), dict(attn_norm_num_groups=4), dict(downsample_padding=2),
+    dict(flip_sin_to_cos="yes"), dict(num_class_embeds=0), dict(add_attention=None), dict(resnet_time_scale_shift="spatial"),
+    dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), dict(up_block_types=["UpBlock2D", "AttnUpBlock2D"]),
+    dict(down_block_types=["DownBlock2D"]), dict(block_out_channels=[16, "32"]), dict(block_out_channels=[]), dict(sample_size=None),
+    dict(sample_size=[8, 16]), dict(sample_size="8"), dict(future_setting=1), dict(block_out_channels={"a": 1}),
+    dict(down_block_types=[3, None])], ids=str)
+def test_unsupported_settings_are_named(folder, change):
+    edit(folder / "unet/config.json", **change)
+    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    assert next(iter(change)) in str(e.value)
+
+
+@pytest.mark.parametrize("change", [
+    dict(layers_per_block="2"), dict(layers_per_block=0), dict(layers_per_block=10**9), dict(norm_num_groups=7), dict(dropout=2),
+    dict(norm_eps=None), dict(freq_shift=0.5), dict(in_channels=-3, out_channels=-3), dict(attention_head_dim=5),
+    dict(block_out_channels=[60000, 60000]), dict(block_out_channels=[10**9] * 2), dict(sample_size=7), dict(in_channels=[3], out_channels=[3])], ids=str)
+def test_values_out_of_range(folder, change):
+    edit(folder / "unet/config.json", **change)
+    with pytest.raises(DiffnbError): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("change", [
+    dict(_class_name="FlowMatchEulerDiscreteScheduler"), dict(_class_name=...), dict(prediction_type="flow_prediction"),
+    dict(trained_betas=[0.1, 0.2]), dict(trained_betas=[0.1, "0.2"]), dict(trained_betas="linear"), dict(trained_betas=[0.5, 2]),
+    dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(trained_betas=None, beta_schedule="sigmoid"),
+    dict(trained_betas=None, beta_start=0), dict(trained_betas=None, beta_end=float("nan")), dict(rescale_betas_zero_snr=1),
+    dict(trained_betas=[0.0] * 1000)], ids=lambda c: str(c)[:50])
+def test_unsupported_schedules(folder, change):
+    edit(folder / "scheduler/scheduler_config.json", **change)
+    with pytest.raises(DiffnbError): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "\x00", "{\"sample_size\": }", "[" * 100_000])
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_json(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(DiffnbError, match="config.json"): from_diffusers(folder)
+
+
+def test_damaged_json_bytes(folder):
+    (folder / "unet/config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(DiffnbError, match="cannot read"): from_diffusers(folder)
+
+
+def test_other_model_class(folder):
+    edit(folder / "unet/config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(DiffnbError, match="UNet2DConditionModel"): from_diffusers(folder)
+
+
+def weights_of(folder): return folder / "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 5000, -4])
+def test_cut_weights(folder, cut):
+    file = weights_of(folder)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(DiffnbError, match="cannot read"): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda w: w.pop("conv_in.bias"), "no tensor conv_in.bias"), (lambda w: w.update(extra=torch.zeros(1)), "unexpected tensor extra"),
+    (lambda w: w.update({"conv_in.bias": torch.zeros(3)}), "shape (3,)"), (lambda w: w["conv_in.bias"].fill_(float("nan")), "finite"),
+    (lambda w: w.update({"conv_in.bias": torch.zeros(16).long()}), "int64"), (lambda w: w.clear(), "more")], ids=range(6))
+def test_weights_that_do_not_fit(folder, change, words):
+    weights = load_file(weights_of(folder))
+    change(weights)
+    save_file(weights, weights_of(folder))
+    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    assert words in str(e.value)
+
+
+def test_half_precision_weights_become_float32(folder, model):
+    save_file({k: v.half() for k, v in load_file(weights_of(folder)).items()}, weights_of(folder))
+    ours = from_diffusers(folder)[0]
+    x, t = batch()
+    assert ours.conv_in.weight.dtype == torch.float32 and torch.allclose(ours(x, t), model(x, t), atol=0.05)
+
+
+def test_pickle_is_never_read(folder):
+    weights_of(folder).rename(weights_of(folder).with_suffix(".bin"))
+    with pytest.raises(DiffnbError, match="pickle.*save_pretrained"): from_diffusers(folder)
+
+
+def test_missing_pieces(folder, tmp_path):
+    with pytest.raises(DiffnbError, match="download the folder first"): from_diffusers("google/ddpm-cifar10-32")
+    with pytest.raises(DiffnbError, match="no model"): from_diffusers(tmp_path)
+    shutil.rmtree(folder / "scheduler")
+    assert from_diffusers(folder)[1] == linear_schedule()
+    weights_of(folder).unlink()
+    with pytest.raises(DiffnbError, match="Copy the whole folder"): from_diffusers(folder)
