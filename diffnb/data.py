@@ -4,7 +4,7 @@
 __all__ = ['filters', 'suffixes', 'named_sets', 'DiffnbError', 'to_float', 'to_uint8', 'addressed', 'show_images', 'write_whole',
            'save_grid', 'ImageData', 'decode', 'load_data', 'augment', 'batch_indices']
 
-# %% ../nbs/01_data.ipynb #c002
+# %% ../nbs/01_data.ipynb #c004
 import hashlib, io, json, os, urllib.error
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-# %% ../nbs/01_data.ipynb #c003
+# %% ../nbs/01_data.ipynb #c005
 import matplotlib.pyplot as plt
 import numpy as np
 import torch, torchvision
@@ -22,11 +22,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_data.ipynb #c006
+# %% ../nbs/01_data.ipynb #c008
 class DiffnbError(ValueError):
     "Something the user can mend: the message says what was wrong, what was expected and what to do."
 
-# %% ../nbs/01_data.ipynb #c011
+# %% ../nbs/01_data.ipynb #c013
 def to_float(images, # uint8, any shape
             ):       # float32 in [-1, 1], same shape
     "Bytes to the range of `x0`: 0 becomes -1, 255 becomes 1."
@@ -37,7 +37,7 @@ def to_uint8(x0, # floats, [-1, 1] nominally; what lies outside is clamped
     "The way back: rounded to the nearest level and clamped, so that `to_uint8(to_float(b)) == b` for every byte."
     return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_data.ipynb #c014
+# %% ../nbs/01_data.ipynb #c016
 def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", step)
               device="cpu", # where they will be drawn; CPU and GPU draw different numbers from the same address
              ):             # a torch.Generator
@@ -45,7 +45,7 @@ def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", ste
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-# %% ../nbs/01_data.ipynb #c017
+# %% ../nbs/01_data.ipynb #c019
 def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
                 titles=None, # N strings, one above each image
                 cols=8,      # images in a row
@@ -67,7 +67,7 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
     if title: fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/01_data.ipynb #c020
+# %% ../nbs/01_data.ipynb #c022
 def write_whole(path, # the file to appear
                 data, # bytes or str
                ):     # the path
@@ -86,7 +86,7 @@ def write_whole(path, # the file to appear
                           "with space left on its disk") from e
     return path
 
-# %% ../nbs/01_data.ipynb #c021
+# %% ../nbs/01_data.ipynb #c023
 def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
               cols=10, # images in a row
@@ -100,7 +100,7 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
     Image.fromarray(rearrange(grid, "c h w -> h w c").numpy()).save(png, format="PNG")
     return write_whole(path, png.getvalue())
 
-# %% ../nbs/01_data.ipynb #c024
+# %% ../nbs/01_data.ipynb #c026
 filters = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR, "nearest": InterpolationMode.NEAREST}
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ImageData:
         "The same data with images and labels on another device."
         return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
 
-# %% ../nbs/01_data.ipynb #c027
+# %% ../nbs/01_data.ipynb #c029
 def _digits(split, **_):
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
@@ -135,7 +135,7 @@ def _digits(split, **_):
     keep = (torch.arange(len(images)) % 6 == 5) == (split == "test")
     return images.round().to(torch.uint8)[keep], torch.from_numpy(labels)[keep], tuple("0123456789")
 
-# %% ../nbs/01_data.ipynb #c030
+# %% ../nbs/01_data.ipynb #c032
 def _torchvision_set(cls, files, split, root, url):
     "Load one of torchvision's sets from `root`; download it there if it is missing."
     root = Path(root)
@@ -165,7 +165,7 @@ def _fashion_mnist(split, root, url, **_):
                          "train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte", split, root, url)
     return d.data[:, None], d.targets, tuple(d.classes)
 
-# %% ../nbs/01_data.ipynb #c034
+# %% ../nbs/01_data.ipynb #c036
 suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def decode(path,     # an image file
@@ -185,7 +185,7 @@ def decode(path,     # an image file
         im = ImageOps.fit(im.convert("L" if channels == 1 else "RGB"), (size, size), getattr(Image.Resampling, filter.upper()))
     return np.asarray(im).reshape(size, size, channels).transpose(2, 0, 1)
 
-# %% ../nbs/01_data.ipynb #c037
+# %% ../nbs/01_data.ipynb #c039
 def _list_folder(folder, split):
     "(paths, labels or None, class names) of the images below `folder`, in sorted order."
     folder = folder / split if (folder / split).is_dir() else folder
@@ -203,7 +203,7 @@ def _list_folder(folder, split):
     classes = tuple(sorted({t[0] for t in tops}))
     return found, torch.tensor([classes.index(t[0]) for t in tops]), classes
 
-# %% ../nbs/01_data.ipynb #c039
+# %% ../nbs/01_data.ipynb #c041
 def _folder(folder, split, size, filter, channels, on_broken, cache, progress):
     paths, labels, classes = _list_folder(Path(folder), split)
     stamp = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -243,7 +243,7 @@ def _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress
         write_whole(facts, json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
     finally: partial_path.unlink(missing_ok=True)
 
-# %% ../nbs/01_data.ipynb #c041
+# %% ../nbs/01_data.ipynb #c043
 named_sets = {"digits": (_digits, 1), "cifar10": (_cifar10, 3), "fashion_mnist": (_fashion_mnist, 1)}
 
 def load_data(name,              # "digits", "cifar10", "fashion_mnist", or a folder of images
@@ -273,7 +273,7 @@ def load_data(name,              # "digits", "cifar10", "fashion_mnist", or a fo
         raise DiffnbError(f"data {str(name)!r} is neither a known set ({', '.join(named_sets)}) nor a folder that exists")
     return ImageData(images, labels, classes, native, size or native, filter, str(name))
 
-# %% ../nbs/01_data.ipynb #c054
+# %% ../nbs/01_data.ipynb #c056
 def augment(x0,           # (B, C, H, W), in [-1, 1]
             generator,    # on the device of x0
             flip=False,   # mirror each image with probability 1/2
@@ -291,7 +291,7 @@ def augment(x0,           # (B, C, H, W), in [-1, 1]
         x0 = (2 * x - 1).clamp(-1, 1)
     return x0
 
-# %% ../nbs/01_data.ipynb #c059
+# %% ../nbs/01_data.ipynb #c061
 @lru_cache(maxsize=4)
 def _permutation(n, seed, epoch): return torch.randperm(n, generator=addressed(seed, "epoch", epoch))
 

@@ -111,9 +111,13 @@ class Facts:
         n = len(self.metrics["step"])
         return {k: v[-max(LEAST_ROWS, round(n * share)):] for k, v in self.metrics.items()}
 
-    def loss(self): # (mean, standard error) over the last third, the error from the scatter around its trend
-        late = self.late(); y = late["loss"]
-        around = y - np.polyval(np.polyfit(late["images"], y, 1), late["images"]) if len(y) > 2 else y - y.mean()
+    def calm(self): # (images, loss) of the last third without spikes, which would hide everything else
+        late = self.late(); keep = ~np.isin(late["step"], self.metrics["step"][spikes(self.metrics["loss"])])
+        return late["images"][keep], late["loss"][keep]
+
+    def loss(self): # (mean, standard error) of those, the error from the scatter around their trend
+        x, y = self.calm()
+        around = y - np.polyval(np.polyfit(x, y, 1), x) if len(y) > 2 and np.isfinite(y).all() else y - y.mean()
         return float(y.mean()), float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(y) > 2 else math.nan
 
 # %% ../nbs/08_doctor.ipynb #c018
@@ -283,7 +287,7 @@ def bin_floor(facts): # Facts -> the floor averaged over each timestep bin, (BIN
     return np.array([torch.as_tensor(facts.floor)[t == i].mean().item() for i in range(BINS)])
 
 # %% ../nbs/08_doctor.ipynb #c036
-def _slope(f): return trend(f.late()["images"], f.late()["loss"]) # over the last third of the rows
+def _slope(f): return trend(*f.calm()) # over the last third of the rows
 @check("diverging", "critical", "The loss is rising", "04_train: A clipped gradient")
 def _diverging(f):
     fit = _slope(f)
@@ -633,7 +637,7 @@ def _fig_spectrum(f, ax):
     ax.set(xlabel="direction", ylabel="variance"); ax.legend(fontsize=7)
     return "Variance of the images along their principal directions: enlarging adds directions that are nearly empty."
 def _fig_samples(f, ax):
-    real, made = (x[:48].unflatten(0, (-1, 6)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for x in f.grid)
+    real, made = (torch.nn.functional.pad(x[:48], (0, 1, 0, 1), value=255).unflatten(0, (-1, 6)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for x in f.grid)
     gap = torch.full((len(real), real.shape[1] // 12, real.shape[2]), 255, dtype=torch.uint8)
     picture = torch.cat([real, gap, made], 1)
     ax.imshow(picture.expand(-1, -1, 3).numpy()); ax.set_axis_off(); ax.set_title("real | made", fontsize=8)
@@ -661,6 +665,7 @@ def _good(f): # sentence 1: is the loss good?
     if f.floor is None: return f"{now}; whether that is good cannot be said without the Gaussian floor of these images ({kind}), because a loss means nothing by itself."
     change = 1 - loss / f.floor_mean
     if not math.isfinite(loss): return "The loss is no longer a number, so it is not good."
+    if abs(loss - f.floor_mean) < 1.96 * error: change = 0.0                       # within its own uncertainty
     verdict = f"good: {change:.0%} below it, so the network knows more than the covariance of the pixels" if change > 0.02 else \
               ("not good yet" if f.done < LATE else "not good") + (f": {-change:.0%} above it" if change < -0.02 else ": no better than it")
     return f"{now}, against {f.floor_mean:.4f} for the best Gaussian denoiser of the same images ({kind}); that is {verdict}."
@@ -730,7 +735,7 @@ class Report:
         for severity in ("critical", "moderate", "minor"):
             yield f"{severity.capitalize()} problems", "findings", [x for x in self.problems if x.severity == severity]
         yield "Recommendations, the most urgent first", "steps", [f"{x.advice.rstrip('.')}. ({x.title}.) Expected: {x.effect}" for x in order]
-        yield "What is well set", "list", [f"{x.id}: {x.evidence}" for x in self.findings if x.severity == "good"]
+        yield "What is well set", "list", [x.evidence for x in self.findings if x.severity == "good"]
         yield "Expected image quality", "list", list(_quality(f))
         yield "Metrics to watch", "list", list(_watch(f)) if f.metrics else []
         yield "Checklist", "list", [f"{self.mark(c)} {c.id}" for c in CHECKS.values()]

@@ -38,7 +38,7 @@ def write_statistics(data, # ImageData
                      out,  # a folder
                     ):     # path of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
     """Spectrum of the images exactly as training sees them (resized, then rounded to bytes), float32, with the facts it depends on.
-    At 64x64x3 this takes about 6 GB and ten minutes on a laptop."""
+    At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core."""
     images = torch.cat([data.take(slice(i, i + 1000)).cpu() for i in range(0, len(data), 1000)])
     facts = {"name": data.name, "images": len(data), "size": data.size, "native_size": data.native_size, "filter": data.filter}
     packed = io.BytesIO()
@@ -351,7 +351,7 @@ class Evaluation:
     real_recall: float
     curve: list            # (n, score of n of the generated images)
     floor_curve: list      # (n, floor at n)
-    extrapolated: float    # score at infinite n, from the curve
+    extrapolated: float | None # score at infinite n, from a line through the curve; None if n is too small for that
     copied: float          # share nearer to a training image than 95% of real images are; 0.05 is innocent
     distances: dict = field(repr=False) # "generated", "real": distances to the nearest training image
     closest: torch.Tensor = field(repr=False) # uint8 (2, K, C, H, W): the nearest generated images, and those training images
@@ -366,7 +366,7 @@ class Evaluation:
         lines = {"score": self.score, "floor (real against real)": self.floor, "against held-out images": self.held_out,
                  "held-out against training images": self.unseen, "KID": self.kid}
         return "\n".join([f"{k}: {v.text(v is self.score)}" for k, v in lines.items() if v] + [
-            f"score at infinite n: about {self.extrapolated:.3g}",
+            "score at infinite n: " + ("not known, n is too small" if self.extrapolated is None else f"about {self.extrapolated:.3g}"),
             f"precision {self.precision.value:.2f} (real images {self.real_precision:.2f}), recall {self.recall.value:.2f} ({self.real_recall:.2f}), n = {self.recall.n:,} on either side",
             f"nearer to a training image than 95% of real ones: {self.copied:.1%} of the images (5% is innocent)"])
 
@@ -415,11 +415,17 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
         kid=about("KID", k_mean, n=n, split=split, n_reference=total, error=k_std * math.sqrt(sub / n)),
         precision=about("precision", precision, n=m, split=split, n_reference=m), recall=about("recall", recall, n=m, split=split, n_reference=m),
         real_precision=real_precision, real_recall=real_recall, curve=curve, floor_curve=floor_curve,
-        extrapolated=float(np.polyfit([1 / k for k, _ in curve], [v for _, v in curve], 1)[1]),
+        extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], features.dim),
         copied=(d < d_real.quantile(0.05)).double().mean().item(), distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
         closest=torch.stack([images[first.to(images.device)].cpu(), reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
 
-# %% ../nbs/07_evaluate.ipynb #c084
+# %% ../nbs/07_evaluate.ipynb #c083
+def _at_infinity(curve, dim): # (n, score) pairs
+    "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
+    if curve[0][0] <= dim: return None
+    return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])
+
+# %% ../nbs/07_evaluate.ipynb #c085
 def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"
                   data="",      # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
@@ -432,7 +438,7 @@ def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception
         raise DiffnbError(f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, inception-192 or inception-64")
     return inception_features(int(dim), weights, device)
 
-# %% ../nbs/07_evaluate.ipynb #c085
+# %% ../nbs/07_evaluate.ipynb #c086
 def panel(e, # Evaluation
          ):  # the Figure
     "The honesty panel: score and floors, score against n, precision and recall, distance to the training images, closest pairs."
@@ -447,7 +453,7 @@ def panel(e, # Evaluation
     axes[0].set(xticks=range(len(rows)), xlim=(-0.4, len(rows) - 0.2), ylim=(0, None), title=f"{e.score.metric}, 95% interval")
     axes[0].set_xticklabels(rows, fontsize=6)
     axes[1].plot(*zip(*e.curve), "o-", label="generated"); axes[1].plot(*zip(*e.floor_curve), "^--", color="black", label="real (floor)")
-    axes[1].axhline(e.extrapolated, ls=":", label="generated, n → ∞")
+    if e.extrapolated is not None: axes[1].axhline(e.extrapolated, ls=":", label="generated, n → ∞")
     axes[1].set(xscale="log", xlabel="n images", title="score against n", ylim=(0, None), xticks=[n for n, _ in e.curve], xticklabels=[n for n, _ in e.curve])
     axes[1].minorticks_off()
     axes[1].legend(fontsize=6)
@@ -464,7 +470,7 @@ def panel(e, # Evaluation
     top.suptitle("\n".join(textwrap.wrap(str(e.score), 150)), fontsize=8)
     return fig
 
-# %% ../nbs/07_evaluate.ipynb #c091
+# %% ../nbs/07_evaluate.ipynb #c092
 def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 uint8 (N, H, W, C) and perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
                ):       # (uint8 (N, C, H, W), labels int64 (N,) or None)
@@ -489,7 +495,7 @@ def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 ui
     if n and len(images) < n: raise DiffnbError(f"{source} has {len(images)} images, and n={n} were asked for")
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else torch.from_numpy(labels[:n]).long()
 
-# %% ../nbs/07_evaluate.ipynb #c092
+# %% ../nbs/07_evaluate.ipynb #c093
 def _real(reference, like, filter="bicubic", root=None):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
@@ -519,7 +525,7 @@ def grid_beside(real,      # ImageData
     grid = torch.cat([left.unflatten(0, (-1, per_row)), gap, right.unflatten(0, (-1, per_row))], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // real.size))
 
-# %% ../nbs/07_evaluate.ipynb #c093
+# %% ../nbs/07_evaluate.ipynb #c094
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
                  reference=None,    # data set name, folder or .npz of real images; None: what the run was trained on

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['Guided', 'guided']
 
-# %% ../nbs/06_guide.ipynb #c002
+# %% ../nbs/06_guide.ipynb #c004
 import torch
 from torch import nn
 
-# %% ../nbs/06_guide.ipynb #c003
+# %% ../nbs/06_guide.ipynb #c005
 from .data import DiffnbError
 
-# %% ../nbs/06_guide.ipynb #c012
+# %% ../nbs/06_guide.ipynb #c014
 class Guided(nn.Module):
     "A model that answers for its labels with guidance; made by `guided`."
     def __init__(self, model, y, w, rescale, interval, null):
@@ -34,7 +34,7 @@ class Guided(nn.Module):
 
 def _std(x): return x.std((1, 2, 3), keepdim=True)
 
-# %% ../nbs/06_guide.ipynb #c013
+# %% ../nbs/06_guide.ipynb #c015
 def guided(model,         # a class-conditional model trained with label dropout: model(x_t, t, y)
            y,             # the classes wanted, int64 (B,)
            w,             # 0 unconditional, 1 conditional, above 1 guided

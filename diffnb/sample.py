@@ -4,22 +4,23 @@
 __all__ = ['denoise', 'draw_noise', 'ddpm', 'ddim', 'heun', 'dpmpp_2m', 'ddim_invert', 'slerp', 'inpaint', 'sample_batches',
            'sample_to']
 
-# %% ../nbs/05_sample.ipynb #c002
+# %% ../nbs/05_sample.ipynb #c004
 import json, math, shutil
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/05_sample.ipynb #c003
+# %% ../nbs/05_sample.ipynb #c005
 import numpy as np
-import torch, torchvision
-from torchvision.io import decode_image as read_png
+import torch
+from einops import rearrange
+from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/05_sample.ipynb #c004
+# %% ../nbs/05_sample.ipynb #c006
 from .data import DiffnbError, addressed, to_uint8, write_whole
 from .train import load_model
 
-# %% ../nbs/05_sample.ipynb #c010
+# %% ../nbs/05_sample.ipynb #c012
 def denoise(model, schedule,
             x_t,        # (B, C, H, W)
             t,          # int
@@ -35,7 +36,7 @@ def denoise(model, schedule,
     if clip: x0 = x0.clamp(-1, 1)
     return x0, schedule.to_eps(x0, x_t, t)
 
-# %% ../nbs/05_sample.ipynb #c013
+# %% ../nbs/05_sample.ipynb #c015
 def draw_noise(shape,     # (B, C, H, W)
                generator, # None, a torch.Generator, or a list of B generators
                device,
@@ -59,7 +60,7 @@ def _report(callback, t, t_next, x, x0):
     changed = callback(t, t_next, x, x0) if callback else None
     return x if changed is None else changed
 
-# %% ../nbs/05_sample.ipynb #c016
+# %% ../nbs/05_sample.ipynb #c018
 @torch.no_grad()
 def ddpm(model, schedule,
          shape,            # (B, C, H, W)
@@ -78,7 +79,7 @@ def ddpm(model, schedule,
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c022
+# %% ../nbs/05_sample.ipynb #c024
 @torch.no_grad()
 def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a wrapper around it
          schedule,          # NoiseSchedule
@@ -105,7 +106,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c041
+# %% ../nbs/05_sample.ipynb #c043
 @torch.no_grad()
 def heun(model, schedule, shape, steps=25,
          *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -122,7 +123,7 @@ def heun(model, schedule, shape, steps=25,
         x = _report(callback, t, t_next, euler, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c043
+# %% ../nbs/05_sample.ipynb #c045
 @torch.no_grad()
 def dpmpp_2m(model, schedule, shape, steps=20,
              *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -140,7 +141,7 @@ def dpmpp_2m(model, schedule, shape, steps=20,
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c059
+# %% ../nbs/05_sample.ipynb #c061
 @torch.no_grad()
 def ddim_invert(model, schedule, x0, steps=50, *, y=None, prediction="eps", spacing="trailing"):
     """The noise x_T from which `ddim` with the same settings (eta=0, clip=False) makes about `x0` (Song et al. 2021, section 5.4).
@@ -171,7 +172,7 @@ def inpaint(model, schedule,
         return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
     return sampler(model, schedule, x0.shape, generator=generator, callback=keep, **settings)
 
-# %% ../nbs/05_sample.ipynb #c069
+# %% ../nbs/05_sample.ipynb #c071
 def sample_batches(model, schedule,
                    shape,           # of one image: (C, H, W)
                    numbers,         # which images: list of ints; image k is made from noise addressed by (seed, k)
@@ -189,7 +190,7 @@ def sample_batches(model, schedule,
                      x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
         yield ks, to_uint8(x0).cpu()
 
-# %% ../nbs/05_sample.ipynb #c072
+# %% ../nbs/05_sample.ipynb #c074
 def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
@@ -211,9 +212,10 @@ def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H
     missing = [k for k in range(n) if not (folder / f"{k:06d}.png").exists()]
     for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
         for k, image in zip(ks, images):
-            torchvision.io.write_png(image, str(folder / ".partial.png")); (folder / ".partial.png").replace(folder / f"{k:06d}.png")
+            pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()                      # squeeze: grey images have no last axis
+            Image.fromarray(pixels).save(folder / ".partial.png"); (folder / ".partial.png").replace(folder / f"{k:06d}.png")
     if out.suffix == ".npz":
-        images = np.stack([read_png(folder / f"{k:06d}.png").permute(1, 2, 0) for k in range(n)])
+        images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
         np.savez(folder / "all.npz", images, *([] if y is None else [y.cpu().numpy()]))
         (folder / "all.npz").replace(out); shutil.rmtree(folder)
     return out

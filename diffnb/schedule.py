@@ -6,7 +6,7 @@
 __all__ = ['NoiseSchedule', 'patch_to', 'linear_schedule', 'cosine_schedule', 'sigmoid_schedule', 'make_schedule',
            'image_spectrum', 'gaussian_loss_floor']
 
-# %% ../nbs/02_schedule.ipynb #c002
+# %% ../nbs/02_schedule.ipynb #c004
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ import torch
 
 from .data import DiffnbError, to_float
 
-# %% ../nbs/02_schedule.ipynb #c015
+# %% ../nbs/02_schedule.ipynb #c017
 def _integer(value, name, low, high):
     "`value` as an int between `low` and `high`, both included; otherwise an error that names the range."
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high: return int(value)
     raise DiffnbError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
-# %% ../nbs/02_schedule.ipynb #c016
+# %% ../nbs/02_schedule.ipynb #c018
 def _checked(values):
     "`values` as a new float64 CPU tensor, if they can be the alpha_bar of a schedule."
     try: a = torch.as_tensor(values.detach().cpu() if torch.is_tensor(values) else np.asarray(values, dtype=np.float64))
@@ -37,7 +37,7 @@ def _checked(values):
     if wrong: raise DiffnbError(f"alpha_bar {wrong}; got shape {tuple(a.shape)}, values {a.flatten()[:5].tolist()} ...")
     return a
 
-# %% ../nbs/02_schedule.ipynb #c018
+# %% ../nbs/02_schedule.ipynb #c020
 @dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     "How much of the image is left at each timestep: alpha_bar, (T,), strictly falling, in [0, 1). Immutable."
@@ -53,7 +53,7 @@ class NoiseSchedule:
     @property
     def T(self): return len(self.alpha_bar)
 
-# %% ../nbs/02_schedule.ipynb #c021
+# %% ../nbs/02_schedule.ipynb #c023
 def patch_to(cls):
     "Decorator: the function below becomes a method of `cls`, so that a class can grow down the page."
     def attach(f):
@@ -62,7 +62,7 @@ def patch_to(cls):
         return f
     return attach
 
-# %% ../nbs/02_schedule.ipynb #c023
+# %% ../nbs/02_schedule.ipynb #c025
 @patch_to(NoiseSchedule)
 def _table(self, device):
     "sqrt(alpha_bar) and sqrt(1-alpha_bar) in float32 on `device`, (2, T+1), column 0 the clean end; made once."
@@ -72,7 +72,7 @@ def _table(self, device):
             self._tables[device] = torch.stack([a.sqrt(), (1 - a).sqrt()]).float().to(device)
     return self._tables[device]
 
-# %% ../nbs/02_schedule.ipynb #c024
+# %% ../nbs/02_schedule.ipynb #c026
 @patch_to(NoiseSchedule)
 def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 is the clean end
                  ndim=4     # dimensions of the images, for broadcasting
@@ -85,7 +85,7 @@ def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 i
     # index_select refuses negative positions, so that -2 is an error and not the noisy end
     return self._table(t.device).index_select(1, t.flatten() + 1).view(2, -1, *[1] * (ndim - 1)).unbind()
 
-# %% ../nbs/02_schedule.ipynb #c027
+# %% ../nbs/02_schedule.ipynb #c029
 @patch_to(NoiseSchedule)
 def add_noise(self, x0, # clean images, (B, C, H, W), float in [-1, 1]
               noise,    # standard normal, same shape
@@ -99,7 +99,7 @@ def add_noise(self, x0, # clean images, (B, C, H, W), float in [-1, 1]
     a, s = self.signal_noise(t, x0.ndim)
     return a * x0.float() + s * noise.float()
 
-# %% ../nbs/02_schedule.ipynb #c030
+# %% ../nbs/02_schedule.ipynb #c032
 def _check_T(T): return _integer(T, "T", 2, 1_000_000)
 
 def linear_schedule(T=1000,          # timesteps
@@ -112,7 +112,7 @@ def linear_schedule(T=1000,          # timesteps
     beta = torch.linspace(beta_start, beta_end, _check_T(T), dtype=torch.float64)
     return NoiseSchedule((1 - beta).cumprod(0))
 
-# %% ../nbs/02_schedule.ipynb #c033
+# %% ../nbs/02_schedule.ipynb #c035
 def _from_curve(f, T): # f: signal power over time 0..1, on a float64 tensor
     "alpha_bar follows `f`, but no timestep takes more than 99.9% of the signal that is left, so that none ends at 0."
     power = f(torch.arange(_check_T(T) + 1, dtype=torch.float64) / T)
@@ -126,7 +126,7 @@ def cosine_schedule(T=1000, # timesteps
     if not s > 0: raise DiffnbError(f"s must be above 0, got {s}.")
     return _from_curve(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
 
-# %% ../nbs/02_schedule.ipynb #c036
+# %% ../nbs/02_schedule.ipynb #c038
 def sigmoid_schedule(T=1000,          # timesteps
                      start=-3, end=3, # the stretch of the sigmoid curve that is used
                      tau=1.0          # temperature: the larger, the straighter the curve
@@ -136,7 +136,7 @@ def sigmoid_schedule(T=1000,          # timesteps
     low, high = torch.tensor([start, end], dtype=torch.float64).div(tau).sigmoid()
     return _from_curve(lambda u: (high - ((u * (end - start) + start) / tau).sigmoid()) / (high - low), T)
 
-# %% ../nbs/02_schedule.ipynb #c041
+# %% ../nbs/02_schedule.ipynb #c043
 @patch_to(NoiseSchedule)
 def log_snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
            ):            # a float, or float64 on the CPU, (B,) or (T,); -inf where no signal is left
@@ -154,7 +154,7 @@ def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
     values = self.log_snr(t)
     return values.exp() if torch.is_tensor(values) else math.exp(values)
 
-# %% ../nbs/02_schedule.ipynb #c046
+# %% ../nbs/02_schedule.ipynb #c048
 @patch_to(NoiseSchedule)
 def shift(self, scale # how many times longer the side of the image is; 2 from 32x32 to 64x64
          ):           # a new NoiseSchedule
@@ -162,14 +162,14 @@ def shift(self, scale # how many times longer the side of the image is; 2 from 3
     if not 0 < scale < math.inf: raise DiffnbError(f"scale must be a number above 0, got {scale!r}.")
     return NoiseSchedule(self.alpha_bar / (self.alpha_bar + (1 - self.alpha_bar) * scale ** 2))
 
-# %% ../nbs/02_schedule.ipynb #c049
+# %% ../nbs/02_schedule.ipynb #c051
 @patch_to(NoiseSchedule)
 def zero_terminal_snr(self): # a new NoiseSchedule
     "sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2023, algorithm 1)."
     a = self.alpha_bar.sqrt()
     return NoiseSchedule(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 
-# %% ../nbs/02_schedule.ipynb #c053
+# %% ../nbs/02_schedule.ipynb #c055
 _SCHEDULES = dict(linear=linear_schedule, cosine=cosine_schedule, sigmoid=sigmoid_schedule)
 
 def make_schedule(name,                   # "linear", "cosine" or "sigmoid"
@@ -182,7 +182,7 @@ def make_schedule(name,                   # "linear", "cosine" or "sigmoid"
     schedule = _SCHEDULES[name](T).shift(shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
-# %% ../nbs/02_schedule.ipynb #c056
+# %% ../nbs/02_schedule.ipynb #c058
 def _unknown(prediction): return DiffnbError(f"prediction must be 'eps', 'x0' or 'v', got {prediction!r}.")
 
 @patch_to(NoiseSchedule)
@@ -198,7 +198,7 @@ def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]
     a, s = self.signal_noise(t, x0.ndim)
     return a * noise.float() - s * x0.float()
 
-# %% ../nbs/02_schedule.ipynb #c059
+# %% ../nbs/02_schedule.ipynb #c061
 @patch_to(NoiseSchedule)
 def to_x0(self, output, # what the network said, (B, C, H, W), any float type
           x_t,          # noised images, same shape
@@ -216,7 +216,7 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
                           "predicts eps says nothing about x0. Train with prediction='v' or 'x0'.")
     return (x_t.float() - s * output.float()) / a
 
-# %% ../nbs/02_schedule.ipynb #c060
+# %% ../nbs/02_schedule.ipynb #c062
 @patch_to(NoiseSchedule)
 def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipped
            x_t,      # noised images, same shape
@@ -227,7 +227,7 @@ def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipp
     if not torch.is_tensor(s) and s == 0: raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps.")
     return (x_t.float() - a * x0.float()) / s
 
-# %% ../nbs/02_schedule.ipynb #c075
+# %% ../nbs/02_schedule.ipynb #c077
 _SPACINGS = { # timestep with j more to come after it, of S in all; u = j/(S-1). Fractions, because floats add steps
     "trailing": lambda T, S, j, u: round(Fraction(T * (j + 1), S)) - 1,
     "leading": lambda T, S, j, u: j * (T // S),
@@ -245,7 +245,7 @@ def timesteps(self, steps,       # how many, from 1 to T
     u = lambda j: Fraction(j, steps - 1) if steps > 1 else 1
     return [_SPACINGS[spacing](self.T, steps, j, u(j)) for j in reversed(range(steps))]
 
-# %% ../nbs/02_schedule.ipynb #c083
+# %% ../nbs/02_schedule.ipynb #c085
 @patch_to(NoiseSchedule)
 def pairs(self, steps,       # how many, from 1 to T
           spacing="trailing" # see timesteps
@@ -254,7 +254,7 @@ def pairs(self, steps,       # how many, from 1 to T
     ts = self.timesteps(steps, spacing)
     return list(zip(ts, ts[1:] + [-1]))
 
-# %% ../nbs/02_schedule.ipynb #c094
+# %% ../nbs/02_schedule.ipynb #c096
 def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
                    chunk=4096 # images taken at a time
                   ):          # variances along the principal directions, (C*H*W,), float64, largest first
@@ -273,7 +273,7 @@ def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
     mean = total / n
     return torch.linalg.eigvalsh(products / n - mean.outer(mean)).flip(0).clamp(min=0).cpu()
 
-# %% ../nbs/02_schedule.ipynb #c096
+# %% ../nbs/02_schedule.ipynb #c098
 def gaussian_loss_floor(images,           # (N, C, H, W), or their spectrum, (D,)
                         schedule,         # a NoiseSchedule
                         prediction="eps"  # "eps", "x0" or "v"

@@ -7,7 +7,7 @@ __all__ = ['Batch', 'BINS', 'columns', 'free_to_change', 'diffusion_loss', 'lr_a
            'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'sample_grid', 'TrainingStopped', 'train',
            'live_curves', 'Trained', 'save_weights', 'load_model']
 
-# %% ../nbs/04_train.ipynb #c002
+# %% ../nbs/04_train.ipynb #c004
 import copy, csv, hashlib, io, json, math, os, signal, threading, time, warnings
 from collections import namedtuple
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/04_train.ipynb #c003
+# %% ../nbs/04_train.ipynb #c005
 import matplotlib.pyplot as plt
 import numpy as np
 import safetensors, safetensors.torch
@@ -23,14 +23,14 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_train.ipynb #c004
+# %% ../nbs/04_train.ipynb #c006
 from . import __version__
 from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, save_grid, show_images, to_float,
                          to_uint8, write_whole)
 from .schedule import NoiseSchedule, gaussian_loss_floor, image_spectrum, linear_schedule, make_schedule
 from .unet import UNet, count_parameters
 
-# %% ../nbs/04_train.ipynb #c007
+# %% ../nbs/04_train.ipynb #c009
 def diffusion_loss(model,            # model(x_t, t, y) -> prediction
                    schedule,         # NoiseSchedule
                    x0,               # clean images, (B, C, H, W), in [-1, 1]
@@ -46,7 +46,7 @@ def diffusion_loss(model,            # model(x_t, t, y) -> prediction
                           "it must predict one number for each number it gets")
     return (output.float() - schedule.target(x0, noise, t, prediction)).square().flatten(1).mean(1)
 
-# %% ../nbs/04_train.ipynb #c017
+# %% ../nbs/04_train.ipynb #c019
 def lr_at(step,   # 0, 1, …, total-1
           total,  # steps of the whole run
           peak,   # the learning rate named in the configuration
@@ -57,7 +57,7 @@ def lr_at(step,   # 0, 1, …, total-1
     if step < warmup: return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-# %% ../nbs/04_train.ipynb #c022
+# %% ../nbs/04_train.ipynb #c024
 def ema_decay_at(step, # updates done so far: 0, 1, …
                  decay # the decay named in the configuration, e.g. 0.9999
                 ):     # float
@@ -77,7 +77,7 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], weight)
         for mine, theirs in zip(self.model.buffers(), model.buffers()): mine.copy_(theirs)
 
-# %% ../nbs/04_train.ipynb #c029
+# %% ../nbs/04_train.ipynb #c031
 def drop_labels(y,         # int64 (B,), or None
                 p,         # probability of forgetting each label
                 null,      # the number of the null class: num_classes
@@ -87,7 +87,7 @@ def drop_labels(y,         # int64 (B,), or None
     if y is None or p == 0: return y
     return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < p, null, y)
 
-# %% ../nbs/04_train.ipynb #c032
+# %% ../nbs/04_train.ipynb #c034
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides what a training run does."
@@ -130,7 +130,7 @@ class TrainConfig:
     data_url: str | None = None                         # another address to download the data from
     on_broken: Literal["stop", "skip"] = "stop"         # an unreadable image in a folder
 
-# %% ../nbs/04_train.ipynb #c034
+# %% ../nbs/04_train.ipynb #c036
 def check_config(config, # TrainConfig
                 ):       # the same config
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
@@ -154,7 +154,7 @@ def check_config(config, # TrainConfig
         bad("prediction", "with zero_terminal_snr the last timestep holds no signal, and eps says nothing there: v or x0")
     return config
 
-# %% ../nbs/04_train.ipynb #c037
+# %% ../nbs/04_train.ipynb #c039
 def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device
     "The device asked for, or the best there is. Raises DiffnbError if it is not there."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -171,7 +171,7 @@ def pick_precision(name, device, config): # "float32" or "bf16"
     large = config.base_channels >= 32 and (config.image_size or 0) >= 16
     return "bf16" if device.type == "cpu" and large and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
-# %% ../nbs/04_train.ipynb #c040
+# %% ../nbs/04_train.ipynb #c042
 Batch = namedtuple("Batch", "x0 t noise y")
 
 def draw_batch(data,   # ImageData
@@ -188,7 +188,7 @@ def draw_batch(data,   # ImageData
     y = data.labels[index].to(device) if config.conditional and data.labels is not None else None
     return Batch(x0, t, noise, drop_labels(y, config.label_dropout, len(data.classes), g))
 
-# %% ../nbs/04_train.ipynb #c043
+# %% ../nbs/04_train.ipynb #c045
 BINS = 10
 
 class Meter:
@@ -213,7 +213,7 @@ class Meter:
         return {"loss": s[:BINS].sum() / s[BINS:2 * BINS].sum(), **{f"loss_bin_{i}": b for i, b in enumerate(bins)},
                 "grad_norm": s[-3] / s[-1], "clipped": s[-2] / s[-1]}
 
-# %% ../nbs/04_train.ipynb #c046
+# %% ../nbs/04_train.ipynb #c048
 columns = ["step", "epoch", "images", "loss", *[f"loss_bin_{i}" for i in range(BINS)], "lr", "grad_norm", "clipped",
            "images_per_s", "seconds"]
 
@@ -234,7 +234,7 @@ def read_metrics(run, # a run folder
     except ValueError as e: raise DiffnbError(f"{path} is damaged: {e}") from e
     return dict(zip(names, values.T))
 
-# %% ../nbs/04_train.ipynb #c047
+# %% ../nbs/04_train.ipynb #c049
 def plot_metrics(metrics,    # from read_metrics
                  floor=None, # mean loss of the best Gaussian denoiser for this data and schedule, if known
                 ):           # the Figure
@@ -246,13 +246,13 @@ def plot_metrics(metrics,    # from read_metrics
     for i in range(BINS): axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8,
                                        label=f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None)
     axes[1].legend(fontsize=7)
-    axes[2].plot(x, metrics["lr"]); axes[3].plot(x, metrics["grad_norm"])
+    axes[2].plot(x, metrics["lr"]); axes[2].set_ylim(bottom=0); axes[3].plot(x, metrics["grad_norm"])
     for ax, title in zip(axes, ("loss (MSE)", "loss by timestep bin", "learning rate", "gradient norm")):
         ax.set(title=title, xlabel="images seen", yscale="linear" if title == "learning rate" else "log")
         ax.title.set_fontsize(9); ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/04_train.ipynb #c050
+# %% ../nbs/04_train.ipynb #c052
 def _digest(tensors, meta):
     h = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -286,7 +286,7 @@ def read_tensors(path, # a file written by write_tensors
     except (safetensors.SafetensorError, ValueError, OSError, RuntimeError) as e: problem = str(e)
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
-# %% ../nbs/04_train.ipynb #c053
+# %% ../nbs/04_train.ipynb #c055
 class TrainState:
     "Everything of a run that changes: model, EMA, optimiser, meter, step and seconds spent."
     def __init__(self, model, config):
@@ -322,7 +322,7 @@ def load_weights(model, tensors, prefix=""):
     with torch.no_grad():
         for k, v in wanted.items(): v.copy_(found[k])
 
-# %% ../nbs/04_train.ipynb #c056
+# %% ../nbs/04_train.ipynb #c058
 def train_steps(state,    # TrainState; changed in place
                 data,     # ImageData
                 schedule, # NoiseSchedule
@@ -349,7 +349,7 @@ def train_steps(state,    # TrainState; changed in place
         state.step += 1
         yield state.step
 
-# %% ../nbs/04_train.ipynb #c059
+# %% ../nbs/04_train.ipynb #c061
 def resolve(config, # TrainConfig
            ):       # (config with nothing left open, ImageData, UNet configuration)
     "Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any work starts."
@@ -364,7 +364,7 @@ def resolve(config, # TrainConfig
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
-# %% ../nbs/04_train.ipynb #c060
+# %% ../nbs/04_train.ipynb #c062
 free_to_change = {"epochs", "device", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def checkpoints(run): # paths, oldest first
@@ -394,7 +394,7 @@ def make_config(values, # dict, as JSON gives it
     if unknown := sorted(set(values) - known): raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
-# %% ../nbs/04_train.ipynb #c062
+# %% ../nbs/04_train.ipynb #c064
 def _open_run(run, config, data, net):
     "Make the folder, or check that the run in it is the same. Writes config.json."
     if (run / "config.json").exists():
@@ -415,7 +415,7 @@ def _open_run(run, config, data, net):
         "data": {"name": data.name, "images": len(data), "classes": list(data.classes), "class_counts": counts,
                  "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}}, indent=1))
 
-# %% ../nbs/04_train.ipynb #c064
+# %% ../nbs/04_train.ipynb #c066
 @contextmanager
 def _stop_signals():
     "Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left alone."
@@ -429,7 +429,7 @@ def _stop_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/04_train.ipynb #c066
+# %% ../nbs/04_train.ipynb #c068
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6):
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
@@ -445,7 +445,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6):
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
-# %% ../nbs/04_train.ipynb #c067
+# %% ../nbs/04_train.ipynb #c069
 class TrainingStopped(DiffnbError): "The run cannot go on: its loss or gradient is no longer a finite number."
 
 def train(config,           # TrainConfig
@@ -518,7 +518,7 @@ def _check_finite(row, run):
                           + (f"The last good state is {kept[-1].name}. " if kept else "There was no checkpoint yet. ") +
                           "Continue it with a smaller lr or a smaller grad_clip in a new folder; with bf16, try precision float32")
 
-# %% ../nbs/04_train.ipynb #c071
+# %% ../nbs/04_train.ipynb #c073
 def live_curves(floor=None, # drawn as a dashed line
                ):           # a function for train(on_log=...)
     "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
@@ -531,7 +531,7 @@ def live_curves(floor=None, # drawn as a dashed line
         handle.update(fig); plt.close(fig)
     return on_log
 
-# %% ../nbs/04_train.ipynb #c085
+# %% ../nbs/04_train.ipynb #c087
 @dataclass(frozen=True)
 class Trained:
     "A trained model with what is needed to sample from it."

@@ -199,6 +199,12 @@ def test_jackknife_error_is_the_scatter_of_repeated_scores(n):
     scatter = np.std([frechet_distance(x, reference) for x in sets])
     assert 0.75 < np.mean([jackknife_error(x, reference) for x in sets[:20]]) / scatter < 1.6
 
+def test_extrapolation_removes_most_of_the_bias_of_small_n():
+    f, reference = cloud(800, 8, "inf", 1.3), Moments(cloud(50_000, 8, "ref"))
+    exact = 8 * 0.3 ** 2
+    curve = score_against_n(f, reference, [100, 200, 400], repeats=30)
+    assert abs(ev._at_infinity(curve, 8) - exact) < 0.5 * abs(curve[-1][1] - exact) + 0.05
+
 def test_score_falls_with_n_towards_the_floor():
     f = cloud(2000, 16, 0)
     curve = score_against_n(f, Moments(f), [50, 200, 800], apart=True)
@@ -357,7 +363,9 @@ def test_floor_is_at_most_half_of_the_reference(look, digits):
 def test_shapes_that_do_not_fit_and_too_few_images(look, digits):
     with pytest.raises(DiffnbError, match=r"\(1, 8, 8\) and the reference \(1, 16, 16\)"): evaluate(digits.images[:50], replace(digits, size=16), look)
     with pytest.raises(DiffnbError, match="at least 16"): evaluate(digits.images[:10], digits, look)
-    with pytest.warns(UserWarning, match="40 images"): evaluate(digits.images[:40], digits, look)
+    with pytest.warns(UserWarning, match="40 images"): e = evaluate(digits.images[:40], digits, look)
+    assert e.extrapolated is None and "n is too small" in str(e)
+    import matplotlib.pyplot as plt; plt.close(panel(e))
 
 def test_any_function_serves_as_feature_network(digits, test_digits):
     pixels = Features(lambda x: x.flatten(1).float() / 255, "pixels", 64)

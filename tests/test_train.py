@@ -29,13 +29,13 @@ def names(folder): return sorted(str(p.relative_to(folder)) for p in pathlib.Pat
 
 
 def test_run_folder_holds_what_is_promised(finished):
-    assert {"config.json", "metrics.csv", "samples/step_000000024.png"} <= set(names(finished)) and len(checkpoints(finished)) == 3
+    assert {"config.json", "metrics.csv", "samples/step_000000024.png"} <= set(names(finished)) and len(checkpoints(finished)) == 2
     facts = read_config(finished)
     assert facts["data"]["class_counts"] and facts["data"]["native_size"] == 8 and facts["config"].flip is False
     assert not [n for n in names(finished) if "partial" in n]
 
 
-@pytest.mark.parametrize("setting", [dict(image_size=16), dict(conditional=False), dict(base_channels=32), dict(lr=2e-3), dict(schedule="cosine")])
+@pytest.mark.parametrize("setting", [dict(image_size=16, attention=(8,)), dict(conditional=False), dict(base_channels=32), dict(lr=2e-3), dict(schedule="cosine")])
 def test_run_and_request_that_disagree(finished, setting):
     before = names(finished)
     with pytest.raises(DiffnbError, match=next(iter(setting))): train(change(tiny, **setting), finished, progress=False)
@@ -43,13 +43,17 @@ def test_run_and_request_that_disagree(finished, setting):
 
 
 def test_checkpoint_for_other_classes_channels_or_size(finished, tmp_path):
-    for key, value in (("num_classes", 7), ("in_channels", 3), ("image_size", 16), ("base_channels", 32)):
+    for key, value in (("num_classes", 7), ("in_channels", 3), ("base_channels", 32)):
         run = copy(finished, tmp_path / key)
         path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
         meta["model"][key] = value; write_tensors(path, tensors, meta)
-        if key == "image_size": assert load_model(path, "cpu").shape == (1, 16, 16)      # no weight depends on it
-        else:
-            with pytest.raises(DiffnbError, match="another model"): load_model(path, "cpu")
+        with pytest.raises(DiffnbError, match="another model"): load_model(path, "cpu")
+        with pytest.raises(DiffnbError, match=key): load_model(run, "cpu")
+    run = copy(finished, tmp_path / "size")                                     # no weight depends on it, so only the words can tell
+    path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
+    meta["model"] |= {"image_size": 16, "attention": [8]}; write_tensors(path, tensors, meta)
+    with pytest.raises(DiffnbError, match="image_size=16"): load_model(run, "cpu")
+    with pytest.raises(DiffnbError, match="image_size=16"): train(tiny, run, progress=False)
     config = json.loads((finished / "config.json").read_text()); config["model"]["num_classes"] = 7
     run = copy(finished, tmp_path / "config"); (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(DiffnbError, match="num_classes"): train(tiny, run, progress=False)
