@@ -7,14 +7,14 @@ __all__ = ['INCEPTION_FILE', 'INCEPTION_URL', 'write_statistics', 'load_statisti
            'score_against_n', 'Evaluation', 'evaluate', 'make_features', 'panel', 'read_images', 'grid_beside',
            'evaluate_run']
 
-# %% ../nbs/07_evaluate.ipynb #c002
+# %% ../nbs/07_evaluate.ipynb #c004
 import io, json, math, os, textwrap, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/07_evaluate.ipynb #c003
+# %% ../nbs/07_evaluate.ipynb #c005
 import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.torch
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-# %% ../nbs/07_evaluate.ipynb #c004
+# %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
 from .data import DiffnbError, ImageData, addressed, load_data, named_sets, save_grid, to_float, to_uint8, write_whole
 from .guide import guided
@@ -33,7 +33,7 @@ from .sample import ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
 from .train import diffusion_loss, load_model, pick_device, read_config, read_tensors, write_tensors
 
-# %% ../nbs/07_evaluate.ipynb #c007
+# %% ../nbs/07_evaluate.ipynb #c009
 def write_statistics(data, # ImageData
                      out,  # a folder
                     ):     # path of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
@@ -58,7 +58,7 @@ def load_statistics(source, # a file from write_statistics, or the name of a shi
         known = ", ".join(sorted(p.stem for p in folder.glob("*.npz")))
         raise DiffnbError(f"no statistics in {path} ({e}): shipped are {known}; write_statistics makes others") from e
 
-# %% ../nbs/07_evaluate.ipynb #c022
+# %% ../nbs/07_evaluate.ipynb #c024
 @torch.no_grad()
 def loss_by_timestep(model, schedule,
                      images,           # uint8 (N, C, H, W), on the device of the model
@@ -78,7 +78,7 @@ def loss_by_timestep(model, schedule,
             losses[k] += diffusion_loss(model, schedule, x0, times, noise, labels, prediction).sum().item()
     return timesteps, losses / len(images)
 
-# %% ../nbs/07_evaluate.ipynb #c032
+# %% ../nbs/07_evaluate.ipynb #c034
 @dataclass(frozen=True)
 class Features:
     "A feature network with what must be said about it: calling it turns images into float32 (N, dim)."
@@ -101,7 +101,7 @@ class Features:
 
     def __call__(self, images, batch_size=256): return torch.cat(list(self.batches(images, batch_size)))
 
-# %% ../nbs/07_evaluate.ipynb #c034
+# %% ../nbs/07_evaluate.ipynb #c036
 class DigitsNetwork(nn.Module):
     "A small convolutional classifier of 8x8 digits; its 64 activations before the last layer are the features."
     def __init__(self):
@@ -130,7 +130,7 @@ def train_digits_network(images, labels, steps=400, seed=0): # uint8 (N, 1, 8, 8
         optimizer.zero_grad(); loss.backward(); optimizer.step(); rate.step()
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/07_evaluate.ipynb #c037
+# %% ../nbs/07_evaluate.ipynb #c039
 def write_digits_features(path):
     "Train the digits network on both splits and write its weights."
     parts = [load_data("digits", split=split) for split in ("train", "test")]
@@ -144,7 +144,7 @@ def digits_features(device="cpu"): # -> Features
     net = net.to(device).eval().requires_grad_(False)
     return Features(net.features, "digits classifier", 64, str(device))
 
-# %% ../nbs/07_evaluate.ipynb #c040
+# %% ../nbs/07_evaluate.ipynb #c042
 class Moments:
     "Running count, mean and scatter matrix, in float64, merged batch by batch (Chan, Golub & LeVeque 1979)."
     def __init__(self, batches=()): # (B, D) tensors; or one tensor (N, D)
@@ -178,7 +178,7 @@ class Moments:
             self._root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         return self._root
 
-# %% ../nbs/07_evaluate.ipynb #c043
+# %% ../nbs/07_evaluate.ipynb #c045
 def _frechet(a, b):
     "Squared Fréchet distance of two Moments; the square root of b is computed once and kept."
     b_root = b.root()
@@ -199,7 +199,7 @@ def _warn_if_few(n, dim):
     if n <= dim: warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far too high, and can "
                                f"only be compared at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)
 
-# %% ../nbs/07_evaluate.ipynb #c057
+# %% ../nbs/07_evaluate.ipynb #c059
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
 
@@ -219,7 +219,7 @@ def _inception_weights(path):
         return torch.load(path, weights_only=True, map_location="cpu"), path             # weights_only: tensors and nothing that runs
     except Exception as e: raise DiffnbError(f"{path} cannot be read as Inception weights ({e})") from e
 
-# %% ../nbs/07_evaluate.ipynb #c058
+# %% ../nbs/07_evaluate.ipynb #c060
 def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what FID is defined on
                        weights=None, # a .pth or .safetensors file; None: $DIFFNB_INCEPTION, then torch.hub's cache, then a download
                        device="cpu",
@@ -239,7 +239,7 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
     net = net.to(device)
     return Features(lambda x: net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0], "Inception-v3 2015-12-05", dim, str(device))
 
-# %% ../nbs/07_evaluate.ipynb #c062
+# %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)
         subset_size=1000, # images of either set in each subset; at most N and M
         subsets=100, seed=0,
@@ -258,7 +258,7 @@ def kid(a, b,             # features, (N, D) and (M, D)
 
 def _exact(x): return dict(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64)
 
-# %% ../nbs/07_evaluate.ipynb #c068
+# %% ../nbs/07_evaluate.ipynb #c070
 def _distances(x, y, chunk=1000):
     "Yield Euclidean distances (chunk, M) of x's rows to y's, in float64, where equal rows come out as equal."
     y = y.to(**_exact(y))
@@ -280,7 +280,7 @@ def nearest(x,              # features, (N, D)
     found = [d.topk(1 + skip_self, largest=False) for d in _distances(x, reference)]
     return tuple(torch.cat([getattr(f, name)[:, -1] for f in found]) for name in ("values", "indices"))
 
-# %% ../nbs/07_evaluate.ipynb #c074
+# %% ../nbs/07_evaluate.ipynb #c076
 @dataclass(frozen=True)
 class Score:
     "One number and all that must be known to compare it with another; printing it prints them all."
@@ -316,7 +316,7 @@ class Score:
         return (f"{name} {self.value:.4g}{error} ({self.network}, {self.dim}-d; n = {self.n:,} against {self.n_reference:,} of "
                 f"{' '.join(filter(None, (self.reference, self.split)))}; {size}{note})")
 
-# %% ../nbs/07_evaluate.ipynb #c077
+# %% ../nbs/07_evaluate.ipynb #c079
 def jackknife_error(f,         # features of the generated images, (N, D)
                     reference, # Moments
                     groups=20, seed=0,
@@ -336,7 +336,7 @@ def score_against_n(f, reference, sizes, repeats=4, seed=0, apart=False):
         curve.append((n, float(np.mean([_frechet(p, reference.without(p) if apart else reference) for p in parts]))))
     return curve
 
-# %% ../nbs/07_evaluate.ipynb #c081
+# %% ../nbs/07_evaluate.ipynb #c083
 @dataclass(frozen=True)
 class Evaluation:
     "What `evaluate` found. Printing it prints every number with its conditions."
@@ -370,7 +370,7 @@ class Evaluation:
             f"precision {self.precision.value:.2f} (real images {self.real_precision:.2f}), recall {self.recall.value:.2f} ({self.real_recall:.2f}), n = {self.recall.n:,} on either side",
             f"nearer to a training image than 95% of real ones: {self.copied:.1%} of the images (5% is innocent)"])
 
-# %% ../nbs/07_evaluate.ipynb #c082
+# %% ../nbs/07_evaluate.ipynb #c084
 def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              reference,     # ImageData: the images the model was trained on
              features=None, # Features; None: the digits classifier for digits, otherwise 2048-d Inception
@@ -419,13 +419,13 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
         copied=(d < d_real.quantile(0.05)).double().mean().item(), distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
         closest=torch.stack([images[first.to(images.device)].cpu(), reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
 
-# %% ../nbs/07_evaluate.ipynb #c083
+# %% ../nbs/07_evaluate.ipynb #c085
 def _at_infinity(curve, dim): # (n, score) pairs
     "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
     if curve[0][0] <= dim: return None
     return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])
 
-# %% ../nbs/07_evaluate.ipynb #c085
+# %% ../nbs/07_evaluate.ipynb #c087
 def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"
                   data="",      # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
@@ -438,7 +438,7 @@ def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception
         raise DiffnbError(f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, inception-192 or inception-64")
     return inception_features(int(dim), weights, device)
 
-# %% ../nbs/07_evaluate.ipynb #c086
+# %% ../nbs/07_evaluate.ipynb #c088
 def panel(e, # Evaluation
          ):  # the Figure
     "The honesty panel: score and floors, score against n, precision and recall, distance to the training images, closest pairs."
@@ -470,7 +470,7 @@ def panel(e, # Evaluation
     top.suptitle("\n".join(textwrap.wrap(str(e.score), 150)), fontsize=8)
     return fig
 
-# %% ../nbs/07_evaluate.ipynb #c092
+# %% ../nbs/07_evaluate.ipynb #c094
 def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 uint8 (N, H, W, C) and perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
                ):       # (uint8 (N, C, H, W), labels int64 (N,) or None)
@@ -495,7 +495,7 @@ def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 ui
     if n and len(images) < n: raise DiffnbError(f"{source} has {len(images)} images, and n={n} were asked for")
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else torch.from_numpy(labels[:n]).long()
 
-# %% ../nbs/07_evaluate.ipynb #c093
+# %% ../nbs/07_evaluate.ipynb #c095
 def _real(reference, like, filter="bicubic", root=None):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
@@ -525,7 +525,7 @@ def grid_beside(real,      # ImageData
     grid = torch.cat([left.unflatten(0, (-1, per_row)), gap, right.unflatten(0, (-1, per_row))], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // real.size))
 
-# %% ../nbs/07_evaluate.ipynb #c094
+# %% ../nbs/07_evaluate.ipynb #c096
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
                  reference=None,    # data set name, folder or .npz of real images; None: what the run was trained on

@@ -13,7 +13,8 @@ from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin
 
 # %% ../nbs/04_train.ipynb #c005
 import matplotlib.pyplot as plt
@@ -131,17 +132,21 @@ class TrainConfig:
     on_broken: Literal["stop", "skip"] = "stop"         # an unreadable image in a folder
 
 # %% ../nbs/04_train.ipynb #c036
+def _fits(value, kind): # is `value` of the annotated type? A whole number passes for a float, a bool never for a number
+    if isinstance(kind, UnionType): return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is Literal: return value in get_args(kind)
+    if get_origin(kind) is tuple: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    return type(value) is kind or kind is float and type(value) is int
+
 def check_config(config, # TrainConfig
                 ):       # the same config
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
     def bad(name, allowed):
         raise DiffnbError(f"{name}={getattr(config, name)!r} is not possible: {allowed} (command line: --{name.replace('_', '-')})")
     for f in fields(config):                                         # types first: a config may come from a JSON file
-        value, kind = getattr(config, f.name), f.type
-        if getattr(kind, "__origin__", None) is Literal:
-            if value not in kind.__args__: bad(f.name, "one of " + ", ".join(kind.__args__))
-        elif kind in (int, float, bool, str) and not (type(value) is kind or kind is float and type(value) is int):
-            bad(f.name, f"a value of type {kind.__name__}")
+        if not _fits(getattr(config, f.name), f.type):
+            options = get_args(f.type) if get_origin(f.type) is Literal else (getattr(f.type, "__name__", f.type),)
+            bad(f.name, "it must be " + " or ".join(map(str, options)))
     for name in ("T", "epochs", "batch_size", "accumulate", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
                  "log_every", "shift"):
         if not 0 < getattr(config, name) < 1e9: bad(name, "it must be above 0")
@@ -446,6 +451,13 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6):
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
 # %% ../nbs/04_train.ipynb #c069
+def _same_model(written, wanted, run):
+    "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
+    for k, v in wanted.items():
+        if written.get(k) != v:
+            raise DiffnbError(f"{run}: the checkpoint is of a model with {k}={written.get(k)!r}, but config.json says {v!r}. "
+                              "They belong to different runs: restore the right config.json, or start anew in another folder")
+
 class TrainingStopped(DiffnbError): "The run cannot go on: its loss or gradient is no longer a finite number."
 
 def train(config,           # TrainConfig
@@ -466,6 +478,7 @@ def train(config,           # TrainConfig
     state, total = TrainState(UNet(**net).to(device), config), math.ceil(config.epochs * len(data) / config.batch_size)
     if saved := last_checkpoint(run):
         tensors, meta = saved
+        _same_model(meta["model"], net, run)
         state.restore(tensors, meta["step"], meta["seconds"])
         if progress: print(f"continuing {run} at step {state.step} of {total}")
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
@@ -561,10 +574,10 @@ def load_model(source,        # run folder, checkpoint or weights file, or the n
     embedded = Path(__file__).parent / "weights" / f"{source}.safetensors" if "__file__" in globals() else Path("no/where")
     path = Path(source)
     if path.is_dir():
-        read_config(path)                                                  # a folder, but is it a run?
-        found = last_checkpoint(path)
+        facts, found = read_config(path), last_checkpoint(path)
         if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
+        _same_model(meta.get("model", {}), facts["model"], path)
     elif path.is_file() or not embedded.is_file(): tensors, meta = read_tensors(path)
     else: tensors, meta = read_tensors(embedded)
     try: config, net, step = make_config(meta["config"]), dict(meta["model"]), int(meta["step"]); classes = tuple(meta["data"]["classes"])

@@ -248,7 +248,8 @@ EVALUATION = dict(step=281, steps=50, score=SCORE, floor={**SCORE, "value": 1.0,
 
 
 @pytest.mark.parametrize("fault,change", [
-    (None, {}), ("score-few", {"score": {**SCORE, "n": 300}}), ("score-uncertain", {"score": {**SCORE, "error": 0.6}}),
+    (None, {}), ("score-few", {"score": {**SCORE, "n": 300}}),
+    ("score-few", {"score": {**SCORE, "n": 300}, "extrapolated": None}), ("score-uncertain", {"score": {**SCORE, "error": 0.6}}),
     ("score-copying", {"copied": 0.9}), ("size-mismatch", {"score": {**SCORE, "size": 16}}), ("sampler-steps", {"steps": 4})])
 def test_scores(fault, change, patient):
     run = patient(); (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
