@@ -47,11 +47,11 @@ def _train(config, run):
 
 def resume(run: Run,                    # a run folder
            epochs: float | None = None, # train this many in all, instead of what was planned; the learning rate follows
-           device: str = "auto"         # the run may go on elsewhere
+           device: str | None = None    # go on elsewhere; default: the device named when it was begun
           ):
     "Continue an interrupted run with its own settings, or extend a finished one."
-    config = replace(read_config(run)["config"], device=device)
-    return _train(config if epochs is None else replace(config, epochs=epochs), run)
+    config = read_config(run)["config"]
+    return _train(replace(config, device=device or config.device, epochs=epochs or config.epochs), run)
 
 # %% ../nbs/tools/cli.ipynb #c011
 samplers = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ddpm": ddpm}
@@ -150,6 +150,7 @@ def export(run: Run,                         # a run folder, checkpoint, weights
     m = load_model(run, device="cpu")
     out = out or (run if run.is_dir() else Path()) / "diffusers"
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
+    if m.classes: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)
     return 0
 

@@ -29,7 +29,7 @@ def you_are_here(name=None): # a lesson's name, e.g. "03_unet"; None: just the m
     return fig
 
 # %% ../nbs/index.ipynb #c008
-optional = {"diffusers": "moving models to and from diffusers", "jupyterlab": "reading the notebooks", "ipywidgets": "moving sliders in them",
+optional = {"diffusers": "moving models to and from diffusers", "jupyterlab": "reading the notebooks", "ipywidgets": "moving sliders in them", "torch-fidelity": "Inception features, in evaluation",
             "nbdev": "changing the package: nbdev_export, nbdev_test", "pytest": "the tests in tests/"}
 needed = ("torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow", "tyro")
 

@@ -5,7 +5,7 @@ __all__ = ['filters', 'suffixes', 'named_sets', 'DiffnbError', 'to_float', 'to_u
            'save_grid', 'ImageData', 'decode', 'load_data', 'augment', 'batch_indices']
 
 # %% ../nbs/01_data.ipynb #c004
-import hashlib, io, json, os, urllib.error
+import hashlib, io, json, os, shutil, urllib.error
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,6 +42,7 @@ def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", ste
               device="cpu", # where they will be drawn; CPU and GPU draw different numbers from the same address
              ):             # a torch.Generator
     "A generator whose state depends on `key` alone, not on what was drawn before."
+    key = tuple(k if isinstance(k, str) else int(k) for k in key)            # 3 and numpy's 3 are the same address
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -80,8 +81,9 @@ def write_whole(path, # the file to appear
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(partial_path, path)
-    except OSError as e:
+    except BaseException as e:                                   # Ctrl-C too must not leave a half-written file behind
         if partial_path.is_file(): partial_path.unlink()
+        if not isinstance(e, OSError): raise
         raise DiffnbError(f"cannot write {path}: {e.strerror or e}. Choose a folder you may write to, "
                           "with space left on its disk") from e
     return path
@@ -145,7 +147,7 @@ def _torchvision_set(cls, files, split, root, url):
         cls = type(cls.__name__, (cls,), {"mirrors": [url.rstrip("/") + "/"]})
     try:
         return cls(root, train=split == "train", download=False)
-    except RuntimeError: pass                      # not there, or damaged: fetch it
+    except (RuntimeError, OSError, ValueError): pass   # not there, or damaged: fetch it
     try:
         return cls(root, train=split == "train", download=True)
     except (RuntimeError, urllib.error.URLError, OSError) as e:
@@ -178,7 +180,7 @@ def decode(path,     # an image file
         im = ImageOps.exif_transpose(im)
         if im.mode.startswith("I") or im.mode == "F":              # 16-bit and float greys: convert() would clip them
             grey = np.asarray(im, dtype=np.float64)
-            top = 255 if grey.max() <= 255 else max(65535, grey.max())
+            top = 65535 if im.mode.startswith("I;16") or grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
             im = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
         if im.has_transparency_data:
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
@@ -188,10 +190,14 @@ def decode(path,     # an image file
 # %% ../nbs/01_data.ipynb #c039
 def _list_folder(folder, split):
     "(paths, labels or None, class names) of the images below `folder`, in sorted order."
-    folder = folder / split if (folder / split).is_dir() else folder
-    if split == "test" and folder.name != "test":
-        raise DiffnbError(f"{folder} has no subfolder 'test': make one, with the same class folders as 'train'")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    visible = {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    splits = visible and visible <= {"train", "test", "val"}              # a class may be called "train" too, beside "bus"
+    if split == "test" and not (splits and "test" in visible):
+        raise DiffnbError(f"{folder} has no subfolder 'test' beside 'train': make one, with the same class folders")
+    if splits and split not in visible: raise DiffnbError(f"{folder} has {', '.join(sorted(visible))}, but no subfolder {split!r}")
+    folder = folder / split if splits else folder
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not found:
         raise DiffnbError(f"no images in {folder.resolve()}: looked for {', '.join(sorted(suffixes))} in it and its subfolders")
     tops = [p.relative_to(folder).parts for p in found]
@@ -209,23 +215,29 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress):
     stamp = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     key = hashlib.sha256(json.dumps([stamp, size, filter, channels, on_broken]).encode()).hexdigest()[:16]
     array, facts = Path(cache) / f"{key}.npy", Path(cache) / f"{key}.json"
-    if not facts.exists():
+    if not (facts.exists() and array.exists()):
         _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress)
     kept = json.loads(facts.read_text())
-    images = torch.from_numpy(np.load(array, mmap_mode="c"))           # "c": copy on write; the file itself stays as it is
+    images = torch.from_numpy(np.load(array, mmap_mode="c"))[:len(kept["kept"])]   # "c": copy on write; the file stays as it is
     labels = None if labels is None else labels[kept["kept"]]
     return images, labels, classes, kept["native_size"]
 
 def _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress):
     "Decode `paths` into the .npy file `array`; the facts are written last, so their presence says that the array is whole."
-    array.parent.mkdir(parents=True, exist_ok=True)
     partial_path = array.with_suffix(f".{os.getpid()}.partial")
-    out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(paths), channels, size, size))
+    try:
+        array.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = len(paths) * channels * size * size, shutil.disk_usage(array.parent).free
+        if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(paths), channels, size, size))
+    except OSError as e:
+        raise DiffnbError(f"cannot write the cache of decoded images in {array.parent}: {e}. "
+                          "Choose another place with root=... (command line: --data-root)") from e
     def read(path):
         try:
             with Image.open(path) as im: side = min(im.size)
             return decode(path, size, filter, channels), side
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: return e, 0
+        except Exception as e: return e, 0                       # Pillow's readers raise a dozen kinds for broken files
     kept, sides = [], []
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -238,8 +250,7 @@ def _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress
                 else: print(f"left out, cannot be read: {paths[i]} ({image})")
         if not kept: raise DiffnbError(f"none of the {len(paths)} images below {paths[0].parent} can be read")
         out.flush()
-        if len(kept) < len(paths): np.lib.format.open_memmap(array.with_suffix(".cut"), "w+", np.uint8, (len(kept), *out.shape[1:]))[:] = out[:len(kept)]
-        os.replace(array.with_suffix(".cut") if len(kept) < len(paths) else partial_path, array)
+        os.replace(partial_path, array)
         write_whole(facts, json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
     finally: partial_path.unlink(missing_ok=True)
 

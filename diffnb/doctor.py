@@ -8,14 +8,14 @@ __all__ = ['LEAST_ROWS', 'SPIKE_MADS', 'SPIKE_RATIO', 'FLOOR_DIMS', 'FLOOR_IMAGE
            'bin_floor', 'mirror_test', 'picture_facts', 'copies', 'draw', 'verdict', 'Report', 'examine', 'watch',
            'dashboard', 'live_dashboard']
 
-# %% ../nbs/08_doctor.ipynb #c002
+# %% ../nbs/08_doctor.ipynb #c004
 import base64, html, io, json, math, textwrap, time, warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-# %% ../nbs/08_doctor.ipynb #c003
+# %% ../nbs/08_doctor.ipynb #c005
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import InterpolationMode, functional as TF
 
-# %% ../nbs/08_doctor.ipynb #c004
+# %% ../nbs/08_doctor.ipynb #c006
 from .data import DiffnbError, addressed, load_data, to_float, write_whole
 from .evaluate import load_statistics
 from .schedule import gaussian_loss_floor, image_spectrum, make_schedule
@@ -33,7 +33,7 @@ from .train import (BINS, TrainConfig, checkpoints, diffusion_loss, load_weights
                           read_config, read_metrics, read_tensors)
 from .unet import UNet, count_parameters
 
-# %% ../nbs/08_doctor.ipynb #c009
+# %% ../nbs/08_doctor.ipynb #c011
 LEAST_ROWS = 8  # fewer rows than this give no interval worth printing
 
 def trend(x,      # where: images seen, ascending, (n,)
@@ -51,7 +51,7 @@ def trend(x,      # where: images seen, ascending, (n,)
     change = np.expm1(slopes * (x[-1] - x[0]))
     return float(change[0]), *map(float, np.quantile(change[1:], (0.025, 0.975)))
 
-# %% ../nbs/08_doctor.ipynb #c013
+# %% ../nbs/08_doctor.ipynb #c015
 SPIKE_MADS, SPIKE_RATIO = 8, 1.5 # 8 scaled deviations: under 1e-14 for Gaussian noise; 1.5: half as much again matters
 
 def _running_median(y): return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(y, 5, mode="reflect"), 11), axis=1)
@@ -65,7 +65,7 @@ def spikes(y): # losses, (n,) -> positions of the spikes, int array
     # a steep fall puts early rows above the median around them: a spike is also above the rows before it
     return np.flatnonzero((rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO)))
 
-# %% ../nbs/08_doctor.ipynb #c016
+# %% ../nbs/08_doctor.ipynb #c018
 @lru_cache(maxsize=8)
 def _network_facts(net): # JSON of a UNet's arguments -> (parameters, floating point operations for one image, forward)
     with torch.device("meta"):
@@ -120,7 +120,7 @@ class Facts:
         around = y - np.polyval(np.polyfit(x, y, 1), x) if len(y) > 2 and np.isfinite(y).all() else y - y.mean()
         return float(y.mean()), float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(y) > 2 else math.nan
 
-# %% ../nbs/08_doctor.ipynb #c018
+# %% ../nbs/08_doctor.ipynb #c020
 def _config(run):
     "config.json, also with the one clash that today's checks refuse, so that the report can name it."
     try: return read_config(run)
@@ -144,7 +144,7 @@ def _evaluation(path): # evaluation.json as a dict with at least the score and i
     try: told = json.loads(path.read_text()); float(told["score"]["value"]); float(told["floor"]["value"]); int(told["score"]["n"]); return told
     except (OSError, ValueError, KeyError, TypeError): return None
 
-# %% ../nbs/08_doctor.ipynb #c020
+# %% ../nbs/08_doctor.ipynb #c022
 FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes seconds; in 12,288 ten minutes
 
 def _load(f, split, size): # ImageData, or None with the reason noted
@@ -168,7 +168,7 @@ def _read_data(f):
     if f.spectrum is not None: f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
     else: f.missing.append("the Gaussian floor of the loss: it needs more images than an image has values, or statistics that ship with diffnb")
 
-# %% ../nbs/08_doctor.ipynb #c022
+# %% ../nbs/08_doctor.ipynb #c024
 BUDGET = {"cpu": 5e11, "other": 5e13} # floating point operations to spend on measuring
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def _paired(a, b): # losses on the same timesteps and noise -> (relative differe
     d = np.log(a / b)
     return float(np.expm1(d.mean())), float(d.mean() / max(d.std(ddof=1) / math.sqrt(len(d)), 1e-12))
 
-# %% ../nbs/08_doctor.ipynb #c023
+# %% ../nbs/08_doctor.ipynb #c025
 def gather(run,        # a run folder, finished or running
            deep=True,  # also measure losses from the checkpoint; needs the data
            live=False, # only what a training loop can afford: config.json and metrics.csv
@@ -223,7 +223,7 @@ def _read_extras(f): # the last sample grid, and evaluation.json
     f.scores = _evaluation(path)
     if f.scores is None: f.missing.append("scores: no evaluation.json that can be read; `diffnb evaluate` writes one")
 
-# %% ../nbs/08_doctor.ipynb #c028
+# %% ../nbs/08_doctor.ipynb #c030
 Problem = namedtuple("Problem", "evidence advice effect figure severity", defaults=(None, None))
 Check = namedtuple("Check", "id severity title lesson needs look")
 CHECKS = {}
@@ -252,7 +252,7 @@ def findings(facts): # Facts -> list of Finding, the most severe first; severity
         elif said: found.append(Finding(c.id, said.severity or c.severity, c.title, c.lesson, said.evidence, said.advice, said.effect, said.figure))
     return sorted(found, key=lambda x: order.index(x.severity))
 
-# %% ../nbs/08_doctor.ipynb #c035
+# %% ../nbs/08_doctor.ipynb #c037
 LATE = 0.8        # share of the planned steps from which a loss above the floor is no longer "early"
 EXCESS = 0.05     # a bin is worth naming if its excess over the floor makes up 5% of the whole loss
 FLAT, RISE = 0.02, 0.10 # flat: interval within ±2% over the last third; diverging: interval above +10%
@@ -286,7 +286,7 @@ def bin_floor(facts): # Facts -> the floor averaged over each timestep bin, (BIN
     t = torch.arange(facts.config.T) * BINS // facts.config.T
     return np.array([torch.as_tensor(facts.floor)[t == i].mean().item() for i in range(BINS)])
 
-# %% ../nbs/08_doctor.ipynb #c036
+# %% ../nbs/08_doctor.ipynb #c038
 def _slope(f): return trend(*f.calm()) # over the last third of the rows
 @check("diverging", "critical", "The loss is rising", "04_train: A clipped gradient")
 def _diverging(f):
@@ -318,7 +318,7 @@ def _not_finite(f):
     return Problem(f"Rows without a finite loss or gradient: {len(rows)}{f', first at step {rows[0]}' if rows else ''}; tensors of the checkpoint with such values: {len(weights)}.",
                    "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.")
 
-# %% ../nbs/08_doctor.ipynb #c041
+# %% ../nbs/08_doctor.ipynb #c043
 @check("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
 def _no_warmup(f):
     steps = min(f.config.warmup, f.total // 10)
@@ -350,7 +350,7 @@ def _stopped_early(f):
     return Problem(f"Step {f.step:,} of {f.total:,} ({f.done:.0%}), learning rate at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, and no new row for {f.age / 3600:.1f} hours.",
                    f"diffnb resume {f.run}", "What is missing is the decay of the rate, in which the weights settle.", "lr")
 
-# %% ../nbs/08_doctor.ipynb #c042
+# %% ../nbs/08_doctor.ipynb #c044
 CLIPPED, GROWTH = 0.3, 5 # clipping in a third of the steps is no longer the exception; a gradient norm 5 times as large is no noise
 @check("clipping", "moderate", "Too many gradients are clipped", "04_train: A clipped gradient")
 def _clipping(f):
@@ -374,7 +374,7 @@ def _grad_growing(f):
     return Problem(f"Median {before:.3f} in the second quarter, {now:.3f} in the last: {now / before:.1f} times.", "Halve the learning rate; if in bf16, compare with float32.",
                    "Often the first sign of a divergence.", "grad")
 
-# %% ../nbs/08_doctor.ipynb #c046
+# %% ../nbs/08_doctor.ipynb #c048
 EMA_LEAST, EMA_SHARE = 0.9, 0.005 # below 0.9 the average spans ten steps; DDPM's horizon was 1.2% of its run
 WORSE, SURE = 0.05, 4             # a paired difference counts from 5%, with a t value of 4 (one chance in 30,000)
 SEEN, DATA = 0.02, 500            # images per parameter; images in the set
@@ -413,7 +413,7 @@ def _overfitting(f):
     return Problem(text, "Stop earlier, or add dropout (0.1) and, where mirror images are natural, flips; more data is better than either.",
                    f"The {gap:.0%} between the two is what the model knows by heart.", "bins", "critical" if gap > 1 else None)
 
-# %% ../nbs/08_doctor.ipynb #c050
+# %% ../nbs/08_doctor.ipynb #c052
 MIRROR_LOSS, MIRROR_TOLD = 0.2, 0.55 # accuracy lost on mirrored images; accuracy in telling them from real ones (0.5: guessing)
 
 def mirror_test(images, labels=None, n=1500):
@@ -433,7 +433,7 @@ def mirror_test(images, labels=None, n=1500):
         y = labels[index].numpy(); model = read().fit(flat(x[:half]), y[:half])
     return model.score(flat(x[half:]), y[half:]), model.score(flat(x[half:].flip(-1)), y[half:]), told
 
-# %% ../nbs/08_doctor.ipynb #c052
+# %% ../nbs/08_doctor.ipynb #c054
 def _mirrors(f): return mirror_test(f.images.take(slice(None, None, max(1, len(f.images) // 3000))), None if f.images.labels is None
                                     else f.images.labels[::max(1, len(f.images) // 3000)])
 @check("flip-harmful", "critical", "Images are mirrored although mirroring changes what they show", "01_data: Augmentation, on the device, per image", "images")
@@ -463,7 +463,7 @@ def _small_data(f):
     return Problem(f"{n:,} images, each seen {f.total * f.config.batch_size / n:,.0f} times.", "Watch the held-out loss and the nearest training images; use dropout, and fewer epochs.",
                    "Beyond some hundred passes, samples tend to be copies.")
 
-# %% ../nbs/08_doctor.ipynb #c055
+# %% ../nbs/08_doctor.ipynb #c057
 @check("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
 def _size_mismatch(f):
     sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
@@ -484,7 +484,7 @@ def _upscaled(f):
     return Problem(evidence, f"Train at {f.native} pixels and enlarge the samples. If it must be {f.size}: shift={scale:g}, which lowers the signal-to-noise ratio by {scale ** 2:g}.",
                    f"At {f.native} pixels a step costs about 1/{scale ** 2:.3g}, so that {scale ** 2:.3g} times as many images can be seen in the same time.", "spectrum")
 
-# %% ../nbs/08_doctor.ipynb #c058
+# %% ../nbs/08_doctor.ipynb #c060
 PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's schedule leaves 0.006
 @check("zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?", "config")
 def _zero_snr_eps(f):
@@ -510,7 +510,7 @@ def _sampler_steps(f):
     if not few: return ", ".join(f"{k}: {v} steps" for k, v in used.items()) + "."
     return Problem(", ".join(f"{k} are made with {v} steps" for k, v in few.items()) + ".", "sample_steps=50 with DDIM, or 20 with dpmpp_2m", "Judges the model instead of the sampler.", "samples")
 
-# %% ../nbs/08_doctor.ipynb #c061
+# %% ../nbs/08_doctor.ipynb #c063
 COPY, COPIES = 0.5, 0.1 # nearer than half of the usual nearest distance; in a tenth of the pictures
 
 def picture_facts(made, real): # uint8 (N, C, H, W) each -> (ratio of contrasts, correlation of neighbours made, and real)
@@ -543,14 +543,14 @@ def _no_samples(f):
     if any((f.run / "samples").glob("*.png")): return None
     return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f"diffnb sample {f.run}", "The loss cannot see what an eye sees at once.")
 
-# %% ../nbs/08_doctor.ipynb #c062
+# %% ../nbs/08_doctor.ipynb #c064
 SCORE_LEAST, SCORE_ERROR = 5000, 0.1 # images below which Fréchet distances mostly measure n; a tenth: interval against value
 @check("score-few", "moderate", "The score rests on few images", "07_evaluate: How sure are we?", "scores")
 def _score_few(f):
     s = f.scores["score"]; dim = s.get("dim", 0)
     if s["n"] >= SCORE_LEAST or s["n"] >= 10 * dim: return None
     return Problem(f"n = {s['n']:,} in {dim:,} dimensions: real images score {f.scores['floor']['value']:.3g} at that n, not 0.", "diffnb evaluate with --n 10000, or 50000 to compare with papers",
-                   f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}." if "extrapolated" in f.scores else "A score that others can use.", "scores")
+                   f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}." if f.scores.get("extrapolated") is not None else "A score that others can use.", "scores")
 @check("score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores")
 def _score_uncertain(f):
     s = f.scores["score"]; error = s.get("error")
@@ -569,7 +569,7 @@ def _damaged_checkpoint(f):
     if not f.damaged: return None
     return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.")
 
-# %% ../nbs/08_doctor.ipynb #c065
+# %% ../nbs/08_doctor.ipynb #c067
 LOST = 60 # seconds: below that, nobody cares
 @check("slowing", "minor", "Training became much slower", "04_train: Metrics without waiting")
 def _slowing(f):
@@ -591,15 +591,15 @@ def _overhead(f):
 @check("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.precision != "float32": return None
-    return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Lesson 09_scale measures the gain.", "speed")
-@check("gpu-starved", "minor", "The GPU waits for the CPU", "09_scale")
+    return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was 1.9 times as fast (04_train).", "speed")
+@check("gpu-starved", "minor", "The GPU waits for the CPU", "04_train: Metrics without waiting")
 def _gpu_starved(f):
     speed = np.median(f.late()["images_per_s"]); rate = 3 * f.flops * speed / 1e12     # the way back costs about twice the way there
     text = f"{speed:,.0f} images a second, {rate:.3g} TFLOP/s on {f.device}."
     if not f.device.startswith("cuda"): return text
     return Problem(text + " Any GPU of the last ten years can do several times as much.", "A larger batch; torch.compile.", "Up to the point where the speed no longer grows with the batch.", "speed") if rate < 2 else text
 
-# %% ../nbs/08_doctor.ipynb #c068
+# %% ../nbs/08_doctor.ipynb #c070
 def _fig_loss(f, ax):
     m = f.metrics; ax.semilogy(m["images"], m["loss"], lw=1, label="loss")
     if f.floor is not None: ax.axhline(f.floor_mean, ls="--", color="black", lw=1, label=f"best Gaussian: {f.floor_mean:.4f}")
@@ -658,7 +658,7 @@ def draw(name, facts): # of FIGURES, Facts -> (matplotlib Figure, alternative te
     fig = plt.Figure(figsize=(5, 3.2) if name == "samples" else (5, 2.5), layout="constrained")
     return fig, plot(facts, fig.add_subplot())
 
-# %% ../nbs/08_doctor.ipynb #c071
+# %% ../nbs/08_doctor.ipynb #c073
 def _good(f): # sentence 1: is the loss good?
     loss, error = f.loss(); kind = f"{f.size}x{f.size}" + (f" enlarged from {f.native}" if f.size > f.native else "") + f", {f.config.schedule} schedule, predicting {f.config.prediction}"
     now = f"The loss of the last third of the rows is {loss:.4f}" + (f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
@@ -693,7 +693,7 @@ def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
     else: said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
     return said
 
-# %% ../nbs/08_doctor.ipynb #c074
+# %% ../nbs/08_doctor.ipynb #c076
 def _quality(f): # what can be expected of the pictures, with the numbers behind it
     if f.scores:
         s = f.scores["score"]; yield f"Measured: {s.get('text', s['value'])}. Floor, real against real: {f.scores['floor']['value']:.4g}."
@@ -719,7 +719,7 @@ def _next(f, problems):
     if not f.scores and f.saved: yield f"diffnb evaluate {f.run} --n 10000"
     if f.saved: yield f"diffnb sample {f.run}, and look at them beside real images"
 
-# %% ../nbs/08_doctor.ipynb #c075
+# %% ../nbs/08_doctor.ipynb #c077
 @dataclass
 class Report:
     "What `examine` found. `write(folder)` makes report.md and report.html; in a notebook it shows itself."
@@ -763,7 +763,7 @@ def examine(run,       # a run folder, finished or still running
     facts = gather(run, deep)
     return Report(facts, findings(facts))
 
-# %% ../nbs/08_doctor.ipynb #c076
+# %% ../nbs/08_doctor.ipynb #c078
 def _markdown(report):
     lines = [f"# Report on {report.facts.run.name}", ""]
     for heading, kind, items in report.sections():
@@ -808,7 +808,7 @@ def _html(report):
     subtitle = f"{f.data['name']}, {f.size}x{f.size}, {f.parameters:,} parameters, step {f.step:,} of {f.total:,}. Problems: {counts}. Measured well: {sum(x.severity == 'good' for x in report.findings)}."
     return PAGE.format(title=esc(f"Report on {f.run.name}"), subtitle=esc(subtitle), body="\n".join(body))
 
-# %% ../nbs/08_doctor.ipynb #c086
+# %% ../nbs/08_doctor.ipynb #c088
 def watch(run,        # the run folder that train will fill
           floor=None, # the Gaussian floor, (T,) or its mean; None: no check against it
           say=print,  # what to do with each warning
@@ -822,7 +822,7 @@ def watch(run,        # the run folder that train will fill
             said.add(x.id); say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
     return on_log
 
-# %% ../nbs/08_doctor.ipynb #c089
+# %% ../nbs/08_doctor.ipynb #c091
 def dashboard(facts): # Facts -> the Figure
     "Curves above, verdict and problems below."
     fig = plot_metrics(facts.metrics, facts.floor_mean)

@@ -24,7 +24,8 @@ class Guided(nn.Module):
         low, high = self.interval
         inside = (t >= low) & (t <= high)
         if self.w == 1 or self.interval != (0, float("inf")) and not inside.any(): return self.model(x_t, t, self.y)
-        both = torch.cat([torch.full_like(self.y, self.null), self.y])
+        y = self.y.to(x_t.device)
+        both = torch.cat([torch.full_like(y, self.null), y])
         uncond, cond = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         out = uncond + self.w * (cond - uncond)
         if self.rescale:
@@ -53,6 +54,6 @@ def guided(model,         # a class-conditional model trained with label dropout
     low, high = interval or (0, float("inf"))
     if not 0 <= low <= high: raise DiffnbError(f"interval={interval} must be (first, last) timesteps with 0 <= first <= last")
     y = torch.as_tensor(y)
-    if y.device.type == "cpu" and len(y) and not (0 <= y.min() and y.max() <= null):
+    if len(y) and not (0 <= y.min() and y.max() <= null):                # once for a whole walk, so a GPU may be asked
         raise DiffnbError(f"labels must lie between 0 and {null - 1} (or {null}, the null class); got {y.min()} to {y.max()}")
     return Guided(model, y, w, rescale, (low, high), null)

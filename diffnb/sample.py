@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['denoise', 'draw_noise', 'ddpm', 'ddim', 'heun', 'dpmpp_2m', 'ddim_invert', 'slerp', 'inpaint', 'sample_batches',
-           'sample_to']
+           'fingerprint', 'sample_to']
 
 # %% ../nbs/05_sample.ipynb #c004
-import json, math, shutil
+import hashlib, json, math, shutil
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,9 @@ def _start(model, shape, x_T, generator):
     "The noise a sampler begins with."
     if x_T is None:
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-        return draw_noise(shape, generator, parameter.device if parameter is not None else "cpu")
+        elsewhere = generator[0] if isinstance(generator, (list, tuple)) and generator else generator
+        device = parameter.device if parameter is not None else elsewhere.device if elsewhere else "cpu"
+        return draw_noise(shape, generator, device)
     if tuple(x_T.shape) != tuple(shape): raise DiffnbError(f"x_T has shape {tuple(x_T.shape)}, but {tuple(shape)} was asked for")
     return x_T.float()
 
@@ -110,7 +112,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
 @torch.no_grad()
 def heun(model, schedule, shape, steps=25,
          *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
-    """Heun's second-order method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn), deterministic.
+    """Heun's second-order method on the probability-flow ODE (Karras et al. 2022, algorithm 1), deterministic.
     Two network evaluations a step, one in the last: 2·steps - 1. Arguments as in `ddim`."""
     x = _start(model, shape, x_T, generator)
     for t, t_next in schedule.pairs(steps, spacing):
@@ -194,6 +196,15 @@ def sample_batches(model, schedule,
 def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
+def _name_of(y): return " ".join(map(str, y.tolist())) + " "        # so that the labels of fewer images begin those of more
+
+def fingerprint(model, schedule):
+    "A short name of weights and schedule, so that samples of two models are never mixed."
+    h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
+    for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
+        h.update(k.encode()); h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
 def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels
               model, schedule, shape,
               n,               # how many images
@@ -202,20 +213,27 @@ def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H
     """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
     Raises DiffnbError if `out` holds samples made with other settings."""
     out = Path(out)
+    if y is not None and len(y) < n: raise DiffnbError(f"{len(y)} labels for {n} images: give one for each")
+    if out.suffix in (".png", ".jpg", ".jpeg", ".webp", ".npy", ".zip"): raise DiffnbError(f"samples go to a folder or into a .npz, not to {out.name}")
     folder = out.with_name(out.name + ".parts") if out.suffix == ".npz" else out
-    facts, told = folder / "samples.json", {"seed": seed, "shape": list(shape), **{k: _told(v) for k, v in settings.items() if k not in
-                                            ("batch_size", "device", "progress")}, "y": None if y is None else y.tolist()[:1000]}
+    facts, told = folder / "samples.json", {"seed": seed, "shape": list(shape), "model": fingerprint(model, schedule), **{
+        k: _told(v) for k, v in settings.items() if k not in ("batch_size", "device", "progress")}, "labels": "" if y is None else _name_of(y[:n])}
     if out.suffix == ".npz" and out.exists(): raise DiffnbError(f"{out} exists: remove it, or choose another name")
-    if facts.exists() and json.loads(facts.read_text()) != told:
-        raise DiffnbError(f"{folder} holds samples made with other settings: choose another place, or the settings in {facts}")
-    if not facts.exists(): write_whole(facts, json.dumps(told))
+    if facts.exists():
+        before = json.loads(facts.read_text())
+        same = {k: v for k, v in before.items() if k != "labels"} == {k: v for k, v in told.items() if k != "labels"}
+        if not same or not (told["labels"].startswith(before["labels"]) or before["labels"].startswith(told["labels"])):
+            raise DiffnbError(f"{folder} holds samples of another model or with other settings: choose another place, or the settings in {facts}")
+        if len(before["labels"]) > len(told["labels"]): told = before
+    elif folder.exists() and any(folder.iterdir()): raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
+    write_whole(facts, json.dumps(told))
     missing = [k for k in range(n) if not (folder / f"{k:06d}.png").exists()]
     for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
         for k, image in zip(ks, images):
             pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()                      # squeeze: grey images have no last axis
-            Image.fromarray(pixels).save(folder / ".partial.png"); (folder / ".partial.png").replace(folder / f"{k:06d}.png")
+            Image.fromarray(pixels).save(folder / ".partial", format="PNG"); (folder / ".partial").replace(folder / f"{k:06d}.png")
     if out.suffix == ".npz":
         images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
-        np.savez(folder / "all.npz", images, *([] if y is None else [y.cpu().numpy()]))
+        np.savez(folder / "all.npz", images, *([] if y is None else [y[:n].cpu().numpy()]))
         (folder / "all.npz").replace(out); shutil.rmtree(folder)
     return out

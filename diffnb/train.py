@@ -130,6 +130,7 @@ class TrainConfig:
     data_root: str | None = None                        # where downloads are kept; None: $DIFFNB_DATA, or ./data
     data_url: str | None = None                         # another address to download the data from
     on_broken: Literal["stop", "skip"] = "stop"         # an unreadable image in a folder
+    channels: Literal[1, 3] = 3                         # of the images of a folder: 3 colour, 1 grey
 
 # %% ../nbs/04_train.ipynb #c036
 def _fits(value, kind): # is `value` of the annotated type? A whole number passes for a float, a bool never for a number
@@ -174,7 +175,7 @@ def pick_precision(name, device, config): # "float32" or "bf16"
     if name != "auto": return name
     if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     large = config.base_channels >= 32 and (config.image_size or 0) >= 16
-    return "bf16" if device.type == "cpu" and large and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    return "bf16" if device.type == "cpu" and large and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 # %% ../nbs/04_train.ipynb #c042
 Batch = namedtuple("Batch", "x0 t noise y")
@@ -212,7 +213,7 @@ class Meter:
 
     def read(self): # dict: loss, loss_bin_0 … loss_bin_9 (nan: no sample), grad_norm, clipped (share of the steps)
         "The means since the last reading; the sums start again from zero."
-        s = self.sums.double().cpu().numpy()
+        s = self.sums.cpu().double().numpy()                     # in this order: Apple's GPUs have no float64
         self.sums.zero_()
         with np.errstate(invalid="ignore", divide="ignore"): bins = s[:BINS] / s[BINS:2 * BINS]
         return {"loss": s[:BINS].sum() / s[BINS:2 * BINS].sum(), **{f"loss_bin_{i}": b for i, b in enumerate(bins)},
@@ -359,13 +360,17 @@ def resolve(config, # TrainConfig
            ):       # (config with nothing left open, ImageData, UNet configuration)
     "Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any work starts."
     check_config(config)
-    device = pick_device(config.device)
-    data = load_data(config.data, config.image_size, filter=config.filter, root=config.data_root, url=config.data_url, on_broken=config.on_broken)
+    device, shape = pick_device(config.device), ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout")
+    shape = {k: getattr(config, k) for k in shape}
+    if size := config.image_size or {"digits": 8, "cifar10": 32, "fashion_mnist": 28}.get(config.data):     # before a download of an hour
+        with torch.device("meta"): UNet(image_size=size, **shape)
+    data = load_data(config.data, config.image_size, filter=config.filter, root=config.data_root, url=config.data_url,
+                     on_broken=config.on_broken, channels=config.channels)
     config = replace(config, image_size=data.size, conditional=config.conditional and bool(data.classes),
                      flip=config.data in ("cifar10", "fashion_mnist") if config.flip is None else config.flip)
     config = replace(config, precision=pick_precision(config.precision, device, config))
     net = dict(image_size=data.size, in_channels=data.images.shape[1], num_classes=len(data.classes) if config.conditional else None,
-               **{k: getattr(config, k) for k in ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout")})
+               **shape)
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
@@ -412,6 +417,11 @@ def _open_run(run, config, data, net):
             if old["model"].get(k) != v:
                 raise DiffnbError(f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask for {v!r}: "
                                   "is it the same data?")
+        now = (len(data), list(data.classes))
+        if now != (old["data"]["images"], old["data"]["classes"]):
+            raise DiffnbError(f"{run} was trained on {old['data']['images']} images with classes {old['data']['classes']}; now there are "
+                              f"{now[0]} with {now[1]}. Bring the old data back, or train in another folder")
+        for left in (*run.glob(".*.partial"), *run.glob("*/.*.partial")): left.unlink()        # of a process that was killed
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder")
     counts = torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist() if data.labels is not None else None
@@ -426,7 +436,7 @@ def _stop_signals():
     "Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left alone."
     asked, old = [], {}
     def note(number, frame):
-        if asked: raise KeyboardInterrupt
+        if asked and number == signal.SIGINT: raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
     if threading.current_thread() is threading.main_thread():
         old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -444,7 +454,8 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6):
     made = sampler(state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T.to(device),
                    y=None if labels is None else labels.to(device), prediction=config.prediction)
     if labels is None: index = torch.arange(rows * per_row) % len(data)
-    else: index = torch.cat([(data.labels.cpu() == c).nonzero()[:per_row, 0].repeat(per_row)[:per_row] for c in range(rows)])
+    else: index = torch.cat([((data.labels.cpu() == c).nonzero()[:, 0] if c in data.labels else torch.zeros(1, dtype=torch.int64)).repeat(per_row)[:per_row]
+                             for c in range(rows)])                             # a class without images shows the first image
     real = data.take(index.to(data.images.device)).cpu()
     gap = torch.full((rows, 1, *real.shape[1:]), 255, dtype=torch.uint8)
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
@@ -470,6 +481,7 @@ def train(config,           # TrainConfig
     Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
     run = Path(run)
+    if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = resolve(config)
     _open_run(run, config, data, net)
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
@@ -497,7 +509,7 @@ def train(config,           # TrainConfig
         with open(run / "metrics.csv", "a") as f: f.write(_csv([row]))
         bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
         logged = state.step, now
-        return on_log and on_log(run)
+        return bool(on_log and on_log(run))
     def save():
         if not state.meter.sums.isfinite().all(): _check_finite(state.meter.read(), run)
         state.seconds = time.perf_counter() - start
@@ -512,8 +524,9 @@ def train(config,           # TrainConfig
         for step in train_steps(state, data, schedule, total, config.precision):
             bar.update()
             stop = log() if step % config.log_every == 0 or step == total else False
-            if step == total or due(config.sample_every): grid(); on_log and on_log(run)
-            if stop or asked or step == total or due(config.checkpoint_every): save()
+            if stop or asked or step == total or due(config.checkpoint_every): save()      # before pictures: sampling may fail
+            if step == total or due(config.sample_every) and not asked:
+                grid(); stop = bool(on_log and on_log(run)) or stop
             if stop or asked: break
     state.stopped_by = asked[0] if asked else None
     return state
@@ -529,7 +542,7 @@ def _check_finite(row, run):
     kept = checkpoints(run)
     raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. "
                           + (f"The last good state is {kept[-1].name}. " if kept else "There was no checkpoint yet. ") +
-                          "Continue it with a smaller lr or a smaller grad_clip in a new folder; with bf16, try precision float32")
+                          "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
 # %% ../nbs/04_train.ipynb #c073
 def live_curves(floor=None, # drawn as a dashed line
@@ -561,7 +574,7 @@ def save_weights(trained, # Trained
                  path,    # a .safetensors file
                  dtype=torch.float16,
                 ):        # the path
-    "Write the weights alone, in half precision: a quarter of a byte's worth of quality, a sixteenth of a checkpoint's size."
+    "Write the weights alone, in half precision: an eighth of a checkpoint, which holds four such sets in single precision."
     c = trained.model.config
     return write_tensors(path, {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()},
                          {"step": trained.step, "config": asdict(trained.config), "model": c, "data": {"classes": list(trained.classes)}})
@@ -578,10 +591,12 @@ def load_model(source,        # run folder, checkpoint or weights file, or the n
         if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
         _same_model(meta.get("model", {}), facts["model"], path)
-    elif path.is_file() or not embedded.is_file(): tensors, meta = read_tensors(path)
-    else: tensors, meta = read_tensors(embedded)
+    elif path.is_file() or embedded.is_file(): tensors, meta = read_tensors(path if path.is_file() else embedded)
+    else: raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: digits")
     try: config, net, step = make_config(meta["config"]), dict(meta["model"]), int(meta["step"]); classes = tuple(meta["data"]["classes"])
     except (KeyError, TypeError, ValueError) as e: raise DiffnbError(f"{source}: its description of the model is incomplete ({e})") from e
+    if not any(k.startswith(f"{weights}.") for k in tensors):
+        raise DiffnbError(f"{source} holds no {weights!r} weights, only {', '.join(sorted({k.split('.')[0] for k in tensors}))}: choose another kind")
     with torch.device("meta"): model = UNet(**net)
     load_weights(model, {k: v.to("meta") for k, v in tensors.items()}, f"{weights}.")         # compare names and shapes before allocating
     model = UNet(**net).to(pick_device(device)).eval().requires_grad_(False)

@@ -232,7 +232,7 @@ def _check_inputs(c, x_t, t, y):
     if look and not 0 <= y.min() <= y.max() <= c["num_classes"]:
         raise DiffnbError(f"y runs from {y.min()} to {y.max()}: expected classes 0 to {c['num_classes'] - 1}, or "
                           f"{c['num_classes']}, the null class.")
-    return t.expand(b), y.long()
+    return t.expand(b), y.long().to(x_t.device)
 
 # %% ../nbs/03_unet.ipynb #c063
 class UNet(nn.Module):
@@ -267,7 +267,7 @@ class UNet(nn.Module):
         t, y = _check_inputs(self.config, x_t, t, y)
         emb = self.time(t)
         if y is not None: emb = emb + self.classes(y)
-        x = self.conv_in(x_t)
+        x = self.conv_in(x_t.to(self.conv_in.weight.dtype))      # samplers work in float32 whatever the network is in
         skips = [x]
         for stage in self.down: x = stage(x, emb, keep=skips)
         x = self.mid(x, emb)

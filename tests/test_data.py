@@ -168,3 +168,27 @@ def test_addresses_do_not_collide():
 def test_to_float_range():
     x = to_float(torch.tensor([0, 255], dtype=torch.uint8))
     assert x.tolist() == [-1, 1] and x.dtype == torch.float32
+
+
+def test_a_class_may_be_called_train_and_hidden_folders_are_no_classes(tmp_path):
+    for name in ("bus", "train", ".ipynb_checkpoints"): picture(tmp_path / "f" / name / "a.png")
+    assert load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).classes == ("bus", "train")
+
+
+def test_sixteen_bit_and_float_greys_keep_their_scale(tmp_path):
+    from diffnb.data import decode
+    for pixels, expected, name in ((np.full((8, 8), 25_700, np.uint16), 100, "dark.png"), (np.full((8, 8), 0.5, np.float32), 128, "float.tiff")):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert abs(int(decode(tmp_path / name, 8, channels=1)[0, 0, 0]) - expected) <= 1, name
+
+
+def test_cache_without_write_access_is_said(tmp_path):
+    picture(tmp_path / "f" / "a.png"); (tmp_path / "blocked").write_text("")
+    with pytest.raises(DiffnbError, match="cannot write the cache"): load_data(tmp_path / "f", size=8, root=tmp_path / "blocked", progress=False)
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt): write_whole(tmp_path / "x", b"data")
+    assert not list(tmp_path.iterdir())

@@ -148,3 +148,27 @@ def test_inpainting_keeps_what_is_known_with_every_sampler():
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
         out = inpaint(model, schedule, known, mask, sampler, generator=addressed(2), steps=10)
         assert torch.allclose(out * mask, known * mask, atol=1e-6) and (out * (1 - mask)).abs().sum() > 0, sampler
+
+
+def test_a_network_in_bf16_samples():
+    "All weights in bf16, not only the output rounded: every sampler stays in float32 around it."
+    from diffnb.unet import UNet
+    torch.manual_seed(0)
+    net = UNet(image_size=8, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,)).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=0.1)
+    for sampler in (ddim, ddpm, heun, dpmpp_2m):
+        a, b = (sampler(m, schedules["linear"], (4, 3, 8, 8), 5, prediction="x0", generator=addressed(1)) for m in (net.float(), net.bfloat16()))
+        assert b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
+
+
+def test_samples_of_two_models_are_never_mixed(tmp_path):
+    from diffnb.unet import UNet
+    make = lambda: UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), norm_groups=8, attention=(), num_classes=3).eval()
+    one, other = make(), make(); args = dict(schedule=schedules["linear"], shape=(1, 8, 8), steps=2, progress=False)
+    sample_to(tmp_path / "s", one, n=3, y=torch.tensor([0, 1, 2]), **args)
+    sample_to(tmp_path / "s", one, n=5, y=torch.tensor([0, 1, 2, 0, 1]), **args)                 # more of the same is welcome
+    for model, y in ((other, [0, 1, 2]), (one, [2, 1, 0])):
+        with pytest.raises(DiffnbError, match="another model"): sample_to(tmp_path / "s", model, n=3, y=torch.tensor(y), **args)
+    with pytest.raises(DiffnbError, match="labels for"): sample_to(tmp_path / "t", one, n=3, y=torch.tensor([0]), **args)
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "000000.png").write_bytes(b"precious")
+    with pytest.raises(DiffnbError, match="not empty"): sample_to(tmp_path / "mine", one, n=1, **args)

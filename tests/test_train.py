@@ -172,3 +172,25 @@ def test_five_line_script_of_the_readme(tmp_path):
     assert np.asarray(Image.open(picture)).std() > 30
     weights = pathlib.Path(__file__).parent.parent / "diffnb" / "weights" / "digits.safetensors"
     assert weights.stat().st_size < 5e6
+
+
+def test_changed_data_is_noticed_on_resume(tmp_path):
+    def add(i):
+        (tmp_path / "f" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "f" / "cat" / f"{i}.png")
+    for i in range(4): add(i)
+    config = change(tiny, data=str(tmp_path / "f"), image_size=8, batch_size=4, epochs=2, data_root=str(tmp_path / "cache"))
+    train(config, tmp_path / "run", progress=False); add(9)
+    with pytest.raises(DiffnbError, match="4 images"): train(config, tmp_path / "run", progress=False)
+
+
+def test_checkpoint_is_written_before_the_last_pictures(tmp_path):
+    def broken(*args, **kw): raise RuntimeError("out of memory while sampling")
+    with pytest.raises(RuntimeError): train(tiny, tmp_path / "run", sampler=broken, progress=False)
+    assert last_checkpoint(tmp_path / "run")[1]["step"] == 24
+
+
+def test_what_a_killed_process_left_is_swept(finished, tmp_path):
+    run = copy(finished, tmp_path / "run"); (run / "checkpoints" / ".step_000000030.safetensors.99.partial").write_bytes(b"half")
+    train(tiny, run, progress=False)
+    assert not [n for n in names(run) if "partial" in n]
