@@ -377,7 +377,7 @@ def _grad_growing(f):
 # %% ../nbs/08_doctor.ipynb #c048
 EMA_LEAST, EMA_SHARE = 0.9, 0.005 # below 0.9 the average spans ten steps; DDPM's horizon was 1.2% of its run
 WORSE, SURE = 0.05, 4             # a paired difference counts from 5%, with a t value of 4 (one chance in 30,000)
-SEEN, DATA = 0.02, 500            # images per parameter; images in the set
+SEEN, DATA = 0.065, 500           # images per parameter, a twentieth of the shortest published run; images in the set
 PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.3 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
 @check("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
@@ -666,7 +666,7 @@ def _good(f): # sentence 1: is the loss good?
     change = 1 - loss / f.floor_mean
     if not math.isfinite(loss): return "The loss is no longer a number, so it is not good."
     if abs(loss - f.floor_mean) < 1.96 * error: change = 0.0                       # within its own uncertainty
-    verdict = f"good: {change:.0%} below it, so the network knows more than the covariance of the pixels" if change > 0.02 else \
+    verdict = f"good, as far as a loss can be: {change:.0%} below it, so the network knows more than the covariance of the pixels" if change > 0.02 else \
               ("not good yet" if f.done < LATE else "not good") + (f": {-change:.0%} above it" if change < -0.02 else ": no better than it")
     return f"{now}, against {f.floor_mean:.4f} for the best Gaussian denoiser of the same images ({kind}); that is {verdict}."
 
@@ -682,6 +682,8 @@ def _stop(f, found): # sentence 3: may I stop?
     if worst: return f"Stop, but do not keep it as it is: first mend the critical problem{'s' if worst[1:] else ''} below ({'; '.join(x.title.lower() for x in worst)})."
     if f.step < f.total:
         return f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate, at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, has still to decay."
+    if any(x.id == "few-images" and x.severity != "good" for x in found):
+        return f"All {f.total:,} steps are done, but the run was a short one, {f.total * f.config.batch_size / f.parameters:.2g} images for each parameter: a longer one will be better."
     return f"You may stop: all {f.total:,} steps are done and the learning rate has decayed to {f.metrics['lr'][-1] / f.config.lr:.1%} of its peak." if f.metrics["lr"][-1] < 0.05 * f.config.lr else \
            f"All {f.total:,} steps are done, but the learning rate never decayed: let it decay before you stop."
 

@@ -319,6 +319,8 @@ def test_the_verdict(patient, ward):
     good, falling, stop, *_ = verdict(facts, findings(facts))
     assert f"{facts.floor_mean:.4f}" in good and "good" in good and "%" in falling and stop.startswith("You may stop")
     assert "Do not stop yet" in examine(patient(config=dict(epochs=60.0)), False).summary
+    short = examine(patient(config=dict(base_channels=256), model=dict(base_channels=256)), False).summary
+    assert "may stop" not in short and "a short one" in short
     assert "first mend" in examine(patient(rows=rows(loss=lambda y: np.maximum(y, 0.2))), False).summary
 
 
