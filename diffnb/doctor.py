@@ -316,7 +316,7 @@ def _not_finite(f):
     weights = [k for k, v in f.saved[0].items() if v.is_floating_point() and not v.isfinite().all()] if f.saved else []
     if not rows and not weights: return None
     return Problem(f"Rows without a finite loss or gradient: {len(rows)}{f', first at step {rows[0]}' if rows else ''}; tensors of the checkpoint with such values: {len(weights)}.",
-                   "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.")
+                   "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c043
 @check("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
@@ -384,13 +384,13 @@ def _no_ema(f):
     d = f.config.ema_decay; span = 1 / (1 - d)
     if d < EMA_LEAST:
         return Problem(f"ema_decay is {d:g}: the average spans {span:.0f} step(s).", "ema_decay=0.9999 (its warm-up fits it to short runs)",
-                       "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more than the loss does.")
+                       "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more than the loss does.", "ema")
     return f"EMA over {span:,.0f} steps" + (f"; its warm-up shortens that to a tenth of the steps done, so {f.total // 10:,} at the end." if span > f.total / 10 else ".")
 @check("ema-short", "minor", "The average of the weights is short for so long a run", "04_train: An average of the weights", "config")
 def _ema_short(f):
     span = 1 / (1 - f.config.ema_decay)
     if f.config.ema_decay < EMA_LEAST or span >= EMA_SHARE * f.total: return None
-    return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", "ema_decay=0.9999 or longer", "Smoother weights; measured only by training or by scores.")
+    return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", "ema_decay=0.9999 or longer", "Smoother weights; measured only by training or by scores.", "ema")
 @check("ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights", "losses")
 def _ema_worse(f):
     if not {"raw", "train"} <= f.losses.keys(): return None
@@ -446,7 +446,7 @@ def _flip_harmful(f):
 def _flip_absent(f):
     if f.config.flip or not (m := _mirrors(f)) or m[2] >= MIRROR_TOLD or m[0] is not None and m[0] - m[1] >= MIRROR_LOSS / 4: return None
     return Problem(f"A linear classifier tells mirrored images from real ones in {m[2]:.0%} of the cases (guessing: 50%): they are as good as new ones.",
-                   "flip=True, in a new run", "Ho et al. (2020, section 4) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.")
+                   "flip=True, in a new run", "Ho et al. (2020, section 4) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.", "samples")
 @check("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
 def _imbalance(f):
     counts = f.data.get("class_counts")
@@ -461,7 +461,7 @@ def _small_data(f):
     n = f.data["images"]
     if n >= DATA: return None
     return Problem(f"{n:,} images, each seen {f.total * f.config.batch_size / n:,.0f} times.", "Watch the held-out loss and the nearest training images; use dropout, and fewer epochs.",
-                   "Beyond some hundred passes, samples tend to be copies.")
+                   "Beyond some hundred passes, samples tend to be copies.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c057
 @check("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
@@ -471,7 +471,7 @@ def _size_mismatch(f):
     if f.scores: sizes["scores"] = f.scores["score"].get("size")
     told = ", ".join(f"{k} {v}" for k, v in sizes.items() if v)
     if len({v for v in sizes.values() if v}) == 1: return f"All agree: {told}."
-    return Problem(f"In pixels: {told}.", "Find out which is meant, and make the others anew.", "Weights for one size make no good pictures in another; scores cannot be compared.")
+    return Problem(f"In pixels: {told}.", "Find out which is meant, and make the others anew.", "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
 @check("upscaled", "moderate", "The images are enlarged: more pixels, no more detail", "01_data: Resizing, and what it does not add", "config")
 def _upscaled(f):
     scale = f.size / f.native
@@ -490,19 +490,19 @@ PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's s
 def _zero_snr_eps(f):
     if not (f.config.zero_terminal_snr and f.config.prediction == "eps"): return None
     return Problem(f"alpha_bar is {float(f.schedule.alpha_bar[-1]):g} at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about the image.", "prediction='v', in a new run",
-                   "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.")
+                   "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.", "schedule")
 @check("noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules", "config")
 def _noise_never_pure(f):
     left = float(f.schedule.alpha_bar[-1]) ** 0.5
     if left <= PURE: return f"At the last timestep {left:.2%} of the signal's amplitude is left."
     return Problem(f"At t = {f.config.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from pure noise, which the network has never met.",
-                   f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'", "Washed-out or wrongly composed samples disappear.", "samples")
+                   f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'", "Washed-out or wrongly composed samples disappear.", "schedule")
 @check("no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible", "06_guide: What the network sees", "config")
 def _no_label_dropout(f):
     if not f.config.conditional: return None
     if f.config.label_dropout: return f"{f.config.label_dropout:.0%} of the labels are hidden in training." if f.config.label_dropout <= 0.3 else None
     return Problem("label_dropout is 0: the row of the null class is as it was initialised.", "label_dropout=0.1, in a new run",
-                   "Guidance becomes possible; 06_guide measures what it does for legibility and variety.")
+                   "Guidance becomes possible; 06_guide measures what it does for legibility and variety.", "classes")
 @check("sampler-steps", "minor", "Sampler steps", "05_sample: Quality against cost", "config")
 def _sampler_steps(f):
     used = {"sample grids": f.config.sample_steps} | ({"scores": f.scores["steps"]} if f.scores and isinstance(f.scores.get("steps"), int) else {})
@@ -567,7 +567,7 @@ def _score_copying(f):
 @check("damaged-checkpoint", "moderate", "A checkpoint is damaged", "04_train: Checkpoints that know whether they are whole", "config")
 def _damaged_checkpoint(f):
     if not f.damaged: return None
-    return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.")
+    return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c067
 LOST = 60 # seconds: below that, nobody cares
@@ -631,6 +631,15 @@ def _fig_speed(f, ax): return _curve(f, ax, "images_per_s", "images per second")
 def _fig_classes(f, ax):
     counts = f.data["class_counts"]; ax.bar(range(len(counts)), counts); ax.set(xlabel="class", ylabel="images")
     return f"Images of each class, from {min(counts)} to {max(counts)}."
+def _fig_schedule(f, ax):
+    signal, noise = f.schedule.alpha_bar.sqrt(), (1 - f.schedule.alpha_bar).sqrt()
+    ax.plot(signal, label="signal"); ax.plot(noise, "--", label="noise"); ax.legend(fontsize=7); ax.set(xlabel="timestep t", ylabel="amplitude")
+    return f"Amplitudes of signal and noise over the timesteps; at the last one {float(signal[-1]):.2%} of the signal is left."
+def _fig_ema(f, ax):
+    step = np.arange(f.total); decay = np.minimum(f.config.ema_decay, (1 + step) / (10 + step))
+    weight = (1 - decay) * np.append(np.cumprod(decay[:0:-1])[::-1], 1)
+    ax.plot(step, weight / weight.max()); ax.set(xlabel="step", ylabel="share in the final average (top = 1)")
+    return f"How much the weights of each step count in the final average: half of it comes from the last {f.total - np.searchsorted(weight.cumsum() / weight.sum(), 0.5):,} steps."
 def _fig_spectrum(f, ax):
     ax.loglog(np.arange(1, len(f.spectrum) + 1), f.spectrum.clamp(min=1e-8), label=f"{f.size} pixels")
     if f.native_spectrum is not None: ax.loglog(np.arange(1, len(f.native_spectrum) + 1), f.native_spectrum.clamp(min=1e-8), "k--", label=f"{f.native} pixels")
@@ -649,7 +658,8 @@ def _fig_scores(f, ax):
     return "Scores with 95% intervals: " + ", ".join(f"{k.replace('_', ' ')} {f.scores[k]['value']:.4g}" for k in names) + "."
 
 FIGURES = {"loss": (_fig_loss, "metrics"), "bins": (_fig_bins, "metrics"), "lr": (_fig_lr, "metrics"), "grad": (_fig_grad, "metrics"),
-           "speed": (_fig_speed, "metrics"), "classes": (_fig_classes, "config"), "spectrum": (_fig_spectrum, "spectrum"), "samples": (_fig_samples, "grid"), "scores": (_fig_scores, "scores")}
+           "speed": (_fig_speed, "metrics"), "classes": (_fig_classes, "config"), "spectrum": (_fig_spectrum, "spectrum"), "samples": (_fig_samples, "grid"),
+           "schedule": (_fig_schedule, "config"), "ema": (_fig_ema, "config"), "scores": (_fig_scores, "scores")}
 
 def draw(name, facts): # of FIGURES, Facts -> (matplotlib Figure, alternative text), or None if its facts are unknown
     "One figure of the report."

@@ -48,7 +48,10 @@ def patient(ward, tmp_path):
     return make
 
 
-def alarms(run, deep=False): return {x.id for x in examine(run, deep).problems}
+def alarms(run, deep=False):
+    problems = examine(run, deep).problems
+    assert all(x.figure in FIGURES and x.evidence and x.advice and x.effect for x in problems)      # no finding without evidence and a picture
+    return {x.id for x in problems}
 
 
 def rows(**change):
