@@ -378,7 +378,7 @@ def _grad_growing(f):
 EMA_LEAST, EMA_SHARE = 0.9, 0.005 # below 0.9 the average spans ten steps; DDPM's horizon was 1.2% of its run
 WORSE, SURE = 0.05, 4             # a paired difference counts from 5%, with a t value of 4 (one chance in 30,000)
 SEEN, DATA = 0.065, 500           # images per parameter, a twentieth of the shortest published run; images in the set
-PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.3 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
+PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.2 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
 @check("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
     d = f.config.ema_decay; span = 1 / (1 - d)
@@ -446,7 +446,7 @@ def _flip_harmful(f):
 def _flip_absent(f):
     if f.config.flip or not (m := _mirrors(f)) or m[2] >= MIRROR_TOLD or m[0] is not None and m[0] - m[1] >= MIRROR_LOSS / 4: return None
     return Problem(f"A linear classifier tells mirrored images from real ones in {m[2]:.0%} of the cases (guessing: 50%): they are as good as new ones.",
-                   "flip=True, in a new run", "Ho et al. (2020, section 4) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.", "samples")
+                   "flip=True, in a new run", "Ho et al. (2020, appendix B) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.", "samples")
 @check("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
 def _imbalance(f):
     counts = f.data.get("class_counts")
