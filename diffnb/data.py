@@ -42,7 +42,7 @@ def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", ste
               device="cpu", # where they will be drawn; CPU and GPU draw different numbers from the same address
              ):             # a torch.Generator
     "A generator whose state depends on `key` alone, not on what was drawn before."
-    key = tuple(k if isinstance(k, str) else int(k) for k in key)            # 3 and numpy's 3 are the same address
+    key = tuple(k.item() if isinstance(k, np.generic) else k for k in key)   # 3 and numpy's 3 are the same address
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -541,7 +541,7 @@ def _copies(f):
 def _no_samples(f):
     if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs): return None
     if any((f.run / "samples").glob("*.png")): return None
-    return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f"diffnb sample {f.run}", "The loss cannot see what an eye sees at once.")
+    return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f"diffnb sample {f.run}", "The loss cannot see what an eye sees at once.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c064
 SCORE_LEAST, SCORE_ERROR = 5000, 0.1 # images below which Fréchet distances mostly measure n; a tenth: interval against value
