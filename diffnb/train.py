@@ -461,7 +461,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6):
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
-# %% ../nbs/04_train.ipynb #c069
+# %% ../nbs/04_train.ipynb #c900
 def _same_model(written, wanted, run):
     "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
     for k, v in wanted.items():
@@ -471,6 +471,20 @@ def _same_model(written, wanted, run):
 
 class TrainingStopped(DiffnbError): "The run cannot go on: its loss or gradient is no longer a finite number."
 
+def _rows(run):
+    if not (Path(run) / "metrics.csv").exists(): return []
+    m = read_metrics(run)
+    text = [line.split(",") for line in (Path(run) / "metrics.csv").read_text().split("\n")[1:]]
+    return [dict(zip(m, r)) for r in text[:len(m["step"])]]                  # as text: a number read and written again may change
+
+def _check_finite(row, run):
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]): return
+    kept = checkpoints(run)
+    raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. "
+                          + (f"The last good state is {kept[-1].name}. " if kept else "There was no checkpoint yet. ") +
+                          "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
+
+# %% ../nbs/04_train.ipynb #c069
 def train(config,           # TrainConfig
           run,              # folder for everything the run leaves behind; an unfinished run in it is continued
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
@@ -530,19 +544,6 @@ def train(config,           # TrainConfig
             if stop or asked: break
     state.stopped_by = asked[0] if asked else None
     return state
-
-def _rows(run):
-    if not (Path(run) / "metrics.csv").exists(): return []
-    m = read_metrics(run)
-    text = [line.split(",") for line in (Path(run) / "metrics.csv").read_text().split("\n")[1:]]
-    return [dict(zip(m, r)) for r in text[:len(m["step"])]]                  # as text: a number read and written again may change
-
-def _check_finite(row, run):
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]): return
-    kept = checkpoints(run)
-    raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. "
-                          + (f"The last good state is {kept[-1].name}. " if kept else "There was no checkpoint yet. ") +
-                          "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
 # %% ../nbs/04_train.ipynb #c073
 def live_curves(floor=None, # drawn as a dashed line
