@@ -591,7 +591,7 @@ def _overhead(f):
 @check("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.precision != "float32": return None
-    return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was 1.9 times as fast (04_train).", "speed")
+    return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was about twice as fast (04_train).", "speed")
 @check("gpu-starved", "minor", "The GPU waits for the CPU", "04_train: Metrics without waiting")
 def _gpu_starved(f):
     speed = np.median(f.late()["images_per_s"]); rate = 3 * f.flops * speed / 1e12     # the way back costs about twice the way there
