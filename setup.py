@@ -6,7 +6,7 @@ from setuptools import setup, find_packages
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "dev", "site", "bench")}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",
