@@ -31,7 +31,7 @@ from .data import DiffnbError, ImageData, addressed, load_data, named_sets, save
 from .guide import guided
 from .sample import ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
-from .train import diffusion_loss, load_model, pick_device, read_config, read_tensors, write_tensors
+from .train import Alone, diffusion_loss, load_model, pick_device, pick_precision, read_config, read_tensors, write_tensors
 
 # %% ../nbs/07_evaluate.ipynb #c009
 def write_statistics(data, # ImageData
@@ -86,6 +86,7 @@ class Features:
     name: str
     dim: int
     device: str = "cpu" # where the network is
+    ranks: Alone = Alone() # several processes share the images; each gets all features
 
     @torch.no_grad()
     def batches(self, images, # uint8 (N, C, H, W), or ImageData
@@ -99,7 +100,10 @@ class Features:
             if not out.isfinite().all(): raise DiffnbError(f"{self.name} gave numbers that are not finite for images {i} to {i + len(x) - 1}")
             yield out
 
-    def __call__(self, images, batch_size=256): return torch.cat(list(self.batches(images, batch_size)))
+    def __call__(self, images, batch_size=256):
+        def some(index): return torch.cat(list(self.batches(replace(images, images=images.images[index], labels=None) if isinstance(images, ImageData)
+                                                            else images[index], batch_size)))
+        return self.ranks.map(some, torch.arange(len(images))) if self.ranks.world > 1 else torch.cat(list(self.batches(images, batch_size)))
 
 # %% ../nbs/07_evaluate.ipynb #c036
 class DigitsNetwork(nn.Module):
@@ -258,7 +262,7 @@ def kid(a, b,             # features, (N, D) and (M, D)
 
 def _exact(x): return dict(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64)
 
-# %% ../nbs/07_evaluate.ipynb #c070
+# %% ../nbs/07_evaluate.ipynb #c072
 def _distances(x, y, chunk=1000):
     "Yield Euclidean distances (chunk, M) of x's rows to y's, in float64, where equal rows come out as equal."
     y = y.to(**_exact(y))
@@ -280,7 +284,7 @@ def nearest(x,              # features, (N, D)
     found = [d.topk(1 + skip_self, largest=False) for d in _distances(x, reference)]
     return tuple(torch.cat([getattr(f, name)[:, -1] for f in found]) for name in ("values", "indices"))
 
-# %% ../nbs/07_evaluate.ipynb #c076
+# %% ../nbs/07_evaluate.ipynb #c078
 @dataclass(frozen=True)
 class Score:
     "One number and all that must be known to compare it with another; printing it prints them all."
@@ -316,7 +320,7 @@ class Score:
         return (f"{name} {self.value:.4g}{error} ({self.network}, {self.dim}-d; n = {self.n:,} against {self.n_reference:,} of "
                 f"{' '.join(filter(None, (self.reference, self.split)))}; {size}{note})")
 
-# %% ../nbs/07_evaluate.ipynb #c079
+# %% ../nbs/07_evaluate.ipynb #c081
 def jackknife_error(f,         # features of the generated images, (N, D)
                     reference, # Moments
                     groups=20, seed=0,
@@ -336,7 +340,7 @@ def score_against_n(f, reference, sizes, repeats=4, seed=0, apart=False):
         curve.append((n, float(np.mean([_frechet(p, reference.without(p) if apart else reference) for p in parts]))))
     return curve
 
-# %% ../nbs/07_evaluate.ipynb #c083
+# %% ../nbs/07_evaluate.ipynb #c085
 @dataclass(frozen=True)
 class Evaluation:
     "What `evaluate` found. Printing it prints every number with its conditions."
@@ -370,7 +374,7 @@ class Evaluation:
             f"precision {self.precision.value:.2f} (real images {self.real_precision:.2f}), recall {self.recall.value:.2f} ({self.real_recall:.2f}), n = {self.recall.n:,} on either side",
             f"nearer to a training image than 95% of real ones: {self.copied:.1%} of the images (5% is innocent)"])
 
-# %% ../nbs/07_evaluate.ipynb #c084
+# %% ../nbs/07_evaluate.ipynb #c086
 def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              reference,     # ImageData: the images the model was trained on
              features=None, # Features; None: the digits classifier for digits, otherwise 2048-d Inception
@@ -419,13 +423,13 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
         copied=(d < d_real.quantile(0.05)).double().mean().item(), distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
         closest=torch.stack([images[first.to(images.device)].cpu(), reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
 
-# %% ../nbs/07_evaluate.ipynb #c085
+# %% ../nbs/07_evaluate.ipynb #c087
 def _at_infinity(curve, dim): # (n, score) pairs
     "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
     if curve[0][0] <= dim: return None
     return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])
 
-# %% ../nbs/07_evaluate.ipynb #c087
+# %% ../nbs/07_evaluate.ipynb #c089
 def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"
                   data="",      # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
@@ -438,7 +442,7 @@ def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception
         raise DiffnbError(f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, inception-192 or inception-64")
     return inception_features(int(dim), weights, device)
 
-# %% ../nbs/07_evaluate.ipynb #c088
+# %% ../nbs/07_evaluate.ipynb #c090
 def panel(e, # Evaluation
          ):  # the Figure
     "The honesty panel: score and floors, score against n, precision and recall, distance to the training images, closest pairs."
@@ -470,7 +474,7 @@ def panel(e, # Evaluation
     top.suptitle("\n".join(textwrap.wrap(str(e.score), 150)), fontsize=8)
     return fig
 
-# %% ../nbs/07_evaluate.ipynb #c094
+# %% ../nbs/07_evaluate.ipynb #c096
 def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 uint8 (N, H, W, C) and perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
                ):       # (uint8 (N, C, H, W), labels int64 (N,) or None)
@@ -495,7 +499,7 @@ def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 ui
     if n and len(images) < n: raise DiffnbError(f"{source} has {len(images)} images, and n={n} were asked for")
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else torch.from_numpy(labels[:n]).long()
 
-# %% ../nbs/07_evaluate.ipynb #c095
+# %% ../nbs/07_evaluate.ipynb #c097
 def _real(reference, like, filter="bicubic", root=None):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
@@ -525,7 +529,7 @@ def grid_beside(real,      # ImageData
     grid = torch.cat([left.unflatten(0, (-1, per_row)), gap, right.unflatten(0, (-1, per_row))], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // real.size))
 
-# %% ../nbs/07_evaluate.ipynb #c096
+# %% ../nbs/07_evaluate.ipynb #c098
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
                  reference=None,    # data set name, folder or .npz of real images; None: what the run was trained on
@@ -533,7 +537,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
                  steps=50, guidance=1.0, sampler=ddim, seed=0, # of the sampling; guidance 1: conditional, where the model has classes
-                 device="auto", batch_size=None, data_root=None, progress=True,
+                 device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=Alone(),
                 ):                  # Evaluation
     """Sample (what is there already is kept), score, and write evaluation.json, panel.png and real_beside_generated.png.
     Raises DiffnbError, before sampling starts, if data or feature network are missing."""
@@ -553,15 +557,18 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
     real, held_out, split = _real(reference, like, filter, data_root)
     if not isinstance(features, Features): features = make_features(features, real.name, device, weights)
+    features = replace(features, ranks=ranks)
     if not is_files:
         guide = partial(guided, w=guidance) if trained.classes and guidance != 1 else None
         told = getattr(sampler, "__name__", "sampler")
         folder = sample_to(out / "evaluation" / (f"step_{trained.step:09d}_{told}{steps}" + (f"_w{guidance:g}" if guide else "")),
                            trained.model, trained.schedule, trained.shape, n, y=y, seed=seed, batch_size=batch_size, sampler=sampler,
-                           device=device, progress=progress, guide=guide, steps=steps, prediction=config.prediction)
+                           device=device, progress=progress, guide=guide, steps=steps, prediction=config.prediction,
+                           precision=pick_precision(precision, device, config), ranks=ranks)
         images = read_images(folder, n)[0]
         facts |= {"step": trained.step, "sampler": told, "steps": steps, "guidance": guidance if trained.classes else None, "seed": seed}
     result = evaluate(images, real, features, held_out, split, seed)
+    if ranks.rank: return result
     write_whole(out / "evaluation.json", json.dumps({**facts, **result.facts()}, indent=1, ensure_ascii=False))
     fig, png = panel(result), io.BytesIO()
     fig.savefig(png, format="png", dpi=130); plt.close(fig)

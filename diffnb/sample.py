@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/05_sample.ipynb #c006
 from .data import DiffnbError, addressed, to_uint8, write_whole
-from .train import load_model
+from .train import Alone, load_model
 
 # %% ../nbs/05_sample.ipynb #c012
 def denoise(model, schedule,
@@ -108,7 +108,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c043
+# %% ../nbs/05_sample.ipynb #c048
 @torch.no_grad()
 def heun(model, schedule, shape, steps=25,
          *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -125,7 +125,7 @@ def heun(model, schedule, shape, steps=25,
         x = _report(callback, t, t_next, euler, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c045
+# %% ../nbs/05_sample.ipynb #c050
 @torch.no_grad()
 def dpmpp_2m(model, schedule, shape, steps=20,
              *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -143,7 +143,7 @@ def dpmpp_2m(model, schedule, shape, steps=20,
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c061
+# %% ../nbs/05_sample.ipynb #c066
 @torch.no_grad()
 def ddim_invert(model, schedule, x0, steps=50, *, y=None, prediction="eps", spacing="trailing"):
     """The noise x_T from which `ddim` with the same settings (eta=0, clip=False) makes about `x0` (Song et al. 2021, section 5.4).
@@ -174,13 +174,14 @@ def inpaint(model, schedule,
         return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
     return sampler(model, schedule, x0.shape, generator=generator, callback=keep, **settings)
 
-# %% ../nbs/05_sample.ipynb #c071
+# %% ../nbs/05_sample.ipynb #c076
 def sample_batches(model, schedule,
                    shape,           # of one image: (C, H, W)
                    numbers,         # which images: list of ints; image k is made from noise addressed by (seed, k)
                    *, y=None,       # labels of images 0, 1, 2, …, int64; None: an unconditional model, or the null class
                    seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
                    guide=None,      # called as guide(model, y), gives the model to sample from; e.g. partial(guided, w=2.0)
+                   precision="float32", # of the network's arithmetic, or "bf16"; the sampler's own stays in float32
                    **settings       # for the sampler: steps, prediction, …
                   ):                # yields (numbers of the batch, uint8 (B, C, H, W) on the CPU)
     "Sample images by their numbers, batch by batch; the batch size changes nothing but the speed."
@@ -188,11 +189,12 @@ def sample_batches(model, schedule,
         ks = numbers[start:start + batch_size]
         labels = None if y is None else y[ks].to(device)
         network, told = (guide(model, labels), None) if guide else (model, labels)
-        x0 = sampler(network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
-                     x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            x0 = sampler(network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
+                         x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
         yield ks, to_uint8(x0).cpu()
 
-# %% ../nbs/05_sample.ipynb #c074
+# %% ../nbs/05_sample.ipynb #c079
 def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
@@ -208,7 +210,7 @@ def fingerprint(model, schedule):
 def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels
               model, schedule, shape,
               n,               # how many images
-              *, y=None, seed=0, **settings # as in sample_batches
+              *, y=None, seed=0, ranks=Alone(), **settings # as in sample_batches; ranks: each process makes its share
              ):                # path of the folder or file
     """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
     Raises DiffnbError if `out` holds samples made with other settings."""
@@ -219,6 +221,21 @@ def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H
     facts, told = folder / "samples.json", {"seed": seed, "shape": list(shape), "model": fingerprint(model, schedule), **{
         k: _told(v) for k, v in settings.items() if k not in ("batch_size", "device", "progress")}, "labels": "" if y is None else _name_of(y[:n])}
     if out.suffix == ".npz" and out.exists(): raise DiffnbError(f"{out} exists: remove it, or choose another name")
+    ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told))
+    missing = [k for k in range(ranks.rank, n, ranks.world) if not (folder / f"{k:06d}.png").exists()]
+    for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
+        for k, image in zip(ks, images):
+            pixels, partial_path = rearrange(image, "c h w -> h w c").squeeze(-1).numpy(), folder / f".{ranks.rank}.partial" # squeeze: grey images have no last axis
+            Image.fromarray(pixels).save(partial_path, format="PNG"); partial_path.replace(folder / f"{k:06d}.png")
+    if ranks.any(False) or ranks.rank: return out                                        # asked, so that all ranks have finished
+    if out.suffix == ".npz":
+        images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
+        np.savez(folder / "all.npz", images, *([] if y is None else [y[:n].cpu().numpy()]))
+        (folder / "all.npz").replace(out); shutil.rmtree(folder)
+    return out
+
+def _open_samples(folder, facts, told):
+    "Refuse a folder that holds something else; write down what its images are made with."
     if facts.exists():
         before = json.loads(facts.read_text())
         same = {k: v for k, v in before.items() if k != "labels"} == {k: v for k, v in told.items() if k != "labels"}
@@ -227,13 +244,3 @@ def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H
         if len(before["labels"]) > len(told["labels"]): told = before
     elif folder.exists() and any(folder.iterdir()): raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
     write_whole(facts, json.dumps(told))
-    missing = [k for k in range(n) if not (folder / f"{k:06d}.png").exists()]
-    for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
-        for k, image in zip(ks, images):
-            pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()                      # squeeze: grey images have no last axis
-            Image.fromarray(pixels).save(folder / ".partial", format="PNG"); (folder / ".partial").replace(folder / f"{k:06d}.png")
-    if out.suffix == ".npz":
-        images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
-        np.savez(folder / "all.npz", images, *([] if y is None else [y[:n].cpu().numpy()]))
-        (folder / "all.npz").replace(out); shutil.rmtree(folder)
-    return out

@@ -1,0 +1,157 @@
+"""Several ranks, one run: real processes that talk over gloo on the CPU.
+
+One warm process (this file, run as a script) forks the ranks, so that the imports are paid once; torchrun itself is tried at the end."""
+import json, os, pathlib, signal, socket, subprocess, sys, time, traceback
+from dataclasses import replace
+
+import numpy as np, pytest, torch
+
+from diffnb.data import DiffnbError, load_data
+from diffnb.evaluate import evaluate_run
+from diffnb.sample import ddim, sample_to
+from diffnb.scale import Ranks, plan, time_steps
+from diffnb.train import Alone, TrainConfig, checkpoints, load_model, read_metrics, read_tensors, train
+
+tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
+                   sample_steps=3, checkpoint_every=0.4, device="cpu")                                       # 20 steps
+settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "
+            "--device cpu").split()
+
+
+def fork(world, work): # -> exit codes, seconds
+    with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
+    start, children = time.monotonic(), []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            code = 0
+            try: work(rank)
+            except DiffnbError as e: print(e, flush=True); code = 1
+            except BaseException: traceback.print_exc(); code = 2
+            os._exit(code)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children], time.monotonic() - start
+
+
+def script(folder):
+    torch.set_num_threads(1)
+    done, load_data_once = {}, load_data("digits")
+    train(tiny, folder / "alone", sampler=ddim, progress=False)
+    def go(run, shard=False, on_log=None, **change):
+        ranks = Ranks(shard)
+        with ranks.guard(): train(replace(tiny, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
+    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(accumulate=2)), ("divided", 2, True, {})):
+        done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
+    def stop_early(run): return read_metrics(run)["step"][-1] == 10
+    done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
+    done["resumed"] = fork(2, lambda rank: go(folder / "resumed", shard=True))[0]
+    def die(run): os.kill(os.getppid(), 0); os.kill(os.getpid(), signal.SIGKILL)
+    done["dies"], done["dies_seconds"] = fork(2, lambda rank: go(folder / "dies", on_log=die))
+    done["uneven"] = fork(2, lambda rank: go(folder / "uneven", batch_size=63))[0]
+
+    m = load_model("digits", "cpu")
+    def draw(out, ranks, n=7): return sample_to(folder / out, m.model, m.schedule, m.shape, n, y=torch.arange(n) % 10, steps=2, progress=False, ranks=ranks)
+    def shared(rank):
+        ranks = Ranks()
+        with ranks.guard():
+            draw("png_two", ranks); draw("two.npz", ranks)
+            e = evaluate_run(folder / "two", 40, out=folder / "eval_two", device="cpu", steps=2, progress=False, ranks=ranks)
+            (folder / f"score_{rank}").write_text(repr(e.score.value))
+    draw("png_one", Alone()); draw("one.npz", Alone())
+    done["score"] = repr(evaluate_run(folder / "two", 40, out=folder / "eval_one", device="cpu", steps=2, progress=False).score.value)
+    done["sampled"] = fork(2, shared)[0]
+    (folder / "done.json").write_text(json.dumps(done))
+
+
+if __name__ == "__main__": script(pathlib.Path(sys.argv[1])); sys.exit()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    job = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert job.returncode == 0, job.stderr[-3000:]
+    return folder, json.loads((folder / "done.json").read_text()), job.stdout + job.stderr
+
+
+def files(run): return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["two", "four", "divided"])
+def test_any_number_of_ranks_gives_the_same_run(ranks, name):
+    folder, done, said = ranks
+    assert set(done[name]) == {0}, said[-2000:]
+    a, b = read_metrics(folder / "alone"), read_metrics(folder / name)
+    assert (a["step"] == b["step"]).all() and len(a["step"]) == 4
+    for column in a.keys() - {"seconds", "images_per_s"}: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+    (x, meta), (y, meta_b) = (read_tensors(checkpoints(folder / run)[-1]) for run in ("alone", name))
+    assert x.keys() == y.keys() and meta["step"] == meta_b["step"] == 20
+    assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith("ema.")) < 1e-4
+    assert files(folder / "alone") == files(folder / name)                      # one writer: the same files, none of them twice
+
+
+def test_a_run_may_change_its_ranks(ranks):
+    folder, done, said = ranks
+    assert done["begun"] == done["resumed"] == [0, 0], said[-2000:]
+    a, b = read_metrics(folder / "alone"), read_metrics(folder / "resumed")
+    assert (b["step"] == [5, 10, 15, 20]).all() and np.allclose(a["loss"], b["loss"], atol=1e-5)
+    x, y = (read_tensors(checkpoints(folder / run)[-1])[0] for run in ("alone", "resumed"))
+    assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith(("ema.", "exp_avg."))) < 1e-4
+
+
+def test_a_rank_that_dies_ends_the_job_soon_and_says_so(ranks):
+    folder, done, said = ranks
+    assert done["dies"] == [-9, 1] and done["dies_seconds"] < 60 and "rank 1 of 2 has lost another rank" in said
+
+
+def test_a_batch_that_cannot_be_shared(ranks):
+    assert ranks[1]["uneven"] == [1, 1] and "batch_size=63 cannot be cut" in ranks[2] and not (ranks[0] / "uneven").exists()
+
+
+def test_samples_and_scores_are_shared(ranks):
+    folder, done, said = ranks
+    assert done["sampled"] == [0, 0], said[-2000:]
+    assert files(folder / "png_one") == files(folder / "png_two") and len(files(folder / "png_one")) == 8
+    for name in files(folder / "png_one"): assert (folder / "png_one" / name).read_bytes() == (folder / "png_two" / name).read_bytes()
+    assert (np.load(folder / "one.npz")["arr_0"] == np.load(folder / "two.npz")["arr_0"]).all()
+    scores = [float((folder / f"score_{rank}").read_text()) for rank in (0, 1)]
+    assert scores[0] == scores[1] and np.isclose(scores[0], float(done["score"]), rtol=1e-4)
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(ranks, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "--", "diffnb",
+               "train", *settings, "--epochs", "8.54", "--checkpoint-every", "2", "--run", str(tmp_path / "run")]    # 200 steps
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not checkpoints(tmp_path / "run"): assert job.poll() is None; time.sleep(0.05)
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):                  # kill one rank, a child of torchrun
+            try: pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            except OSError: continue
+            if parent == job.pid and b"RANK=1\0" in (stat.parent / "environ").read_bytes(): os.kill(pid, signal.SIGKILL); break
+        said = job.communicate(timeout=240)[0]
+    finally: job.kill()
+    assert job.returncode == 0, said[-3000:]
+    assert "has lost another rank" in said and "continuing" in said
+    m = read_metrics(tmp_path / "run")
+    assert (m["step"] == np.arange(5, 201, 5)).all()                              # no gap, no row twice
+
+
+def test_torchrun_takes_a_signal_for_all_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "diffnb", "train", *settings,
+               "--epochs", "80", "--run", str(tmp_path / "run")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (tmp_path / "run" / "metrics.csv").exists() or len(read_metrics(tmp_path / "run")["step"]) < 2: assert job.poll() is None; time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=120)[0]
+    finally: job.kill()
+    assert job.returncode != 0 and "stopped by SIGTERM" in said, said[-3000:]
+    assert len(checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_plan_counts_what_a_run_will_do(capsys):
+    p = plan(replace(tiny, batch_size=32, accumulate=2), steps=2)
+    assert p["steps"] == 40 and p["seconds_per_step"] > 0 and p["memory"] > 5 * 4 * p["parameters"]
+    assert "in 2 parts" in capsys.readouterr().out
+    less = plan(replace(tiny, batch_size=32, recompute=True), steps=1)
+    assert less["memory"] < plan(replace(tiny, batch_size=32), steps=1)["memory"]
