@@ -6,7 +6,7 @@ with tempfile.TemporaryDirectory() as d:
     copy = pathlib.Path(d)
     for name in ("nbs", "diffnb"): shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(root / name, copy)
-    for module in (copy / "diffnb").glob("*.py"):
+    for module in (copy / "diffnb").rglob("*.py"):
         if module.name != "__init__.py": module.unlink()          # a module whose notebook is gone must not survive
     tool = pathlib.Path(sys.executable).with_name
     subprocess.run([tool("nbdev_export")], cwd=copy, check=True)
