@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 
-.PHONY: demo test lab lock
+.PHONY: demo test mutants bench lab lock site
 
 demo: .venv/ready  ## train on the handwritten digits (about two minutes on two cores), then sample
 	$(BIN)/diffnb train --data digits --run $(RUN) --base-channels 32 --channel-mult 1 2 --attention 4 --norm-groups 8 \
@@ -13,10 +13,24 @@ demo: .venv/ready  ## train on the handwritten digits (about two minutes on two 
 test: .venv/ready  ## generated code in step with the notebooks, every notebook run, tests/
 	$(BIN)/python tests/sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
+
+mutants: .venv/ready  ## put each bug of tests/mutants/catalogue.py into its lesson: an assert there, or a test, must fail
+	$(BIN)/python tests/mutants/run.py
+
+bench: .venv/ready  ## speed beside diffusers and denoising-diffusion-pytorch (15 minutes on two idle cores): bench/results, images/scaling.png
+	$(BIN)/python bench/train.py
+	$(BIN)/python bench/sample.py
+	$(BIN)/python bench/profile_step.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/table.py
 
 lab: .venv/ready  ## read the course
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+site: .venv/ready  ## the course as web pages, in _site/html: no network, neither to build nor to read
+	$(BIN)/python site/build.py
+	@echo "read it with: $(BIN)/python -m http.server --directory _site/html"
 
 lock: .venv/ready  ## resolve requirements.lock again from settings.ini
 	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.11 --no-header --upgrade -o requirements.lock

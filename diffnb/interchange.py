@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['key_map', 'unet_from_diffusers', 'unet_to_diffusers', 'to_diffusers', 'save_diffusers', 'from_diffusers']
 
-# %% ../nbs/tools/interchange.ipynb #c002
+# %% ../nbs/tools/interchange.ipynb #c003
 import json
 import os
 import shutil
@@ -18,7 +18,7 @@ from .data import DiffnbError
 from .schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from .unet import UNet, _choice, _number, _numbers
 
-# %% ../nbs/tools/interchange.ipynb #c005
+# %% ../nbs/tools/interchange.ipynb #c006
 def _diffusers():
     "The diffusers library, imported when first needed; DiffnbError says how to install it."
     try: import diffusers
@@ -26,7 +26,7 @@ def _diffusers():
         raise DiffnbError(f"this needs the diffusers library, not importable here ({e}): pip install diffusers") from e
     return diffusers
 
-# %% ../nbs/tools/interchange.ipynb #c007
+# %% ../nbs/tools/interchange.ipynb #c008
 _words = {"norm_out": "conv_norm_out", "time": "time_embedding", "linear1": "linear_1", "linear2": "linear_2",
           "classes": "class_embedding", "down": "down_blocks", "mid": "mid_block", "up": "up_blocks",
           "blocks": "resnets", "emb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm",
@@ -43,7 +43,7 @@ def key_map(model): # our UNet
         else: names[theirs] = (ours, None)
     return names
 
-# %% ../nbs/tools/interchange.ipynb #c010
+# %% ../nbs/tools/interchange.ipynb #c011
 def _their_settings(c):
     "UNet2DModel's arguments for our configuration `c`."
     if not (c["mid_norm"] or c["film"]):
@@ -60,7 +60,7 @@ def _their_settings(c):
         flip_sin_to_cos=True, downsample_padding=1 if c["down_padding"] == "both" else 0,
         num_class_embeds=None if c["num_classes"] is None else c["num_classes"] + 1)
 
-# %% ../nbs/tools/interchange.ipynb #c012
+# %% ../nbs/tools/interchange.ipynb #c013
 _theirs = dict(  # every setting of UNet2DModel that we translate, with its default there
     sample_size=None, in_channels=3, out_channels=3, freq_shift=0, flip_sin_to_cos=True, layers_per_block=2,
     down_block_types=("DownBlock2D",) + 3 * ("AttnDownBlock2D",),
@@ -85,7 +85,7 @@ def _known(config):
             raise _unsupported(name, value, f"diffnb's UNet can only do {' or '.join(map(repr, ok))}.")
     return _theirs | {k: v for k, v in given.items() if k in _theirs}
 
-# %% ../nbs/tools/interchange.ipynb #c013
+# %% ../nbs/tools/interchange.ipynb #c014
 def _levels(c):
     "Resolutions with attention, base_channels and channel_mult out of their lists."
     for name in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -105,7 +105,7 @@ def _levels(c):
     return dict(image_size=size, base_channels=base, channel_mult=[w / base for w in widths],
                 attention=[size // 2**i for i, a in enumerate(attends) if a])
 
-# %% ../nbs/tools/interchange.ipynb #c014
+# %% ../nbs/tools/interchange.ipynb #c015
 def _our_settings(config, # a UNet2DModel's config
                   null_class):
     "Our UNet's arguments for their configuration; DiffnbError names the setting that does not fit."
@@ -124,7 +124,7 @@ def _our_settings(config, # a UNet2DModel's config
         mid_attention=_choice("add_attention", c["add_attention"], (True, False)), norm_eps=c["norm_eps"],
         down_padding="both" if padding else "end", mid_norm=groups is not None or not film)
 
-# %% ../nbs/tools/interchange.ipynb #c017
+# %% ../nbs/tools/interchange.ipynb #c018
 def _swap_halves(w): return torch.cat(w.chunk(2, dim=1)[::-1], dim=1)
 
 def _load(model, theirs, flip):
@@ -143,7 +143,7 @@ def _load(model, theirs, flip):
         p.copy_(_swap_halves(theirs[k]) if k == "time_embedding.linear_1.weight" and not flip else theirs[k])
     return model
 
-# %% ../nbs/tools/interchange.ipynb #c019
+# %% ../nbs/tools/interchange.ipynb #c020
 def _build(config, weights, null_class):
     "Our UNet from their settings and their tensors."
     model = UNet(**_our_settings(config, null_class))
@@ -159,7 +159,7 @@ def unet_from_diffusers(unet,            # a diffusers UNet2DModel
     model = _build(dict(unet.config), {k: v.cpu() for k, v in unet.state_dict().items()}, null_class)
     return model.to(unet.device).train(unet.training)
 
-# %% ../nbs/tools/interchange.ipynb #c020
+# %% ../nbs/tools/interchange.ipynb #c021
 def unet_to_diffusers(model # our UNet
                      ):     # a diffusers UNet2DModel with the same outputs, on the same device, in the same mode
     "Copies our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
@@ -168,7 +168,7 @@ def unet_to_diffusers(model # our UNet
     unet.load_state_dict({k: ours[n] if i is None else ours[n].chunk(3)[i] for k, (n, i) in key_map(model).items()})
     return unet.to(ours["conv_in.weight"].device).train(model.training)
 
-# %% ../nbs/tools/interchange.ipynb #c028
+# %% ../nbs/tools/interchange.ipynb #c029
 _predictions = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 def to_diffusers(model,            # our UNet
@@ -187,7 +187,7 @@ def to_diffusers(model,            # our UNet
         num_train_timesteps=schedule.T, trained_betas=betas, prediction_type=_predictions[prediction],
         timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=True)
 
-# %% ../nbs/tools/interchange.ipynb #c031
+# %% ../nbs/tools/interchange.ipynb #c032
 def save_diffusers(model,            # our UNet
                    schedule,         # the NoiseSchedule it was trained with
                    folder,           # where; must not exist yet, or be empty
@@ -208,7 +208,7 @@ def save_diffusers(model,            # our UNet
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/tools/interchange.ipynb #c038
+# %% ../nbs/tools/interchange.ipynb #c039
 def _read_json(path):
     "A JSON file's object; DiffnbError if it cannot be read or is something else."
     try: values = json.loads(path.read_text(encoding="utf-8"))
@@ -232,7 +232,7 @@ def _read_weights(folder):
     except (OSError, SafetensorError) as e: raise DiffnbError(f"cannot read {path}: {e}. Copy it again.") from e
     return {".".join(_old_names.get(w, w) for w in k.split(".")): v for k, v in weights.items()}
 
-# %% ../nbs/tools/interchange.ipynb #c040
+# %% ../nbs/tools/interchange.ipynb #c041
 _schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep"))
 
 def _read_schedule(config):
@@ -255,7 +255,7 @@ def _read_schedule(config):
         schedule = schedule.zero_terminal_snr()
     return schedule, {v: k for k, v in _predictions.items()}[name]
 
-# %% ../nbs/tools/interchange.ipynb #c042
+# %% ../nbs/tools/interchange.ipynb #c043
 def from_diffusers(path,            # a folder on this machine
                    null_class=True, # see unet_from_diffusers
                   ):                # (UNet, NoiseSchedule, prediction), the UNet on the CPU, in eval mode

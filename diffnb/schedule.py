@@ -154,7 +154,7 @@ def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
     values = self.log_snr(t)
     return values.exp() if torch.is_tensor(values) else math.exp(values)
 
-# %% ../nbs/02_schedule.ipynb #c048
+# %% ../nbs/02_schedule.ipynb #c051
 @patch_to(NoiseSchedule)
 def shift(self, scale # how many times longer the side of the image is; 2 from 32x32 to 64x64
          ):           # a new NoiseSchedule
@@ -162,14 +162,14 @@ def shift(self, scale # how many times longer the side of the image is; 2 from 3
     if not 0 < scale < math.inf: raise DiffnbError(f"scale must be a number above 0, got {scale!r}.")
     return NoiseSchedule(self.alpha_bar / (self.alpha_bar + (1 - self.alpha_bar) * scale ** 2))
 
-# %% ../nbs/02_schedule.ipynb #c051
+# %% ../nbs/02_schedule.ipynb #c054
 @patch_to(NoiseSchedule)
 def zero_terminal_snr(self): # a new NoiseSchedule
     "sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2023, algorithm 1)."
     a = self.alpha_bar.sqrt()
     return NoiseSchedule(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 
-# %% ../nbs/02_schedule.ipynb #c055
+# %% ../nbs/02_schedule.ipynb #c058
 _SCHEDULES = dict(linear=linear_schedule, cosine=cosine_schedule, sigmoid=sigmoid_schedule)
 
 def make_schedule(name,                   # "linear", "cosine" or "sigmoid"
@@ -182,7 +182,7 @@ def make_schedule(name,                   # "linear", "cosine" or "sigmoid"
     schedule = _SCHEDULES[name](T).shift(shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
-# %% ../nbs/02_schedule.ipynb #c058
+# %% ../nbs/02_schedule.ipynb #c061
 def _unknown(prediction): return DiffnbError(f"prediction must be 'eps', 'x0' or 'v', got {prediction!r}.")
 
 @patch_to(NoiseSchedule)
@@ -198,7 +198,7 @@ def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]
     a, s = self.signal_noise(t, x0.ndim)
     return a * noise.float() - s * x0.float()
 
-# %% ../nbs/02_schedule.ipynb #c061
+# %% ../nbs/02_schedule.ipynb #c064
 @patch_to(NoiseSchedule)
 def to_x0(self, output, # what the network said, (B, C, H, W), any float type
           x_t,          # noised images, same shape
@@ -216,7 +216,7 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
                           "predicts eps says nothing about x0. Train with prediction='v' or 'x0'.")
     return (x_t.float() - s * output.float()) / a
 
-# %% ../nbs/02_schedule.ipynb #c062
+# %% ../nbs/02_schedule.ipynb #c065
 @patch_to(NoiseSchedule)
 def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipped
            x_t,      # noised images, same shape
@@ -227,7 +227,7 @@ def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipp
     if not torch.is_tensor(s) and s == 0: raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps.")
     return (x_t.float() - a * x0.float()) / s
 
-# %% ../nbs/02_schedule.ipynb #c077
+# %% ../nbs/02_schedule.ipynb #c080
 _SPACINGS = { # timestep with j more to come after it, of S in all; u = j/(S-1). Fractions, because floats add steps
     "trailing": lambda T, S, j, u: round(Fraction(T * (j + 1), S)) - 1,
     "leading": lambda T, S, j, u: j * (T // S),
@@ -245,7 +245,7 @@ def timesteps(self, steps,       # how many, from 1 to T
     u = lambda j: Fraction(j, steps - 1) if steps > 1 else 1
     return [_SPACINGS[spacing](self.T, steps, j, u(j)) for j in reversed(range(steps))]
 
-# %% ../nbs/02_schedule.ipynb #c085
+# %% ../nbs/02_schedule.ipynb #c088
 @patch_to(NoiseSchedule)
 def pairs(self, steps,       # how many, from 1 to T
           spacing="trailing" # see timesteps
@@ -254,7 +254,7 @@ def pairs(self, steps,       # how many, from 1 to T
     ts = self.timesteps(steps, spacing)
     return list(zip(ts, ts[1:] + [-1]))
 
-# %% ../nbs/02_schedule.ipynb #c096
+# %% ../nbs/02_schedule.ipynb #c099
 def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
                    chunk=4096 # images taken at a time
                   ):          # variances along the principal directions, (C*H*W,), float64, largest first
@@ -273,7 +273,7 @@ def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
     mean = total / n
     return torch.linalg.eigvalsh(products / n - mean.outer(mean)).flip(0).clamp(min=0).cpu()
 
-# %% ../nbs/02_schedule.ipynb #c098
+# %% ../nbs/02_schedule.ipynb #c101
 def gaussian_loss_floor(images,           # (N, C, H, W), or their spectrum, (D,)
                         schedule,         # a NoiseSchedule
                         prediction="eps"  # "eps", "x0" or "v"

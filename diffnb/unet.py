@@ -4,14 +4,14 @@
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'zero_init', 'ResBlock', 'Attention', 'Downsample', 'Upsample', 'Stage', 'UNet',
            'count_parameters']
 
-# %% ../nbs/03_unet.ipynb #c004
+# %% ../nbs/03_unet.ipynb #c005
 import math
 import torch
 from torch import nn
 from torch.nn import functional as F
 from .data import DiffnbError
 
-# %% ../nbs/03_unet.ipynb #c016
+# %% ../nbs/03_unet.ipynb #c017
 def timestep_embedding(t,             # timesteps, (B,), any integer type, float32 or float64
                        dim,           # even
                        freq_shift=0,  # 0 here, 1 in the published DDPM weights
@@ -22,7 +22,7 @@ def timestep_embedding(t,             # timesteps, (B,), any integer type, float
     angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / (half - freq_shift))
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-# %% ../nbs/03_unet.ipynb #c021
+# %% ../nbs/03_unet.ipynb #c022
 class TimeEmbedding(nn.Module):
     "`timestep_embedding`, then two linear layers: (B,) -> (B, emb_dim)."
     def __init__(self, dim, emb_dim, freq_shift=0):
@@ -35,7 +35,7 @@ class TimeEmbedding(nn.Module):
         waves = timestep_embedding(t, self.dim, self.freq_shift).to(self.linear1.weight.dtype)
         return self.linear2(F.silu(self.linear1(waves)))
 
-# %% ../nbs/03_unet.ipynb #c024
+# %% ../nbs/03_unet.ipynb #c025
 def zero_init(layer):
     "The same layer with weights and bias set to zero: a branch that ends in it adds nothing until it has learned to."
     for p in layer.parameters(): nn.init.zeros_(p)
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
         else: h = self.norm2(h + e)
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
-# %% ../nbs/03_unet.ipynb #c035
+# %% ../nbs/03_unet.ipynb #c036
 class Attention(nn.Module):
     "Every position looks at every other: (B, C, H, W) -> same shape. `head_dim=None` is a single head."
     def __init__(self, channels, head_dim=None, groups=16, eps=1e-5, norm=True):
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         a = self.out(a.transpose(1, 2).reshape(b, h * w, c))
         return x + a.transpose(1, 2).reshape(b, c, h, w)
 
-# %% ../nbs/03_unet.ipynb #c041
+# %% ../nbs/03_unet.ipynb #c045
 class Downsample(nn.Module):
     "Half the resolution by a convolution of stride 2. `padding`: both sides, or (as DDPM did) only right and bottom."
     def __init__(self, channels, padding="both"):
@@ -96,7 +96,7 @@ class Upsample(nn.Module):
 
     def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../nbs/03_unet.ipynb #c046
+# %% ../nbs/03_unet.ipynb #c050
 def _number(name, value, low, high, kind=int, none=False):
     "`value` if it is a `kind` in [low, high] (or None, where that is allowed); DiffnbError otherwise."
     if value is None and none: return value
@@ -117,7 +117,7 @@ def _choice(name, value, choices):
         raise DiffnbError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
     return value
 
-# %% ../nbs/03_unet.ipynb #c048
+# %% ../nbs/03_unet.ipynb #c052
 def _shape(c):
     "Fills in channel_mult and checks it with image_size and norm_groups. Returns widths, resolutions, outermost first."
     if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32: the inner ones stay the same
@@ -137,7 +137,7 @@ def _shape(c):
     if widths[0] // 2 <= c["freq_shift"]: raise DiffnbError("freq_shift=1 needs a first width above 2.")
     return [int(w) for w in widths], [size // 2**i for i in range(levels)]
 
-# %% ../nbs/03_unet.ipynb #c051
+# %% ../nbs/03_unet.ipynb #c055
 def _checked(c):
     "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
     c = dict(c)
@@ -166,7 +166,7 @@ def _checked(c):
         raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2. Reduce base_channels.")
     return c
 
-# %% ../nbs/03_unet.ipynb #c054
+# %% ../nbs/03_unet.ipynb #c058
 class Stage(nn.Module):
     "The work at one resolution: residual blocks, each followed by attention or nothing, then `resize` to the next one."
     def __init__(self, blocks, attentions, resize=None):
@@ -184,7 +184,7 @@ class Stage(nn.Module):
         if keep is not None: keep.append(x)
         return x
 
-# %% ../nbs/03_unet.ipynb #c057
+# %% ../nbs/03_unet.ipynb #c061
 def _stages(c, widths, sizes):
     "The stages on the way down, in the middle and on the way up, as configuration `c` asks."
     def block(c_in, c_out):
@@ -206,7 +206,7 @@ def _stages(c, widths, sizes):
         up.append(stage(inputs, w, sizes[i], Upsample(w) if i else None))
     return nn.ModuleList(down), mid, nn.ModuleList(up)
 
-# %% ../nbs/03_unet.ipynb #c060
+# %% ../nbs/03_unet.ipynb #c064
 def _check_inputs(c, x_t, t, y):
     "Raises if x_t, t or y do not suit configuration `c`; returns t and y as (B,) tensors, y None without classes."
     factor = 2**(len(c["channel_mult"]) - 1)
@@ -234,7 +234,7 @@ def _check_inputs(c, x_t, t, y):
                           f"{c['num_classes']}, the null class.")
     return t.expand(b), y.long().to(x_t.device)
 
-# %% ../nbs/03_unet.ipynb #c063
+# %% ../nbs/03_unet.ipynb #c067
 class UNet(nn.Module):
     """`model(x_t, t, y=None)`: x_t (B, in_channels, H, W), t (B,), classes y (B,) -> prediction, shaped as x_t.
     14.4M parameters by default. `UNet(**model.config)` rebuilds it. Raises DiffnbError for settings or inputs that
