@@ -212,3 +212,19 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
     checkpoints(run)[-1].unlink()                                             # as if killed before it was written
     train(tiny, run, progress=False)
     assert read_metrics(run)["step"].tolist() == before
+
+
+def test_out_of_memory_names_a_batch_that_fits():
+    from diffnb.train import _memory_advice, training_memory
+    from diffnb.unet import UNet
+    model, config = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8), change(tiny, batch_size=10**7, precision="float32")
+    with pytest.raises(DiffnbError, match="images fit at a time") as e:
+        with _memory_advice(model, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
+    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--accumulate "))
+    fixed, each = training_memory(model)
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.8 * room < fixed + fits * each < 0.9 * room and (parts - 1) * fits < 10**7 <= parts * fits
+    with pytest.raises(DiffnbError, match="out of memory"):                          # what the CPU's allocator says
+        with _memory_advice(model, config, torch.device("cpu")): torch.empty(10**15)
+    with pytest.raises(RuntimeError, match="something else"):
+        with _memory_advice(model, config, torch.device("cpu")): raise RuntimeError("something else")
