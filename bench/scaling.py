@@ -32,7 +32,8 @@ def attention_flops(shape): # of one image, forwards and backwards
 
 def attention_time(shape, batch, device, options):
     "Attention's share of the time of one forward and backward pass."
-    model, _, precision = train.our_model(shape, batch, device, options)
+    state, precision = train.our_state(shape, batch, device, options)
+    model = state.model
     x, t = torch.randn(batch, 3, shape.image_size, shape.image_size, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
     def run(n):
         for _ in range(n):

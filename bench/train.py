@@ -28,29 +28,25 @@ def batch_of(data, batch): # floats in [-1, 1], mirrored at random: what the oth
     return torch.where(torch.rand(batch, 1, 1, 1, device=data.device) < 0.5, x.flip(-1), x)
 
 
-def our_model(shape, batch, device, options):
-    "(model, config, precision) as `diffnb.train.train` makes them, neither recomputing nor compiled yet."
+def our_state(shape, batch, device, options):
+    "(TrainState, precision) as `diffnb.train.train` makes them."
     import diffnb.train as dt
     asked = {}
     if options:                                                   # without options every setting stays as it comes
-        asked = {"precision": "bf16" if "bf16" in options else "float32", "compile": bool(options & {"compile", "graphs"}),
+        asked = {"precision": "bf16" if "bf16" in options else "float32", "compile": "compile" in options,
                  "channels_last": "channels_last" in options, "recompute": "recompute" in options}
     config = dt.TrainConfig(**asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    model = shape.ours().to(device)
-    if dt.wanted(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
-    return model, config, dt.pick_precision(config.precision, device, config)
+    return dt.new_state(shape.ours().config, config, device), dt.pick_precision(config.precision, device, config)
 
 def ours(shape, batch, device, options):
     import diffnb.train as dt
     from diffnb.data import ImageData
     from diffnb.schedule import make_schedule
-    model, config, precision = our_model(shape, batch, device, options)
-    state, size = dt.TrainState(model, config), shape.image_size
-    if config.recompute: dt.recompute(model)
-    if dt.wanted(config.compile, device): model.compile(mode="reduce-overhead" if "graphs" in options else None)
+    state, precision = our_state(shape, batch, device, options)
+    network, config, size = dt.ready(state, device), state.config, shape.image_size
+    if "graphs" in options: network.compile(mode="reduce-overhead")
     data = ImageData(images(device, batch, size), None, (), size, size, name="random")
-    steps = dt.train_steps(state, data, make_schedule(config.schedule, config.T), 10**6, precision)
+    steps = dt.train_steps(state, data, make_schedule(config.schedule, config.T), 10**6, precision, network)
     def run(n):
         for _ in range(n):
             next(steps)

@@ -32,7 +32,7 @@ _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 # %% ../nbs/tools/cli.ipynb #c009
 Run = Annotated[Path, tyro.conf.Positional]
 
-def train(config: TrainConfig,
+def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its switches take True, False or None
           run: Path | None = None, # folder for everything the run leaves behind; default: runs/DATA or runs/DATA-SIZE
           dry_run: bool = False,   # print parameters, FLOPs, memory and time from a few measured steps, and leave
           tensorboard: bool = False, # write the curves for TensorBoard too, in the run folder
@@ -56,7 +56,7 @@ def _ranks(shard=False):
 def _train(config, run, tensorboard=False, shard=False):
     with _ranks(shard) as ranks:
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
-        state = train_run(config, run, sampler=ddim, on_log=to_tensorboard(run) if tensorboard and ranks.rank == 0 else None, ranks=ranks)
+        state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
     if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {run}")
     else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {run}")
@@ -204,7 +204,7 @@ def main(args=None, # list of strings; None: those of the process
         ):          # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
     try: return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="diffnb", description="Train, sample, measure and examine diffusion models.",
-                                                     config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)) or 0
+                                                     config=(tyro.conf.OmitArgPrefixes,)) or 0
     except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt: print("diffnb: interrupted", file=sys.stderr); return 130
     except BrokenPipeError: return 0

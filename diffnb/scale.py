@@ -6,7 +6,7 @@
 __all__ = ['count_flops', 'matmul_speed', 'wait', 'time_steps', 'plan', 'Ranks']
 
 # %% ../nbs/09_scale.ipynb #c004
-import math, os, re, statistics, time
+import math, os, re, statistics, time, uuid
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, TrainState, adamw, pick_device, recompute, resolve, train_steps, training_memory, wanted
+from .train import Alone, Batch, adamw, new_state, pick_device, ready, recompute, resolve, train_steps, training_memory
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009
@@ -58,12 +58,8 @@ def wait(device): # a GPU answers before it has finished; a clock must wait for 
 def time_steps(config, data, net, steps=5, warm=2): # -> (seconds a step, TrainState)
     "Median time of real training steps of a UNet(**net) with this configuration, after `warm` that do not count."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
-    model = UNet(**net).to(device)
-    if wanted(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
-    state, times = TrainState(model, config), []
-    if config.recompute: recompute(model)
-    if wanted(config.compile, device): model.compile()
-    for _ in train_steps(state, data.to(device), schedule, steps + warm + 1, config.precision):
+    state, times = new_state(net, config, device), []
+    for _ in train_steps(state, data.to(device), schedule, steps + warm + 1, config.precision, ready(state, device)):
         wait(device); times.append(time.perf_counter())
     return statistics.median(b - a for a, b in zip(times[warm:], times[warm + 1:])), state
 
@@ -88,13 +84,32 @@ def plan(config, # TrainConfig
     return p
 
 # %% ../nbs/09_scale.ipynb #c029
+def _fresh_store(store, rank, world, minutes=10):
+    "A part of the store that no earlier start has written to, the same for all ranks of this one."
+    if rank:
+        store.set(f"asks/{rank}", me := uuid.uuid4().hex)
+        name = store.get(f"answer/{me}").decode()                      # waits
+        store.set(f"{name}/{rank}", "here")
+    else:
+        name, until = uuid.uuid4().hex, time.monotonic() + 60 * minutes
+        missing = set(range(1, world))
+        while missing := {r for r in missing if not store.check([f"{name}/{r}"])}:
+            for r in missing:
+                if store.check([f"asks/{r}"]): store.set(f"answer/{store.get(f'asks/{r}').decode()}", name)    # perhaps to a dead one: harmless
+            if time.monotonic() > until: raise DiffnbError(f"ranks {sorted(missing)} of {world} did not come within {minutes} minutes: were all machines started?")
+            time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+# %% ../nbs/09_scale.ipynb #c032
 class Ranks(Alone):
     "This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`."
     def __init__(self, shard=False, minutes=10): # minutes: how long to wait for another rank
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.address, self.shard, gpu = (self.rank,) if self.rank else (), shard, torch.cuda.is_available()
         if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes))
+        store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world,
+                                store=_fresh_store(store, self.rank, self.world, minutes))
 
     def part(self, batch): return Batch(*[None if b is None else b.chunk(self.world)[self.rank] for b in batch])
 
@@ -138,7 +153,7 @@ class Ranks(Alone):
                               "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
         finally: dist.destroy_process_group()
 
-# %% ../nbs/09_scale.ipynb #c030
+# %% ../nbs/09_scale.ipynb #c033
 def _divide(state, device):
     "Give each rank a part of every weight of model and EMA, and of Adam's moments."
     moments, before = state.optimizer.state, dict(state.model.named_parameters())

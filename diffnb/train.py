@@ -5,9 +5,9 @@ __all__ = ['Batch', 'BINS', 'columns', 'MOST_JSON', 'free_to_change', 'diffusion
            'drop_labels', 'TrainConfig', 'check_config', 'pick_device', 'wanted', 'pick_precision', 'draw_batch',
            'Alone', 'unsharded', 'Meter', 'read_metrics', 'plot_metrics', 'strict_json', 'write_tensors',
            'read_tensors', 'adamw', 'TrainState', 'load_weights', 'train_steps', 'kept_bytes', 'training_memory',
-           'recompute', 'resolve', 'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'training_now',
-           'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained', 'save_weights',
-           'load_model']
+           'recompute', 'new_state', 'ready', 'resolve', 'checkpoints', 'last_checkpoint', 'read_config', 'make_config',
+           'training_now', 'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained',
+           'save_weights', 'load_model']
 
 # %% ../nbs/04_train.ipynb #c004
 import copy, csv, errno, hashlib, io, json, math, os, platform, shutil, signal, threading, time, warnings
@@ -218,7 +218,7 @@ class Alone:
     def any(self, flag): return bool(flag)              # has any rank a reason?
     def spread(self, state): return state.model         # copy or divide the model; what to call instead of it
     def map(self, f, *tensors): return f(*tensors)      # work on a batch, each rank on its images; the whole result
-    def first(self, work): return work()                # done by rank 0, before the others go on
+    def first(self, work): return work()                # done by rank 0, before the others do it too
     def home(self, device): return device               # where the model is put together
 
 def unsharded(tensor): # a tensor of which each rank holds a part, in full
@@ -455,6 +455,23 @@ def recompute(model):
     return model
 
 # %% ../nbs/04_train.ipynb #c073
+def new_state(net, config, device, # UNet configuration, TrainConfig, torch.device
+              ranks=Alone()):      # TrainState at step 0
+    "A network with the weights of `config.seed`, laid out as the configuration asks, its EMA, optimiser and meter."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.manual_seed(addressed(config.seed, "weights").initial_seed())
+    model = UNet(**net).to(ranks.home(device))
+    if wanted(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
+    return TrainState(model, config)
+
+def ready(state, device, ranks=Alone()): # -> the network to call: the model, or what stands for it
+    "Spread over the ranks, recomputing, compiled: as the configuration asks."
+    network = ranks.spread(state)
+    if state.config.recompute: recompute(state.model)
+    if wanted(state.config.compile, device): network.compile()         # in place, so no _orig_mod in the names of weights
+    return network
+
+# %% ../nbs/04_train.ipynb #c076
 @contextmanager
 def _memory_advice(model, config, device):
     "Turns running out of memory into a DiffnbError that names the batch that would fit."
@@ -469,7 +486,7 @@ def _memory_advice(model, config, device):
         raise DiffnbError(f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, accumulate={config.accumulate}; {advice}. "
                           "--recompute True needs less too. The last checkpoint stays") from e
 
-# %% ../nbs/04_train.ipynb #c075
+# %% ../nbs/04_train.ipynb #c079
 def resolve(config, # TrainConfig
            ):       # (config with nothing left open, ImageData, UNet configuration)
     "Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any work starts."
@@ -488,7 +505,7 @@ def resolve(config, # TrainConfig
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
-# %% ../nbs/04_train.ipynb #c076
+# %% ../nbs/04_train.ipynb #c080
 free_to_change = {"epochs", "device", "compile", "channels_last", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def _step(path): return int(path.stem[5:])
@@ -551,7 +568,7 @@ def make_config(values, # dict, as JSON gives it
     if unknown := sorted(map(str, set(values) - known)): raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
-# %% ../nbs/04_train.ipynb #c078
+# %% ../nbs/04_train.ipynb #c082
 def _grip(file, shared=False):
     "Lock an open file: True if that worked, False if another process holds it, None where file systems cannot lock."
     try:
@@ -590,7 +607,7 @@ def _alone_in(run):
         try: yield
         finally: file.truncate(0)
 
-# %% ../nbs/04_train.ipynb #c081
+# %% ../nbs/04_train.ipynb #c085
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
     if (run / "config.json").exists():
@@ -614,7 +631,7 @@ def _open_run(run, config, data, net):
         "data": {"name": data.name, "images": len(data), "classes": list(data.classes), "class_counts": counts,
                  "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}}, indent=1))
 
-# %% ../nbs/04_train.ipynb #c083
+# %% ../nbs/04_train.ipynb #c087
 @contextmanager
 def _stop_signals():
     "Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left alone."
@@ -628,7 +645,7 @@ def _stop_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/04_train.ipynb #c085
+# %% ../nbs/04_train.ipynb #c089
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=Alone()):
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
@@ -647,7 +664,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=A
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
-# %% ../nbs/04_train.ipynb #c086
+# %% ../nbs/04_train.ipynb #c090
 def _same_model(written, wanted, run):
     "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
     for k, v in wanted.items():
@@ -671,7 +688,7 @@ def _check_finite(row, run):
     raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. {_kept(run)}"
                           "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
-# %% ../nbs/04_train.ipynb #c088
+# %% ../nbs/04_train.ipynb #c092
 class _Watch:
     "The calm rows of a run, the step of the row where its loss leapt (None: it is calm), and the last step known to be calm."
     def __init__(self, run, rows=()):
@@ -710,7 +727,7 @@ class _Watch:
         for old in checkpoints(self.run)[:-keep]:
             if old not in (path, self.before()): old.unlink()
 
-# %% ../nbs/04_train.ipynb #c091
+# %% ../nbs/04_train.ipynb #c095
 @contextmanager
 def _what_stays(run):
     "When the disk is full, read-only or broken: say which state is left, and how to go on."
@@ -721,51 +738,27 @@ def _what_stays(run):
         if not isinstance(cause, OSError) or cause.errno not in {getattr(errno, n, None) for n in names}: raise
         raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {run}") from cause
 
-# %% ../nbs/04_train.ipynb #c094
-def train(config,           # TrainConfig
-          run,              # folder for everything the run leaves behind; an unfinished run in it is continued
-          sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
-          on_log=None,      # called as on_log(run) after each row of metrics and each grid; returning True stops the run
-          progress=True,    # a progress bar
-          ranks=Alone(),    # or diffnb.scale.Ranks: many processes, one run
-         ):                 # the TrainState at the end
-    """Train as `config` says, in the folder `run`: config.json, metrics.csv, samples/, checkpoints/.
-    Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
-    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
-    run, progress = Path(run), progress and ranks.rank == 0
-    if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
-    config, data, net = ranks.first(lambda: resolve(config))
-    if config.batch_size % (config.accumulate * ranks.world):
-        raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.accumulate} parts (accumulate) on each of {ranks.world} ranks: choose a multiple of both")
-    with ExitStack() as held:                                                # the lock of the folder
-        ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
-        return _train(config, data, net, run, sampler, on_log, progress, ranks)
-
+# %% ../nbs/04_train.ipynb #c098
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     if config.resident or wanted(config.resident, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2: data = data.to(device)
-    torch.manual_seed(addressed(config.seed, "weights").initial_seed())
-    model, total = UNet(**net).to(ranks.home(device)), math.ceil(config.epochs * len(data) / config.batch_size)
-    if wanted(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
-    state = TrainState(model, config)
+    state, total = new_state(net, config, device, ranks), math.ceil(config.epochs * len(data) / config.batch_size)
     if saved := last_checkpoint(run, net, set_aside=ranks.rank == 0):
         tensors, meta = saved
         state.restore(tensors, meta["step"], meta["seconds"])
+        if ranks.rank: state.meter.sums[:2 * BINS] = 0                           # the half-filled row is counted once, by rank 0
         if progress: print(f"continuing {run} at step {state.step} of {total}")
-    network = ranks.spread(state)
-    if config.recompute: recompute(model)
-    if wanted(config.compile, device): network.compile()                        # in place, so no _orig_mod in the names of weights
+    network = ready(state, device, ranks)
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
     watch = _Watch(run, before)
     if ranks.rank == 0: write_whole(run / "metrics.csv", ",".join(columns) + "\n" + _csv(before))
-    start, logged, said = time.perf_counter() - state.seconds, (state.step, time.perf_counter()), None
+    start, logged = time.perf_counter() - state.seconds, (state.step, time.perf_counter())
 
     def due(every): # has a multiple of `every` epochs been passed in this step?
         return math.floor(state.step * config.batch_size / len(data) / every) > math.floor((state.step - 1) * config.batch_size / len(data) / every)
     def log():
-        nonlocal logged, said
+        nonlocal logged
         row, now = state.meter.read(ranks), time.perf_counter()
         row |= {"step": state.step, "epoch": state.step * config.batch_size / len(data), "images": state.step * config.batch_size,
                 "lr": lr_at(state.step - 1, total, config.lr, config.warmup), "seconds": now - start,
@@ -786,7 +779,7 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     def grid():
         if sampler: sample_grid(state, data, schedule, sampler, run / f"samples/step_{state.step:09d}.png", ranks=ranks)
 
-    with _what_stays(run), _stop_signals() as asked, _memory_advice(model, config, device), \
+    with _what_stays(run), _stop_signals() as asked, _memory_advice(state.model, config, device), \
          tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
         for step in train_steps(state, data, schedule, total, config.precision, network, ranks):
             bar.update()
@@ -800,7 +793,27 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     state.stopped_by = asked[0] if asked else None
     return state
 
-# %% ../nbs/04_train.ipynb #c098
+# %% ../nbs/04_train.ipynb #c100
+def train(config,           # TrainConfig
+          run,              # folder for everything the run leaves behind; an unfinished run in it is continued
+          sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
+          on_log=None,      # called as on_log(run) after each row of metrics and each grid; returning True stops the run
+          progress=True,    # a progress bar
+          ranks=Alone(),    # or diffnb.scale.Ranks: many processes, one run
+         ):                 # the TrainState at the end
+    """Train as `config` says, in the folder `run`: config.json, metrics.csv, samples/, checkpoints/.
+    Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
+    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
+    run, progress = Path(run), progress and ranks.rank == 0
+    if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
+    config, data, net = ranks.first(lambda: resolve(config))
+    if config.batch_size % (config.accumulate * ranks.world):
+        raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.accumulate} parts (accumulate) on each of {ranks.world} ranks: choose a multiple of both")
+    with ExitStack() as held:                                                # the lock of the folder
+        ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
+        return _train(config, data, net, run, sampler, on_log, progress, ranks)
+
+# %% ../nbs/04_train.ipynb #c104
 def live_curves(floor=None, # drawn as a dashed line
                ):           # a function for train(on_log=...)
     "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
@@ -813,18 +826,18 @@ def live_curves(floor=None, # drawn as a dashed line
         handle.update(fig); plt.close(fig)
     return on_log
 
-# %% ../nbs/04_train.ipynb #c115
-def to_tensorboard(run, # a run folder; the files go to its folder tensorboard/
-                  ):    # a function for train(on_log=...)
+# %% ../nbs/04_train.ipynb #c121
+def to_tensorboard(): # a function for train(on_log=...); the files go to the run's folder tensorboard/
     "Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is missing."
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e: raise DiffnbError("TensorBoard is not installed: pip install tensorboard, or leave this option out") from e
-    shutil.rmtree(Path(run) / "tensorboard", ignore_errors=True)
     writer, shown = None, set()
     def on_log(run):
         nonlocal writer
-        writer = writer or SummaryWriter(Path(run) / "tensorboard")
-        metrics, steps = read_metrics(run), read_metrics(run)["step"]
+        if not writer:
+            shutil.rmtree(Path(run) / "tensorboard", ignore_errors=True)
+            writer = SummaryWriter(Path(run) / "tensorboard")
+        metrics = read_metrics(run); steps = metrics["step"]
         for i in (i for i, step in enumerate(steps) if step not in shown):
             for name in set(metrics) - {"step"}: writer.add_scalar(name, metrics[name][i], int(steps[i]))
         for path in (p for p in (Path(run) / "samples").glob("step_*.png") if p.name not in shown):
@@ -833,7 +846,7 @@ def to_tensorboard(run, # a run folder; the files go to its folder tensorboard/
         shown.update(steps); writer.flush()
     return on_log
 
-# %% ../nbs/04_train.ipynb #c117
+# %% ../nbs/04_train.ipynb #c124
 @dataclass(frozen=True)
 class Trained:
     "A trained model with what is needed to sample from it."

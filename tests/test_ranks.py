@@ -1,7 +1,7 @@
 """Several ranks, one run: real processes that talk over gloo on the CPU.
 
 One warm process (this file, run as a script) forks the ranks, so that the imports are paid once; torchrun itself is tried at the end."""
-import json, os, pathlib, signal, socket, subprocess, sys, time, traceback
+import json, os, pathlib, shutil, signal, socket, subprocess, sys, time, traceback
 from dataclasses import replace
 
 import numpy as np, pytest, torch
@@ -9,7 +9,7 @@ import numpy as np, pytest, torch
 from diffnb.data import DiffnbError, load_data
 from diffnb.evaluate import evaluate_run
 from diffnb.sample import ddim, sample_to
-from diffnb.scale import Ranks, plan, time_steps
+from diffnb.scale import Ranks, plan
 from diffnb.train import Alone, TrainConfig, checkpoints, load_model, read_metrics, read_tensors, train
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
@@ -35,7 +35,7 @@ def fork(world, work): # -> exit codes, seconds
 
 def script(folder):
     torch.set_num_threads(1)
-    done, load_data_once = {}, load_data("digits")
+    done = {}; load_data("digits")                                            # read once, for all that are forked
     train(tiny, folder / "alone", sampler=ddim, progress=False)
     def go(run, shard=False, on_log=None, **change):
         ranks = Ranks(shard)
@@ -45,8 +45,11 @@ def script(folder):
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
     done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
     done["resumed"] = fork(2, lambda rank: go(folder / "resumed", shard=True))[0]
-    def die(run): os.kill(os.getppid(), 0); os.kill(os.getpid(), signal.SIGKILL)
+    def die(run):
+        if read_metrics(run)["step"][-1] == 20: os.kill(os.getpid(), signal.SIGKILL)       # the last checkpoint, of step 19, holds a row half filled
     done["dies"], done["dies_seconds"] = fork(2, lambda rank: go(folder / "dies", on_log=die))
+    shutil.copytree(folder / "dies", folder / "mended")
+    done["mended"] = fork(2, lambda rank: go(folder / "mended"))[0]
     done["uneven"] = fork(2, lambda rank: go(folder / "uneven", batch_size=63))[0]
 
     m = load_model("digits", "cpu")
@@ -102,6 +105,29 @@ def test_a_run_may_change_its_ranks(ranks):
 def test_a_rank_that_dies_ends_the_job_soon_and_says_so(ranks):
     folder, done, said = ranks
     assert done["dies"] == [-9, 1] and done["dies_seconds"] < 60 and "rank 1 of 2 has lost another rank" in said
+
+
+def test_a_row_that_spans_a_death_counts_each_image_once(ranks):
+    folder, done, said = ranks
+    assert done["mended"] == [0, 0], said[-2000:]
+    assert [read_tensors(c)[1]["step"] for c in checkpoints(folder / "dies")] == [10, 19]
+    a, b = read_metrics(folder / "alone"), read_metrics(folder / "mended")
+    assert (a["step"] == b["step"]).all()
+    for column in a.keys() - {"seconds", "images_per_s"}: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+
+
+def test_ranks_do_not_read_what_an_earlier_start_has_left():
+    "torchrun keeps one store over its restarts: two starts must leave nothing under the same name."
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    rank = "import torch; from diffnb.scale import Ranks; assert Ranks(minutes=0.5).sum(torch.ones(1)).item() == 2"
+    keys = [store.num_keys()]
+    for _ in range(2):
+        jobs = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}) for r in (0, 1)]
+        said = [job.communicate(timeout=120)[1] for job in jobs]
+        assert [job.returncode for job in jobs] == [0, 0], said
+        keys.append(store.num_keys())
+    assert keys[2] - keys[1] >= keys[1] - keys[0] - 2 > 1                              # but rank 1's question, and a key of torch's own
 
 
 def test_a_batch_that_cannot_be_shared(ranks):

@@ -228,3 +228,21 @@ def test_out_of_memory_names_a_batch_that_fits():
         with _memory_advice(model, config, torch.device("cpu")): torch.empty(10**15)
     with pytest.raises(RuntimeError, match="something else"):
         with _memory_advice(model, config, torch.device("cpu")): raise RuntimeError("something else")
+
+
+def events(run): # scalar name -> steps; and the steps of the pictures
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0}); read.Reload()
+    return {name: [e.step for e in read.Scalars(name)] for name in read.Tags()["scalars"]}, [(e.step, e.width) for tag in read.Tags()["images"] for e in read.Images(tag)]
+
+
+def test_tensorboard_shows_each_row_and_grid_once_even_after_a_stop(tmp_path):
+    pytest.importorskip("tensorboard")
+    from diffnb.train import to_tensorboard
+    run, writes = tmp_path / "run", to_tensorboard()
+    train(tiny, run, sampler=ddim, progress=False, on_log=lambda run: writes(run) or read_metrics(run)["step"][-1] == 10)
+    assert events(run)[0]["loss"] == [5, 10]
+    train(tiny, run, sampler=ddim, progress=False, on_log=to_tensorboard())
+    scalars, grids = events(run)
+    assert set(scalars) == set(read_metrics(run)) - {"step"} and all(steps == [5, 10, 15, 20, 24] for steps in scalars.values())
+    assert [step for step, _ in grids] == [24] and grids[0][1] > 100
