@@ -81,7 +81,7 @@ def ddpm(model, schedule,
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c024
+# %% ../nbs/05_sample.ipynb #c025
 @torch.no_grad()
 def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a wrapper around it
          schedule,          # NoiseSchedule
@@ -108,7 +108,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c048
+# %% ../nbs/05_sample.ipynb #c049
 @torch.no_grad()
 def heun(model, schedule, shape, steps=25,
          *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -118,14 +118,15 @@ def heun(model, schedule, shape, steps=25,
     for t, t_next in schedule.pairs(steps, spacing):
         x0, eps = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
-        euler = a2 * x0 + s2 * eps
+        x_next = euler = a2 * x0 + s2 * eps          # where one slope leads
         if t_next >= 0 and a > 0:                    # no network at the clean end; no finite slope at pure noise
             _, eps_next = denoise(model, schedule, euler, t_next, y, prediction, clip)
-            euler = a2 / a * x + (s2 - s * a2 / a) * (eps + eps_next) / 2
-        x = _report(callback, t, t_next, euler, x0)
+            # u_next = u + (r_next - r) * mean slope, with u = x / a and r = s / a, and all of it multiplied by a2
+            x_next = a2 / a * x + (s2 - s * a2 / a) * (eps + eps_next) / 2
+        x = _report(callback, t, t_next, x_next, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c050
+# %% ../nbs/05_sample.ipynb #c051
 @torch.no_grad()
 def dpmpp_2m(model, schedule, shape, steps=20,
              *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"):
@@ -138,12 +139,12 @@ def dpmpp_2m(model, schedule, shape, steps=20,
         h = math.log(a2 / s2) - math.log(a / s) if s2 > 0 and a > 0 else math.inf
         if before is None or h == math.inf or h_before == math.inf: d = x0
         else: d = x0 + (x0 - before) * h / (2 * h_before)             # x0 extrapolated to the middle of the step
-        x = s2 / s * x + a2 * -math.expm1(-h) * d
+        x = s2 / s * x + a2 * -math.expm1(-h) * d                     # -expm1(-h) is 1 - exp(-h), accurate for small h, too
         before, h_before = x0, h
         x = _report(callback, t, t_next, x, x0)
     return x
 
-# %% ../nbs/05_sample.ipynb #c066
+# %% ../nbs/05_sample.ipynb #c069
 @torch.no_grad()
 def ddim_invert(model, schedule, x0, steps=50, *, y=None, prediction="eps", spacing="trailing"):
     """The noise x_T from which `ddim` with the same settings (eta=0, clip=False) makes about `x0` (Song et al. 2021, section 5.4).
@@ -174,7 +175,7 @@ def inpaint(model, schedule,
         return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
     return sampler(model, schedule, x0.shape, generator=generator, callback=keep, **settings)
 
-# %% ../nbs/05_sample.ipynb #c076
+# %% ../nbs/05_sample.ipynb #c079
 def sample_batches(model, schedule,
                    shape,           # of one image: (C, H, W)
                    numbers,         # which images: list of ints; image k is made from noise addressed by (seed, k)
@@ -194,7 +195,7 @@ def sample_batches(model, schedule,
                          x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
         yield ks, to_uint8(x0).cpu()
 
-# %% ../nbs/05_sample.ipynb #c079
+# %% ../nbs/05_sample.ipynb #c082
 def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
