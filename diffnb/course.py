@@ -33,7 +33,7 @@ def _panel(ax): # everything drawn in one pair of axes
     words = [ax.get_title()] if ax.get_title() else []
     words += _axis(ax, "x") + _axis(ax, "y")
     curves = [_curve(line) for line in ax.lines if len(line.get_ydata()) > 1 and any(v == v for v in line.get_ydata(orig=False))]
-    words += curves[:5] + [f"{len(curves) - 5} more curves"] * (len(curves) > 5)
+    words += curves[:5] + [f"{len(curves) - 5} more curve" + "s" * (len(curves) > 6)] * (len(curves) > 5)
     words += ["bars " + ", ".join(_number(bar.get_height()) for bar in bars[:12]) for bars in ax.containers if bars and hasattr(bars[0], "get_height")]
     words += [f"{len(c.get_offsets())} points" for c in ax.collections if len(c.get_offsets()) > 1]
     words += ["an image"] * bool(ax.images)

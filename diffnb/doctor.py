@@ -4,7 +4,7 @@
 __all__ = ['LEAST_ROWS', 'SPIKE_MADS', 'SPIKE_RATIO', 'FLOOR_DIMS', 'FLOOR_IMAGES', 'BUDGET', 'Problem', 'Check', 'CHECKS',
            'Finding', 'LATE', 'EXCESS', 'FLAT', 'RISE', 'CLIPPED', 'GROWTH', 'EMA_LEAST', 'EMA_SHARE', 'WORSE', 'SURE',
            'SEEN', 'DATA', 'PUBLISHED', 'MIRROR_LOSS', 'MIRROR_TOLD', 'PURE', 'COPY', 'COPIES', 'SCORE_LEAST',
-           'SCORE_ERROR', 'LOST', 'FIGURES', 'PAGE', 'trend', 'spikes', 'Facts', 'gather', 'check', 'findings',
+           'SCORE_ERROR', 'LOST', 'FIGURES', 'PAGE', 'trend', 'spikes', 'Facts', 'gather', 'looks_for', 'findings',
            'bin_floor', 'mirror_test', 'picture_facts', 'copies', 'draw', 'verdict', 'Report', 'examine', 'watch',
            'dashboard', 'live_dashboard']
 
@@ -228,12 +228,12 @@ Problem = namedtuple("Problem", "evidence advice effect figure severity", defaul
 Check = namedtuple("Check", "id severity title lesson needs look")
 CHECKS = {}
 
-def check(id,       # short name, unique
-          severity, # "critical": mend before going on; "moderate": costs quality or time; "minor"
-          title,    # the problem in a few words
-          lesson,   # where it is explained: "page: section"
-          needs="metrics", # names of Facts that must be known
-         ):         # a decorator for look(facts) -> None, str or Problem
+def looks_for(id,   # short name, unique
+              severity, # "critical": mend before going on; "moderate": costs quality or time; "minor"
+              title,    # the problem in a few words
+              lesson,   # where it is explained: "page: section"
+              needs="metrics", # names of Facts that must be known
+             ):         # a decorator for look(facts) -> None, str or Problem
     "Register a check."
     def register(look):
         CHECKS[id] = Check(id, severity, title, lesson, needs.split(), look)
@@ -256,7 +256,7 @@ def findings(facts): # Facts -> list of Finding, the most severe first; severity
 LATE = 0.8        # share of the planned steps from which a loss above the floor is no longer "early"
 EXCESS = 0.05     # a bin is worth naming if its excess over the floor makes up 5% of the whole loss
 FLAT, RISE = 0.02, 0.10 # flat: interval within ±2% over the last third; diverging: interval above +10%
-@check("above-floor", "critical", "The network has learned less than the covariance of the pixels", "02_schedule: How well could anyone do?", "metrics floor")
+@looks_for("above-floor", "critical", "The network has learned less than the covariance of the pixels", "02_schedule: How well could anyone do?", "metrics floor")
 def _above_floor(f):
     if f.done < LATE or len(f.metrics["step"]) < LEAST_ROWS: return None
     loss, error = f.loss(); ratio = loss / f.floor_mean
@@ -265,7 +265,7 @@ def _above_floor(f):
         return Problem(evidence, "Train longer, or raise the learning rate; if neither helps, look for a mistake in data or target.",
                        f"At the least the loss should fall by {1 - 1 / ratio:.0%}, to the floor: a linear denoiser gets there.", "loss", "critical" if ratio > 1.25 else "moderate")
     return evidence if loss + 1.96 * error < f.floor_mean else None
-@check("bin-above-floor", "moderate", "Some noise levels are learned worse than a Gaussian would", "07_evaluate: What a loss of 0.03 means", "metrics floor")
+@looks_for("bin-above-floor", "moderate", "Some noise levels are learned worse than a Gaussian would", "07_evaluate: What a loss of 0.03 means", "metrics floor")
 def _bin_above_floor(f):
     if f.done < LATE or torch.as_tensor(f.floor).ndim == 0 or len(f.late()["loss"]) < LEAST_ROWS: return None
     late, floor = f.late(), bin_floor(f)
@@ -288,21 +288,21 @@ def bin_floor(facts): # Facts -> the floor averaged over each timestep bin, (BIN
 
 # %% ../nbs/08_doctor.ipynb #c038
 def _slope(f): return trend(*f.calm()) # over the last third of the rows
-@check("diverging", "critical", "The loss is rising", "04_train: A clipped gradient")
+@looks_for("diverging", "critical", "The loss is rising", "04_train: A clipped gradient")
 def _diverging(f):
     fit = _slope(f)
     if fit is None or fit[1] <= RISE: return None
     return Problem(f"Over the last third of the rows it changed by {fit[0]:+.0%} (95% interval {fit[1]:+.0%} to {fit[2]:+.0%}).",
                    "Go back to a checkpoint before the rise; continue in a new folder with half the learning rate.",
                    f"Every further image makes the model worse; the best rows had {np.nanmin(f.metrics['loss']):.4f}.", "loss")
-@check("plateau", "minor", "The loss is flat while the learning rate is still high", "07_evaluate: What a loss of 0.03 means")
+@looks_for("plateau", "minor", "The loss is flat while the learning rate is still high", "07_evaluate: What a loss of 0.03 means")
 def _plateau(f):
     fit, rate = _slope(f), f.late()["lr"].mean() / f.config.lr
     if fit is None or rate < 0.3 or not -FLAT < fit[1] <= fit[2] < FLAT: return None
     return Problem(f"Over the last third it changed by {fit[0]:+.1%} (95% interval {fit[1]:+.1%} to {fit[2]:+.1%}), with the learning rate at {rate:.0%} of its peak.",
                    "Do not stop because of it: compare scores of two checkpoints, and let the learning rate decay.",
                    "The decay usually lowers the loss once more; scores can improve while the loss stands still.", "loss")
-@check("spikes", "moderate", "The loss has spikes", "04_train: A clipped gradient")
+@looks_for("spikes", "moderate", "The loss has spikes", "04_train: A clipped gradient")
 def _spikes(f):
     y = f.metrics["loss"]; at = spikes(y)
     if not len(at): return f"No row of {len(y)} stands out from its neighbours by {SPIKE_MADS} deviations." if len(y) >= 2 * LEAST_ROWS else None
@@ -310,7 +310,7 @@ def _spikes(f):
     return Problem(f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with {y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5):worst + 6]):.3f}.",
                    f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at the batches of those steps.",
                    "Each spike costs the steps until the curve is back where it was.", "loss")
-@check("not-finite", "critical", "Numbers that are not finite", "04_train: A run is a folder")
+@looks_for("not-finite", "critical", "Numbers that are not finite", "04_train: A run is a folder")
 def _not_finite(f):
     rows = [int(s) for s, *v in zip(*(f.metrics[k] for k in ("step", "loss", "grad_norm"))) if not np.isfinite(v).all()]
     weights = [k for k, v in f.saved[0].items() if v.is_floating_point() and not v.isfinite().all()] if f.saved else []
@@ -319,21 +319,21 @@ def _not_finite(f):
                    "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c043
-@check("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
+@looks_for("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
 def _no_warmup(f):
     steps = min(f.config.warmup, f.total // 10)
     if steps >= 5: return f"{steps} steps of warm-up."
     first = f" The first row's gradient norm is {f.metrics['grad_norm'][0]:.2f}, the last third's {f.late()['grad_norm'].mean():.2f}." if f.metrics else ""
     return Problem(f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when Adam's averages have seen almost nothing.{first}",
                    f"warmup={max(10, min(500, f.total // 20))}", "Costs nothing; protects the first steps, and more so the larger the rate.", "lr")
-@check("lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
+@looks_for("lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
 def _lr_not_decayed(f):
     if f.step < f.total: return None
     rate = f.metrics["lr"][-1] / f.metrics["lr"].max()
     if rate < 0.05: return f"All {f.total:,} steps are done, and the learning rate ended at {rate:.1%} of its peak."
     return Problem(f"All {f.total:,} steps are done, but the last row's learning rate is {rate:.0%} of the highest.",
                    "Continue for another tenth of the steps with a rate that falls to zero.", "Weights that still jump settle; usually the last few per cent of the loss.", "lr")
-@check("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "04_train: Stop, resume, extend")
+@looks_for("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "04_train: Stop, resume, extend")
 def _lr_jump(f):
     rate, step = f.metrics["lr"], f.metrics["step"]
     up = np.flatnonzero((np.diff(rate) > 0.05 * f.config.lr) & (step[:-1] > min(f.config.warmup, f.total // 10)))
@@ -342,7 +342,7 @@ def _lr_jump(f):
     return Problem(f"From {rate[i]:.2e} at step {int(step[i])} to {rate[i + 1]:.2e} at step {int(step[i + 1])}: {len(up)} such jump(s) after the warm-up.",
                    "Plan the length at the start; what was trained after the jump needs its own decay to zero.",
                    f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.", "lr")
-@check("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
+@looks_for("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
 def _stopped_early(f):
     if f.step >= f.total: return None
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
@@ -352,7 +352,7 @@ def _stopped_early(f):
 
 # %% ../nbs/08_doctor.ipynb #c044
 CLIPPED, GROWTH = 0.3, 5 # clipping in a third of the steps is no longer the exception; a gradient norm 5 times as large is no noise
-@check("clipping", "moderate", "Too many gradients are clipped", "04_train: A clipped gradient")
+@looks_for("clipping", "moderate", "Too many gradients are clipped", "04_train: A clipped gradient")
 def _clipping(f):
     late, share = f.late(1 / 2), f.late(1 / 2)["clipped"].mean()
     if not f.config.grad_clip or not np.isfinite(share) or len(late["step"]) < LEAST_ROWS or f.step < 2 * min(f.config.warmup, f.total // 10): return None
@@ -360,12 +360,12 @@ def _clipping(f):
     if share <= CLIPPED: return text
     return Problem(text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
                    "The bound, not the learning rate, decides the length of most steps.", "grad")
-@check("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
+@looks_for("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
 def _no_clip(f):
     if f.config.grad_clip: return None
     return Problem("grad_clip is 0" + (f"; the largest norm so far is {np.nanmax(f.metrics['grad_norm']):.2f}." if f.metrics else "."), "grad_clip=1.0",
                    "Nothing while all goes well; one bad batch can cost the run.", "grad")
-@check("grad-growing", "moderate", "The gradient norm is growing", "04_train: A clipped gradient")
+@looks_for("grad-growing", "moderate", "The gradient norm is growing", "04_train: A clipped gradient")
 def _grad_growing(f):
     g = f.metrics["grad_norm"]; n = len(g)
     if n < 4 * LEAST_ROWS: return None
@@ -379,32 +379,32 @@ EMA_LEAST, EMA_SHARE = 0.9, 0.005 # below 0.9 the average spans ten steps; DDPM'
 WORSE, SURE = 0.05, 4             # a paired difference counts from 5%, with a t value of 4 (one chance in 30,000)
 SEEN, DATA = 0.065, 500           # images per parameter, a twentieth of the shortest published run; images in the set
 PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.2 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
-@check("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
+@looks_for("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
     d = f.config.ema_decay; span = 1 / (1 - d)
     if d < EMA_LEAST:
         return Problem(f"ema_decay is {d:g}: the average spans {span:.0f} step(s).", "ema_decay=0.9999 (its warm-up fits it to short runs)",
                        "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more than the loss does.", "ema")
     return f"EMA over {span:,.0f} steps" + (f"; its warm-up shortens that to a tenth of the steps done, so {f.total // 10:,} at the end." if span > f.total / 10 else ".")
-@check("ema-short", "minor", "The average of the weights is short for so long a run", "04_train: An average of the weights", "config")
+@looks_for("ema-short", "minor", "The average of the weights is short for so long a run", "04_train: An average of the weights", "config")
 def _ema_short(f):
     span = 1 / (1 - f.config.ema_decay)
     if f.config.ema_decay < EMA_LEAST or span >= EMA_SHARE * f.total: return None
     return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", "ema_decay=0.9999 or longer", "Smoother weights; measured only by training or by scores.", "ema")
-@check("ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights", "losses")
+@looks_for("ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights", "losses")
 def _ema_worse(f):
     if not {"raw", "train"} <= f.losses.keys(): return None
     worse, t = _paired(f.losses["train"], f.losses["raw"]); n = len(f.losses["t"])
     text = f"On {n} training images with shared noise the EMA's loss is {worse:+.1%} against the last weights (t = {t:.1f})."
     if worse <= WORSE or t <= SURE: return text
     return Problem(text, "Sample with the last weights for now; let the run go on, or shorten the average.", f"Up to {worse:.0%} of the loss, at once and free.", "bins")
-@check("few-images", "moderate", "Few images seen for a model of this size", "04_train: The loop", "config")
+@looks_for("few-images", "moderate", "Few images seen for a model of this size", "04_train: The loop", "config")
 def _few_images(f):
     seen, parameters = f.total * f.config.batch_size, f.parameters; ratio = seen / parameters
     text = f"{seen:,} images planned for {parameters:,} parameters: {ratio:.3g} each. Published CIFAR-10 runs: {PUBLISHED}."
     if ratio >= SEEN: return text if ratio >= 0.3 else None
     return Problem(text, f"Train {math.ceil(SEEN / ratio)} times as long at the least, or take a smaller model.", "The most certain gain there is; see how fast the loss still falls.", "loss")
-@check("overfitting", "moderate", "Held-out images have a higher loss than training images", "07_evaluate: Precision, recall, and copying", "losses")
+@looks_for("overfitting", "moderate", "Held-out images have a higher loss than training images", "07_evaluate: Precision, recall, and copying", "losses")
 def _overfitting(f):
     if not {"held-out", "train"} <= f.losses.keys(): return None
     gap, t = _paired(f.losses["held-out"], f.losses["train"]); n = len(f.losses["t"])
@@ -436,18 +436,18 @@ def mirror_test(images, labels=None, n=1500):
 # %% ../nbs/08_doctor.ipynb #c054
 def _mirrors(f): return mirror_test(f.images.take(slice(None, None, max(1, len(f.images) // 3000))), None if f.images.labels is None
                                     else f.images.labels[::max(1, len(f.images) // 3000)])
-@check("flip-harmful", "critical", "Images are mirrored although mirroring changes what they show", "01_data: Augmentation, on the device, per image", "images")
+@looks_for("flip-harmful", "critical", "Images are mirrored although mirroring changes what they show", "01_data: Augmentation, on the device, per image", "images")
 def _flip_harmful(f):
     if not f.config.flip or not (m := _mirrors(f)) or m[0] is None: return None
     text = f"A linear classifier of the classes is right for {m[0]:.0%} of held-out images, and for {m[1]:.0%} of the same images mirrored."
     if m[0] - m[1] < MIRROR_LOSS: return text
     return Problem(text, "flip=False, in a new run", "Half of what the model learns to draw is mirrored; no sampler can undo that.", "samples")
-@check("flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
+@looks_for("flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
 def _flip_absent(f):
     if f.config.flip or not (m := _mirrors(f)) or m[2] >= MIRROR_TOLD or m[0] is not None and m[0] - m[1] >= MIRROR_LOSS / 4: return None
     return Problem(f"A linear classifier tells mirrored images from real ones in {m[2]:.0%} of the cases (guessing: 50%): they are as good as new ones.",
                    "flip=True, in a new run", "Ho et al. (2020, appendix B) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.", "samples")
-@check("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
+@looks_for("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
 def _imbalance(f):
     counts = f.data.get("class_counts")
     if not counts or len(counts) < 2: return None
@@ -456,7 +456,7 @@ def _imbalance(f):
     if high <= 3 * max(low, 1) and low: return text
     return Problem(text, "Collect more of the rare classes, or repeat them; score each class on its own.", "Samples of the rare classes will be poor, and few without guidance.", "classes",
                    "critical" if not low else None)
-@check("small-data", "moderate", "So few images that the model can learn them by heart", "07_evaluate: Precision, recall, and copying", "config")
+@looks_for("small-data", "moderate", "So few images that the model can learn them by heart", "07_evaluate: Precision, recall, and copying", "config")
 def _small_data(f):
     n = f.data["images"]
     if n >= DATA: return None
@@ -464,7 +464,7 @@ def _small_data(f):
                    "Beyond some hundred passes, samples tend to be copies.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c057
-@check("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
+@looks_for("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
 def _size_mismatch(f):
     sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
     if f.saved: sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
@@ -472,7 +472,7 @@ def _size_mismatch(f):
     told = ", ".join(f"{k} {v}" for k, v in sizes.items() if v)
     if len({v for v in sizes.values() if v}) == 1: return f"All agree: {told}."
     return Problem(f"In pixels: {told}.", "Find out which is meant, and make the others anew.", "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
-@check("upscaled", "moderate", "The images are enlarged: more pixels, no more detail", "01_data: Resizing, and what it does not add", "config")
+@looks_for("upscaled", "moderate", "The images are enlarged: more pixels, no more detail", "01_data: Resizing, and what it does not add", "config")
 def _upscaled(f):
     scale = f.size / f.native
     if scale <= 1: return f"Images of {f.native} pixels are trained at {f.size}." if scale == 1 else None
@@ -486,24 +486,24 @@ def _upscaled(f):
 
 # %% ../nbs/08_doctor.ipynb #c060
 PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's schedule leaves 0.006
-@check("zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?", "config")
+@looks_for("zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?", "config")
 def _zero_snr_eps(f):
     if not (f.config.zero_terminal_snr and f.config.prediction == "eps"): return None
     return Problem(f"alpha_bar is {float(f.schedule.alpha_bar[-1]):g} at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about the image.", "prediction='v', in a new run",
                    "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.", "schedule")
-@check("noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules", "config")
+@looks_for("noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules", "config")
 def _noise_never_pure(f):
     left = float(f.schedule.alpha_bar[-1]) ** 0.5
     if left <= PURE: return f"At the last timestep {left:.2%} of the signal's amplitude is left."
     return Problem(f"At t = {f.config.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from pure noise, which the network has never met.",
                    f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'", "Washed-out or wrongly composed samples disappear.", "schedule")
-@check("no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible", "06_guide: What the network sees", "config")
+@looks_for("no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible", "06_guide: What the network sees", "config")
 def _no_label_dropout(f):
     if not f.config.conditional: return None
     if f.config.label_dropout: return f"{f.config.label_dropout:.0%} of the labels are hidden in training." if f.config.label_dropout <= 0.3 else None
     return Problem("label_dropout is 0: the row of the null class is as it was initialised.", "label_dropout=0.1, in a new run",
                    "Guidance becomes possible; 06_guide measures what it does for legibility and variety.", "classes")
-@check("sampler-steps", "minor", "Sampler steps", "05_sample: Quality against cost", "config")
+@looks_for("sampler-steps", "minor", "Sampler steps", "05_sample: Quality against cost", "config")
 def _sampler_steps(f):
     used = {"sample grids": f.config.sample_steps} | ({"scores": f.scores["steps"]} if f.scores and isinstance(f.scores.get("steps"), int) else {})
     few = {k: v for k, v in used.items() if v < 10}
@@ -524,20 +524,20 @@ def copies(made, images): # uint8 (N, C, H, W), ImageData -> (median nearest dis
     usual = torch.cdist(some, pool).topk(2, largest=False).values[:, 1].median()    # the nearest is the image itself
     near = torch.cdist(to_float(made).flatten(1), pool).min(1).values
     return near.median().item(), usual.item(), (near < COPY * usual).double().mean().item()
-@check("samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits", "metrics grid")
+@looks_for("samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits", "metrics grid")
 def _samples_off(f):
     if f.done < LATE: return None
     contrast, mine, theirs = picture_facts(*reversed(f.grid))
     text = f"Contrast {contrast:.2f} times that of the real images beside them; correlation of neighbouring pixels {mine:.2f}, real {theirs:.2f}."
     if 0.6 < contrast < 1.5 and abs(mine - theirs) < 0.3: return text
     return Problem(text, "Look at the grid: grey, noise, or saturation? Check prediction, schedule and EMA.", "Samples near the data's own numbers.", "samples")
-@check("copies", "critical", "Samples are copies of training images", "07_evaluate: Precision, recall, and copying", "metrics grid images")
+@looks_for("copies", "critical", "Samples are copies of training images", "07_evaluate: Precision, recall, and copying", "metrics grid images")
 def _copies(f):
     near, usual, share = copies(f.grid[1], f.images)
     text = f"Distance to the nearest training image: {near:.2f} (median), among training images {usual:.2f}; nearer than half of that: {share:.0%} of {len(f.grid[1])}."
     if share <= COPIES: return text
     return Problem(text, "More data, fewer epochs, dropout; do not publish these samples as new.", "None that a score would show: Fréchet distance rewards copies.", "samples")
-@check("no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits", "metrics saved")
+@looks_for("no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits", "metrics saved")
 def _no_samples(f):
     if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs): return None
     if any((f.run / "samples").glob("*.png")): return None
@@ -545,33 +545,33 @@ def _no_samples(f):
 
 # %% ../nbs/08_doctor.ipynb #c064
 SCORE_LEAST, SCORE_ERROR = 5000, 0.1 # images below which Fréchet distances mostly measure n; a tenth: interval against value
-@check("score-few", "moderate", "The score rests on few images", "07_evaluate: How sure are we?", "scores")
+@looks_for("score-few", "moderate", "The score rests on few images", "07_evaluate: How sure are we?", "scores")
 def _score_few(f):
     s = f.scores["score"]; dim = s.get("dim", 0)
     if s["n"] >= SCORE_LEAST or s["n"] >= 10 * dim: return None
     return Problem(f"n = {s['n']:,} in {dim:,} dimensions: real images score {f.scores['floor']['value']:.3g} at that n, not 0.", "diffnb evaluate with --n 10000, or 50000 to compare with papers",
                    f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}." if f.scores.get("extrapolated") is not None else "A score that others can use.", "scores")
-@check("score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores")
+@looks_for("score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores")
 def _score_uncertain(f):
     s = f.scores["score"]; error = s.get("error")
     if not error or not s["value"]: return None
     text = f"{s['value']:.4g} ± {1.96 * error:.2g} (95%), n = {s['n']:,}, {s.get('dim', '?')}-d {s.get('network', 'features')}, against {s.get('split') or 'unknown'} images."
     if 1.96 * error <= SCORE_ERROR * s["value"]: return text
     return Problem(text, f"About {math.ceil((1.96 * error / s['value'] / SCORE_ERROR) ** 2)} times as many images", "Two runs whose intervals overlap cannot be ranked.", "scores")
-@check("score-copying", "critical", "The scored images lie too near to training images", "07_evaluate: Precision, recall, and copying", "scores")
+@looks_for("score-copying", "critical", "The scored images lie too near to training images", "07_evaluate: Precision, recall, and copying", "scores")
 def _score_copying(f):
     share = f.scores.get("copied")
     if not isinstance(share, float): return None
     text = f"{share:.1%} of the images are nearer to a training image than 95% of real ones are (5% is innocent)."
     return Problem(text, "More data, fewer epochs, dropout.", "A good score by heart is no good model.", "scores") if share > 0.5 else text
-@check("damaged-checkpoint", "moderate", "A checkpoint is damaged", "04_train: Checkpoints that know whether they are whole", "config")
+@looks_for("damaged-checkpoint", "moderate", "A checkpoint is damaged", "04_train: Checkpoints that know whether they are whole", "config")
 def _damaged_checkpoint(f):
     if not f.damaged: return None
     return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c067
 LOST = 60 # seconds: below that, nobody cares
-@check("slowing", "minor", "Training became much slower", "04_train: Metrics without waiting")
+@looks_for("slowing", "minor", "Training became much slower", "04_train: Metrics without waiting")
 def _slowing(f):
     r, n = f.metrics["images_per_s"], len(f.metrics["step"])
     if n < 3 * LEAST_ROWS: return None
@@ -579,7 +579,7 @@ def _slowing(f):
     lost = (f.metrics["images"][-1] - f.metrics["images"][-(n // 3)]) * (1 / last - 1 / first)
     if last > first / 3 or lost < LOST: return None
     return Problem(f"{first:,.0f} images a second in the first third (median), {last:,.0f} in the last; {lost / 60:.0f} minutes lost.", "See what else runs there, and whether the device throttles.", "The first speed.", "speed")
-@check("overhead", "minor", "Grids and checkpoints take much of the time", "04_train: A run is a folder")
+@looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "04_train: A run is a folder")
 def _overhead(f):
     m = f.metrics; n = len(m["step"])
     if n < 2 * LEAST_ROWS: return None
@@ -588,11 +588,11 @@ def _overhead(f):
     if lost < LOST or lost < 0.2 * spent.sum(): return None
     return Problem(f"Rows slower than half the speed of their neighbours took {lost / 60:.1f} extra minutes, {lost / spent.sum():.0%} of the time.", "Larger sample_every and checkpoint_every, or fewer sample_steps.",
                    f"Up to {lost / spent.sum():.0%} of the time.", "speed")
-@check("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
+@looks_for("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.precision != "float32": return None
     return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was about twice as fast (04_train).", "speed")
-@check("gpu-starved", "minor", "The GPU waits for the CPU", "04_train: Metrics without waiting")
+@looks_for("gpu-starved", "minor", "The GPU waits for the CPU", "04_train: Metrics without waiting")
 def _gpu_starved(f):
     speed = np.median(f.late()["images_per_s"]); rate = 3 * f.flops * speed / 1e12     # the way back costs about twice the way there
     text = f"{speed:,.0f} images a second, {rate:.3g} TFLOP/s on {f.device}."
@@ -628,6 +628,8 @@ def _fig_lr(f, ax):
 def _fig_grad(f, ax):
     return _curve(f, ax, "grad_norm", "gradient norm before clipping", (f.metrics["step"], [f.config.grad_clip] * len(f.metrics["step"])), "the bound")
 def _fig_speed(f, ax): return _curve(f, ax, "images_per_s", "images per second")
+
+# %% ../nbs/08_doctor.ipynb #c072
 def _fig_classes(f, ax):
     counts = f.data["class_counts"]; ax.bar(range(len(counts)), counts); ax.set(xlabel="class", ylabel="images")
     return f"Images of each class, from {min(counts)} to {max(counts)}."
@@ -668,7 +670,7 @@ def draw(name, facts): # of FIGURES, Facts -> (matplotlib Figure, alternative te
     fig = plt.Figure(figsize=(5, 3.2) if name == "samples" else (5, 2.5), layout="constrained")
     return fig, plot(facts, fig.add_subplot())
 
-# %% ../nbs/08_doctor.ipynb #c073
+# %% ../nbs/08_doctor.ipynb #c075
 def _good(f): # sentence 1: is the loss good?
     loss, error = f.loss(); kind = f"{f.size}x{f.size}" + (f" enlarged from {f.native}" if f.size > f.native else "") + f", {f.config.schedule} schedule, predicting {f.config.prediction}"
     now = f"The loss of the last third of the rows is {loss:.4f}" + (f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
@@ -705,7 +707,7 @@ def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
     else: said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
     return said
 
-# %% ../nbs/08_doctor.ipynb #c076
+# %% ../nbs/08_doctor.ipynb #c078
 def _quality(f): # what can be expected of the pictures, with the numbers behind it
     if f.scores:
         s = f.scores["score"]; yield f"Measured: {s.get('text', s['value'])}. Floor, real against real: {f.scores['floor']['value']:.4g}."
@@ -731,7 +733,7 @@ def _next(f, problems):
     if not f.scores and f.saved: yield f"diffnb evaluate {f.run} --n 10000"
     if f.saved: yield f"diffnb sample {f.run}, and look at them beside real images"
 
-# %% ../nbs/08_doctor.ipynb #c077
+# %% ../nbs/08_doctor.ipynb #c079
 @dataclass
 class Report:
     "What `examine` found. `write(folder)` makes report.md and report.html; in a notebook it shows itself."
@@ -775,7 +777,7 @@ def examine(run,       # a run folder, finished or still running
     facts = gather(run, deep)
     return Report(facts, findings(facts))
 
-# %% ../nbs/08_doctor.ipynb #c078
+# %% ../nbs/08_doctor.ipynb #c080
 def _markdown(report):
     lines = [f"# Report on {report.facts.run.name}", ""]
     for heading, kind, items in report.sections():
@@ -820,7 +822,7 @@ def _html(report):
     subtitle = f"{f.data['name']}, {f.size}x{f.size}, {f.parameters:,} parameters, step {f.step:,} of {f.total:,}. Problems: {counts}. Measured well: {sum(x.severity == 'good' for x in report.findings)}."
     return PAGE.format(title=esc(f"Report on {f.run.name}"), subtitle=esc(subtitle), body="\n".join(body))
 
-# %% ../nbs/08_doctor.ipynb #c088
+# %% ../nbs/08_doctor.ipynb #c090
 def watch(run,        # the run folder that train will fill
           floor=None, # the Gaussian floor, (T,) or its mean; None: no check against it
           say=print,  # what to do with each warning
@@ -834,7 +836,7 @@ def watch(run,        # the run folder that train will fill
             said.add(x.id); say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
     return on_log
 
-# %% ../nbs/08_doctor.ipynb #c091
+# %% ../nbs/08_doctor.ipynb #c093
 def dashboard(facts): # Facts -> the Figure
     "Curves above, verdict and problems below."
     fig = plot_metrics(facts.metrics, facts.floor_mean)

@@ -505,9 +505,7 @@ def resolve(config, # TrainConfig
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
-# %% ../nbs/04_train.ipynb #c080
-free_to_change = {"epochs", "device", "compile", "channels_last", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
-
+# %% ../nbs/04_train.ipynb #c082
 def _step(path): return int(path.stem[5:])
 
 def checkpoints(run): # paths, oldest first
@@ -537,6 +535,7 @@ def _checked(path, tensors, meta, model):
     if model is not None: _same_model(meta["model"], model, path)
     return tensors, meta
 
+# %% ../nbs/04_train.ipynb #c085
 _facts_of_data = {"name": str, "images": int, "classes": list, "native_size": int, "image_size": int, "channels": int, "filter": str}
 
 def _names(classes): # class names as a tuple
@@ -568,7 +567,7 @@ def make_config(values, # dict, as JSON gives it
     if unknown := sorted(map(str, set(values) - known)): raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
-# %% ../nbs/04_train.ipynb #c082
+# %% ../nbs/04_train.ipynb #c088
 def _grip(file, shared=False):
     "Lock an open file: True if that worked, False if another process holds it, None where file systems cannot lock."
     try:
@@ -607,7 +606,9 @@ def _alone_in(run):
         try: yield
         finally: file.truncate(0)
 
-# %% ../nbs/04_train.ipynb #c085
+# %% ../nbs/04_train.ipynb #c091
+free_to_change = {"epochs", "device", "compile", "channels_last", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
     if (run / "config.json").exists():
@@ -631,7 +632,7 @@ def _open_run(run, config, data, net):
         "data": {"name": data.name, "images": len(data), "classes": list(data.classes), "class_counts": counts,
                  "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}}, indent=1))
 
-# %% ../nbs/04_train.ipynb #c087
+# %% ../nbs/04_train.ipynb #c093
 @contextmanager
 def _stop_signals():
     "Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left alone."
@@ -645,7 +646,7 @@ def _stop_signals():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/04_train.ipynb #c089
+# %% ../nbs/04_train.ipynb #c095
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=Alone()):
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
@@ -664,7 +665,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=A
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
-# %% ../nbs/04_train.ipynb #c090
+# %% ../nbs/04_train.ipynb #c096
 def _same_model(written, wanted, run):
     "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
     for k, v in wanted.items():
@@ -688,7 +689,7 @@ def _check_finite(row, run):
     raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. {_kept(run)}"
                           "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
-# %% ../nbs/04_train.ipynb #c092
+# %% ../nbs/04_train.ipynb #c098
 class _Watch:
     "The calm rows of a run, the step of the row where its loss leapt (None: it is calm), and the last step known to be calm."
     def __init__(self, run, rows=()):
@@ -727,7 +728,7 @@ class _Watch:
         for old in checkpoints(self.run)[:-keep]:
             if old not in (path, self.before()): old.unlink()
 
-# %% ../nbs/04_train.ipynb #c095
+# %% ../nbs/04_train.ipynb #c101
 @contextmanager
 def _what_stays(run):
     "When the disk is full, read-only or broken: say which state is left, and how to go on."
@@ -738,7 +739,7 @@ def _what_stays(run):
         if not isinstance(cause, OSError) or cause.errno not in {getattr(errno, n, None) for n in names}: raise
         raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {run}") from cause
 
-# %% ../nbs/04_train.ipynb #c098
+# %% ../nbs/04_train.ipynb #c104
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
@@ -793,7 +794,7 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     state.stopped_by = asked[0] if asked else None
     return state
 
-# %% ../nbs/04_train.ipynb #c100
+# %% ../nbs/04_train.ipynb #c106
 def train(config,           # TrainConfig
           run,              # folder for everything the run leaves behind; an unfinished run in it is continued
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
@@ -813,7 +814,7 @@ def train(config,           # TrainConfig
         ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)
 
-# %% ../nbs/04_train.ipynb #c104
+# %% ../nbs/04_train.ipynb #c110
 def live_curves(floor=None, # drawn as a dashed line
                ):           # a function for train(on_log=...)
     "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
@@ -826,7 +827,7 @@ def live_curves(floor=None, # drawn as a dashed line
         handle.update(fig); plt.close(fig)
     return on_log
 
-# %% ../nbs/04_train.ipynb #c121
+# %% ../nbs/04_train.ipynb #c127
 def to_tensorboard(): # a function for train(on_log=...); the files go to the run's folder tensorboard/
     "Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is missing."
     try: from torch.utils.tensorboard import SummaryWriter
@@ -846,7 +847,7 @@ def to_tensorboard(): # a function for train(on_log=...); the files go to the ru
         shown.update(steps); writer.flush()
     return on_log
 
-# %% ../nbs/04_train.ipynb #c124
+# %% ../nbs/04_train.ipynb #c130
 @dataclass(frozen=True)
 class Trained:
     "A trained model with what is needed to sample from it."

@@ -106,7 +106,14 @@ def _watched(): # bool
     if not ip or not hasattr(ip, "kernel") or importlib.util.find_spec("ipywidgets") is None: return False
     return "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in ip.user_ns or "google.colab" in sys.modules
 
-# %% ../nbs/tools/widgets.ipynb #c016
+# %% ../nbs/tools/widgets.ipynb #c017
+_names = """
+(this.closest('.widget-vbox') || this).querySelectorAll('.noUi-handle').forEach(function (handle) {
+  var row = handle.closest('.widget-inline-hbox'), text = function (part) { return row.querySelector(part).textContent; };
+  handle.setAttribute('aria-label', text('.widget-label')); handle.setAttribute('aria-valuetext', text('.widget-readout'));
+});"""
+
+# %% ../nbs/tools/widgets.ipynb #c018
 def _control(name, values, value, eager): # an ipywidget for one axis
     import ipywidgets as w
     common = dict(value=value, description=name, layout=w.Layout(width="min(30em, 98%)"))
@@ -114,7 +121,7 @@ def _control(name, values, value, eager): # an ipywidget for one axis
     if isinstance(values[0], str): return w.Dropdown(options=values, **common)
     return w.SelectionSlider(options=values, continuous_update=eager, **common)
 
-# %% ../nbs/tools/widgets.ipynb #c017
+# %% ../nbs/tools/widgets.ipynb #c019
 class Interactive:
     "A figure with controls: `draw(**values) -> (image, caption)`. Live where a kernel is watched, frames elsewhere."
     def __init__(self, draw, # image as in picture
@@ -131,7 +138,8 @@ class Interactive:
 
     def html(self, **values): # one picture with its caption
         image, caption = self.draw(**values)
-        return picture(image, f"{self.alt}: {caption}", self.width, self.smooth) + f'<div aria-live="polite">{escape(caption)}</div>'
+        told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace("<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
+        return told + f'<div aria-live="polite">{escape(caption)}</div>'
 
     def frames(self):
         every = [dict(zip(self.stored, values)) for values in itertools.product(*self.stored.values())]
@@ -155,7 +163,7 @@ class Interactive:
         if not _watched(): return {"text/plain": self.alt, "text/html": self.frames()}
         return self.widget()._repr_mimebundle_() | {"text/plain": self.alt, "text/html": self.html(**self.values())}
 
-# %% ../nbs/tools/widgets.ipynb #c023
+# %% ../nbs/tools/widgets.ipynb #c025
 def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
              schedules, # dict: name -> NoiseSchedule, all of the same T
              seed=0):
@@ -168,7 +176,7 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
     stored = {"schedule": list(schedules), "t": [round(f * (T - 1)) for f in (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]}
     return Interactive(draw, {"schedule": list(schedules), "t": range(T)}, stored, "an image with noise", 192, smooth=False)
 
-# %% ../nbs/tools/widgets.ipynb #c027
+# %% ../nbs/tools/widgets.ipynb #c029
 def trajectory(trained,             # from load_model
                y=(3, 4, 5, 7, 8),   # classes, one digit of each
                steps=50, seed=0, **settings): # for ddim
@@ -183,7 +191,7 @@ def trajectory(trained,             # from load_model
     stored = sorted({round(1 + f * (steps - 1)) for f in np.linspace(0, 1, 11)})
     return Interactive(draw, {"step": range(1, steps + 1)}, {"step": stored}, f"digits {', '.join(map(str, y))} while they are sampled", 665)
 
-# %% ../nbs/tools/widgets.ipynb #c031
+# %% ../nbs/tools/widgets.ipynb #c033
 def sampling(trained,     # from load_model, a model with classes
              stored=None, # dict: name -> values drawn beforehand, for some of the axes offered
              **axes,      # steps, eta, seed, guidance: a list or range of values for a control, or one value
@@ -202,7 +210,7 @@ def sampling(trained,     # from load_model, a model with classes
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
     return Interactive(draw, live, stored, "a sampled digit of each class", 546, eager=False, start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
 
-# %% ../nbs/tools/widgets.ipynb #c036
+# %% ../nbs/tools/widgets.ipynb #c038
 @torch.no_grad()
 def attention_weights(model, # a UNet
                       x_t, t, y=None):
@@ -220,7 +228,7 @@ def attention_weights(model, # a UNet
         for hook in hooks: hook.remove()
     return found
 
-# %% ../nbs/tools/widgets.ipynb #c039
+# %% ../nbs/tools/widgets.ipynb #c041
 def _marked(image, row, column, cell, scale): # grey (1, H, W) -> RGB, enlarged, with a frame round one cell
     big = Image.fromarray(image[0].numpy()).resize((image.shape[2] * scale, image.shape[1] * scale), Image.NEAREST).convert("RGB")
     ends = [column * cell * scale, row * cell * scale, (column + 1) * cell * scale - 1, (row + 1) * cell * scale - 1]
@@ -238,7 +246,7 @@ def _pixel_buttons(image, cell, figure): # an ipywidget
     rows = [w.HBox([button(i, j) for j in range(image.shape[2])]) for i in range(image.shape[1])]
     return w.VBox([w.Label("Click a pixel, or move row and column:"), *rows])
 
-# %% ../nbs/tools/widgets.ipynb #c040
+# %% ../nbs/tools/widgets.ipynb #c042
 def attention_maps(trained=None, # from load_model; None: the embedded digits model
                    x0=None,      # a grey image (1, 1, H, W) in [-1, 1]; None: a test digit
                    t=100,        # how much noise it gets
@@ -262,7 +270,7 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
     return Interactive(draw, live, stored, "a noised image and where the network looks from the framed pixels; white is much weight", 272, smooth=False,
                        more=lambda figure: _pixel_buttons(image, cell, figure))
 
-# %% ../nbs/tools/widgets.ipynb #c044
+# %% ../nbs/tools/widgets.ipynb #c046
 def _until(metrics, step): return {k: v[metrics["step"] <= step] for k, v in metrics.items()}
 
 def _grid_at(run, step): # the newest sample grid up to that step, as PNG bytes, and its step; (None, None) without one

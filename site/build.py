@@ -82,18 +82,18 @@ def api(notebook, module_name):
     return intro + "\n\n".join(entry(n, getattr(module, n)) for n in here) + "\n"
 
 def main():
+    # tools/checks stays out: it gives the answers of the exercises away
     order = ["index"] + [str(p.relative_to(root / "nbs").with_suffix("")) for p in
-                         [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "tools").rglob("*.ipynb"))]]
+                         [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "tools").glob("*.ipynb"))]]
     references = {}
     for name in order:
         nb = nbformat.read(root / "nbs" / f"{name}.ipynb", 4)
         module = next((m[1] for c in nb.cells if (m := re.match(r"\s*#\|\s*default_exp\s+(\S+)", c.source))), None)
-        if module and not module.startswith(("_", "checks.")):
+        if module and not module.startswith("_"):
             references[name] = f"api/{module}"
             write(f"api/{module}.md", api(name, f"diffnb.{module}"))
         write(f"{name}.ipynb", nbformat.writes(prepare(nb, name.count("/"))))
-    parts = {"Lessons": [n for n in order[1:] if "/" not in n], "Tools": [n for n in order if n.count("/") == 1],
-             "Checks of the exercises": [n for n in order if n.count("/") == 2], "Reference": list(references.values())}
+    parts = {"Lessons": [n for n in order[1:] if "/" not in n], "Tools": [n for n in order if "/" in n], "Reference": list(references.values())}
     moved = write("_toc.yml", "root: index\nformat: jb-book\nparts:\n" + "".join(
         f"- caption: {caption}\n  chapters:\n" + "".join(f"  - file: {n}\n" for n in names) for caption, names in parts.items() if names))
     for path in pages.rglob("*"):                                     # a page whose notebook is gone

@@ -124,7 +124,8 @@ def test_ranks_do_not_read_what_an_earlier_start_has_left():
     for _ in range(2):
         jobs = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
                 "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}) for r in (0, 1)]
-        said = [job.communicate(timeout=120)[1] for job in jobs]
+        try: said = [job.communicate(timeout=120)[1] for job in jobs]
+        finally: [job.kill() for job in jobs]
         assert [job.returncode for job in jobs] == [0, 0], said
         keys.append(store.num_keys())
     assert keys[2] - keys[1] >= keys[1] - keys[0] - 2 > 1                              # but rank 1's question, and a key of torch's own

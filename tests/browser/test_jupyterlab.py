@@ -42,6 +42,9 @@ def moved(widget, page):
         sliders.nth(i).focus()
         key = "ArrowLeft" if sliders.nth(i).get_attribute("aria-valuenow") == sliders.nth(i).get_attribute("aria-valuemax") else "ArrowRight"
         assert changes(lambda: page.keyboard.press(key), shown()), f"slider {i} changes nothing"
+        label, value = (sliders.nth(i).locator(f"xpath=ancestor::*[contains(@class, 'widget-inline-hbox')]//*[contains(@class, '{part}')]").inner_text() for part in ("widget-label", "widget-readout"))
+        page.wait_for_function("([handle, label, value]) => handle.getAttribute('aria-label') == label && handle.getAttribute('aria-valuetext') == value",
+                               arg=[sliders.nth(i).element_handle(), label, value], timeout=10_000)   # what a screen reader says
     for i in range(choices.count()):
         if choices.nth(i).locator("option").count() > 1:
             assert changes(lambda: choices.nth(i).select_option(index=1), shown()), f"choice {i} changes nothing"
