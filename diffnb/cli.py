@@ -97,7 +97,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            weights: Literal["ema", "model"] = "ema", # the averaged weights, or the last ones
            batch_size: int = 64,    # images at a time; changes nothing but speed and memory
            precision: Literal["auto", "float32", "bf16"] = "auto", # of the network; auto: bf16 where the device gains by it
-           compile: bool = False,   # torch.compile: a minute at the start, for many images on a GPU
+           compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ):
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."

@@ -665,7 +665,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=A
     grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
-# %% ../nbs/04_train.ipynb #c096
+# %% ../nbs/04_train.ipynb #c097
 def _same_model(written, wanted, run):
     "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
     for k, v in wanted.items():
@@ -689,7 +689,7 @@ def _check_finite(row, run):
     raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. {_kept(run)}"
                           "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
-# %% ../nbs/04_train.ipynb #c098
+# %% ../nbs/04_train.ipynb #c099
 class _Watch:
     "The calm rows of a run, the step of the row where its loss leapt (None: it is calm), and the last step known to be calm."
     def __init__(self, run, rows=()):
@@ -728,7 +728,7 @@ class _Watch:
         for old in checkpoints(self.run)[:-keep]:
             if old not in (path, self.before()): old.unlink()
 
-# %% ../nbs/04_train.ipynb #c101
+# %% ../nbs/04_train.ipynb #c102
 @contextmanager
 def _what_stays(run):
     "When the disk is full, read-only or broken: say which state is left, and how to go on."
@@ -739,7 +739,7 @@ def _what_stays(run):
         if not isinstance(cause, OSError) or cause.errno not in {getattr(errno, n, None) for n in names}: raise
         raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {run}") from cause
 
-# %% ../nbs/04_train.ipynb #c104
+# %% ../nbs/04_train.ipynb #c105
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
@@ -777,24 +777,27 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
         if ranks.rank: return
         watch.store(tensors, {"step": state.step, "seconds": state.seconds, "config": asdict(config), "model": net, "data": {
             "classes": list(data.classes), "native_size": data.native_size}}, config.keep)
+    picture = lambda: run / f"samples/step_{state.step:09d}.png"
     def grid():
-        if sampler: sample_grid(state, data, schedule, sampler, run / f"samples/step_{state.step:09d}.png", ranks=ranks)
+        if sampler: sample_grid(state, data, schedule, sampler, picture(), ranks=ranks)
+        return ranks.any(ranks.rank == 0 and on_log and on_log(run))
 
     with _what_stays(run), _stop_signals() as asked, _memory_advice(state.model, config, device), \
          tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        if saved and sampler and (state.step == total or due(config.sample_every)) and ranks.any(ranks.rank == 0 and not picture().exists()):
+            grid()                                                                             # the last process died between checkpoint and picture
         for step in train_steps(state, data, schedule, total, config.precision, network, ranks):
             bar.update()
             stop = log() if step % config.log_every == 0 or step == total else False
             stop = ranks.any(stop or asked)
             if stop or step == total or due(config.checkpoint_every): save()               # before pictures: sampling may fail
             if step == total or due(config.sample_every) and not stop:                     # a signal from now on waits for the next step
-                grid()
-                if ranks.any(ranks.rank == 0 and on_log and on_log(run)): save(); stop = True
+                if grid(): save(); stop = True
             if stop: break
     state.stopped_by = asked[0] if asked else None
     return state
 
-# %% ../nbs/04_train.ipynb #c106
+# %% ../nbs/04_train.ipynb #c107
 def train(config,           # TrainConfig
           run,              # folder for everything the run leaves behind; an unfinished run in it is continued
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
@@ -814,7 +817,7 @@ def train(config,           # TrainConfig
         ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)
 
-# %% ../nbs/04_train.ipynb #c110
+# %% ../nbs/04_train.ipynb #c111
 def live_curves(floor=None, # drawn as a dashed line
                ):           # a function for train(on_log=...)
     "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
@@ -827,7 +830,7 @@ def live_curves(floor=None, # drawn as a dashed line
         handle.update(fig); plt.close(fig)
     return on_log
 
-# %% ../nbs/04_train.ipynb #c127
+# %% ../nbs/04_train.ipynb #c132
 def to_tensorboard(): # a function for train(on_log=...); the files go to the run's folder tensorboard/
     "Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is missing."
     try: from torch.utils.tensorboard import SummaryWriter
@@ -847,7 +850,7 @@ def to_tensorboard(): # a function for train(on_log=...); the files go to the ru
         shown.update(steps); writer.flush()
     return on_log
 
-# %% ../nbs/04_train.ipynb #c130
+# %% ../nbs/04_train.ipynb #c135
 @dataclass(frozen=True)
 class Trained:
     "A trained model with what is needed to sample from it."

@@ -10,13 +10,13 @@ FOLDER = Path(__file__).parent.parent / "bench" / "cifar10"
 
 @pytest.fixture(scope="module")
 def script():
-    "Imports a script of bench/cifar10, whose names (train, figures) are too common to stay importable."
-    path, before = list(sys.path), set(sys.modules)
-    taken = {n: sys.modules.pop(n) for n in ("train", "figures") if n in sys.modules}
+    "Imports a script of bench/cifar10, whose names (common, train, figures) others have too, and forgets it afterwards."
+    path, names = list(sys.path), [p.stem for p in FOLDER.glob("*.py")]
+    taken = {n: sys.modules.pop(n) for n in names if n in sys.modules}
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module
     sys.path[:] = path
-    for name in {p.stem for p in FOLDER.glob("*.py")} - (before - set(taken)): sys.modules.pop(name, None)
+    for name in names: sys.modules.pop(name, None)
     sys.modules.update(taken)
 
 

@@ -14,7 +14,7 @@ from diffnb.train import TrainConfig, TrainingStopped, checkpoints, last_checkpo
 resource = pytest.importorskip("resource")                                                        # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NET = "--data digits --base-channels 8 --channel-mult 1 --blocks 1 --attention --norm-groups 4 --dropout 0.1 --device cpu --precision float32"
-OFTEN = "--lr 2e-3 --warmup 20 --ema-decay 0.99 --log-every 7 --checkpoint-every 0.2 --sample-every 8 --sample-steps 2 --keep 2"
+OFTEN = "--lr 2e-3 --warmup 20 --ema-decay 0.99 --log-every 7 --checkpoint-every 0.2 --sample-every 2 --sample-steps 2 --keep 2"
 
 
 # --- as a script: the process that forks ---------------------------------------------------------------------------
@@ -75,7 +75,8 @@ def in_writing():
                "lock just taken": at_call(T, "_open_run", lambda *_: True), "metrics half rewritten": half_written(diffnb.data, "metrics.csv"),
                "row half written": half_written(T, "metrics.csv"), "checkpoint half written": half_written(diffnb.data, "step_"),
                "checkpoint before its rename": at_call(os, "replace", lambda a, b: new(b)), "checkpoint after its rename": at_call(os, "replace", lambda a, b: new(b), False),
-               "before rotation": at_call(pathlib.Path, "unlink", new), "after rotation": at_call(pathlib.Path, "unlink", new, False)}
+               "before rotation": at_call(pathlib.Path, "unlink", new), "after rotation": at_call(pathlib.Path, "unlink", new, False),
+               "before the picture": at_call(T, "sample_grid", lambda *_: True), "picture before its rename": at_call(os, "replace", lambda a, b: str(b).endswith(".png"))}
     if pathlib.Path("/proc/self/fd").exists():
         moments |= {"checkpoint before fsync": at_call(os, "fsync", is_file), "folder before fsync": at_call(os, "fsync", is_folder)}
     return moments
@@ -95,11 +96,12 @@ def kills(folder):
         tried[name] = reached(run)
     for i in range(20):
         pid, have = begin(run), reached(run)
-        if i % 5 == 4: time.sleep(rng.uniform(0, startup))                   # while it starts
+        if i % 5 == 4: wait = rng.uniform(0, startup)                        # while it starts
         else:                                                                # somewhere in the next of the remaining parts
-            more = rng.uniform(0, (total - have) / (20 - i + 4))
+            more, wait = rng.uniform(0, (total - have) / (20 - i + 4)), rng.uniform(0, 8 * step)
             while reached(run) < have + more and not gone(pid): time.sleep(0.001)
-            time.sleep(rng.uniform(0, 8 * step))
+        until = time.time() + wait
+        while time.time() < until and reached(run) < total - 8: time.sleep(0.001)                  # but before it is through
         os.kill(pid, signal.SIGKILL)
         assert end(pid) == -signal.SIGKILL
         tried[f"random {i}"] = reached(run)
@@ -150,7 +152,8 @@ def same_run(a, b):
     assert p == q and len({r["step"] for r in p}) == len(p)
     assert [c.name for c in checkpoints(a)] == [c.name for c in checkpoints(b)]
     assert not [f for f in b.rglob("*") if "partial" in f.name]
-    assert sorted(f.name for f in (a / "samples").iterdir()) == sorted(f.name for f in (b / "samples").iterdir())
+    pictures = [{f.name: f.read_bytes() for f in (run / "samples").iterdir()} for run in (a, b)]
+    assert pictures[0] == pictures[1], [sorted(p) for p in pictures]
 
 
 def test_killed_20_times_at_random_and_once_at_each_moment_of_writing(tmp_path):

@@ -157,6 +157,7 @@ bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", 'i
 bug("meter-not-restored", "a resumed run forgets the sums since the last row", 'self.meter.sums.copy_(tensors["meter"]); ', "")
 bug("resume-from-zero", "a resumed run counts from 0 and replays its first batches", 'state.restore(tensors, meta["step"],', 'state.restore(tensors, 0,', tests="test_train.py -k resumed_metrics")
 bug("metrics-twice", "a resumed run repeats rows of metrics.csv", 'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)", tests="test_train.py -k written_once")
+bug("picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if saved and sampler and", "if False and", tests="test_faults.py -k killed_20")
 bug("norm-after-clipping", "the gradient norm is reported after clipping", "config.grad_clip or math.inf)", "config.grad_clip or math.inf).clamp(max=config.grad_clip or math.inf)")
 bug("accumulation-undivided", "parts of a batch add up to a gradient that is too large", "(loss.sum() * ranks.world / config.batch_size).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
 bug("gradients-pile-up", "gradients are never set back to zero", "state.optimizer.step(); state.optimizer.zero_grad()", "state.optimizer.step()")
