@@ -13,7 +13,7 @@ demo: .venv/ready  ## train on the handwritten digits (about two minutes on two 
 test: .venv/ready  ## generated code in step with the notebooks, every notebook run, tests/
 	$(BIN)/python tests/sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder
 
 mutants: .venv/ready  ## put each bug of tests/mutants/catalogue.py into its lesson: an assert there, or a test, must fail
 	$(BIN)/python tests/mutants/run.py

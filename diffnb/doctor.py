@@ -20,8 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import InterpolationMode, functional as TF
 
@@ -420,6 +418,8 @@ def mirror_test(images, labels=None, n=1500):
     """(accuracy on real, on mirrored, in telling mirrored from real), of linear classifiers on held-out images; the first two
     None without labels. `images`: uint8 (N, C, H, W), shrunk to at most 16 pixels a side. None for fewer than 200 images."""
     if len(images) < 200: return None
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression                      # a second or two: only for who asks
     index = torch.randperm(len(images), generator=addressed("mirror"))[:n]
     x = to_float(images[index]).mean(1, keepdim=True)
     if x.shape[-1] > 16: x = torch.nn.functional.adaptive_avg_pool2d(x, 16)

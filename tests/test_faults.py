@@ -4,7 +4,7 @@ Importing torch takes seconds, so the kills happen to processes forked from one 
 nothing: this file run as a script. Each of them does what `python -m diffnb train` does."""
 import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, types, warnings
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, sklearn.datasets, torch
 
 import diffnb.data, diffnb.train as T
 from diffnb.cli import main
@@ -19,7 +19,7 @@ OFTEN = "--lr 2e-3 --warmup 20 --ema-decay 0.99 --log-every 7 --checkpoint-every
 
 # --- as a script: the process that forks ---------------------------------------------------------------------------
 
-def begin(run, prepare=None, epochs=16):
+def begin(run, prepare=None, epochs=10):
     "Fork a process that trains in `run`; its id."
     if pid := os.fork(): return pid
     code = 99
