@@ -88,7 +88,7 @@ def presets(device, compiled):
         return ["ours", "ours:float32", "ours:bf16", f"ours:{best}", "diffusers", "diffusers:bf16,channels_last", f"diffusers:{best}", "diffusers:bf16,channels_last,graphs",
                 "ddpm-pytorch", f"ddpm-pytorch:{best}"]
     both = ["ours", "ours:float32", "diffusers", "diffusers:bf16", "ddpm-pytorch", "ddpm-pytorch:bf16"]
-    return both + ["ours:bf16,compile", "diffusers:bf16,compile", "ddpm-pytorch:bf16,compile"] * compiled
+    return affordable(both + ["ours:bf16,compile", "diffusers:bf16,compile", "ddpm-pytorch:bf16,compile"] * compiled, device)
 
 
 def main(argv=None):

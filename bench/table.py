@@ -19,7 +19,7 @@ def factor(ratio): return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['
 
 def where(r):
     m = r["machine"]
-    return f"{m['name']}" + (f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m["device"] == "cpu" else "") + f", PyTorch {m['versions']['torch']}"
+    return m["name"] + (f" ({m['instructions']})" if m["device"] == "cpu" and "instructions" in m else "") + (f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m["device"] == "cpu" else "") + f", PyTorch {m['versions']['torch']}"
 
 def speeds(r): # results of train.py or sample.py
     lines = []
@@ -66,9 +66,15 @@ def growth(r): # results of scaling.py
             lines.append(f"| {name} | {row['batch']} | {row['flops_per_image'] / 1e9:.1f} | {1000 * row['s_per_image']['median']:.{1 if row['s_per_image']['median'] > 0.01 else 3}f} | {share[0]} | {share[1]} |")
     return lines + ["", "DDIM: " + ", ".join(f"{row['steps']} steps {1000 * row['s_per_image']['median']:.0f} ms" for row in r["sampler"]) + " an image.", ""]
 
+def noise_or_bf16(r): # results of precision.py
+    lines = [f"**Does bf16 change the samples?** {r['run']['data']}, {r['run']['size']}x{r['run']['size']}, {r['run']['parameters'] / 1e6:.2f}M parameters after {r['run']['images_seen']:,} images; {where(r)}. DDIM with {r['steps']} steps, "
+             f"n = {r['n']:,}; Fréchet distance on {r['dim']} features of {r['features']} against {r['reference']}.", "",
+             "| sampled in | distance (standard error) | mean difference from float32, levels of 255 |", "|---|---:|---:|"]
+    return lines + [f"| {name} | {v['frechet']:.3f} ({v['error']:.3f}) | {v['bytes_off']:.2f} |" for name, v in r["variants"].items()] + [""]
+
 def markdown(folder):
     lines = []
-    for name, write in (("train", speeds), ("sample", speeds), ("profile", parts), ("scaling", growth)):
+    for name, write in (("train", speeds), ("sample", speeds), ("precision", noise_or_bf16), ("profile", parts), ("scaling", growth)):
         for path in sorted(Path(folder).glob(f"{name}_*.json")): lines += write(json.loads(path.read_text()))
     return "\n".join(lines).rstrip() + "\n"
 

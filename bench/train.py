@@ -126,7 +126,7 @@ def presets(device, compiled):
         return ["ours", "ours:float32", "ours:bf16", "ours:bf16,channels_last", f"ours:{best}", "diffusers", "diffusers:bf16,channels_last,fused",
                 f"diffusers:{best},fused", f"diffusers:bf16,channels_last,graphs,fused", "ddpm-pytorch", f"ddpm-pytorch:{best},fused"]
     both = ["ours", "ours:float32", "ours:bf16,channels_last", "diffusers", "diffusers:bf16,fused", "diffusers:bf16,channels_last,fused", "ddpm-pytorch", "ddpm-pytorch:bf16,fused"]
-    return both + ["ours:bf16,compile", "diffusers:bf16,compile,fused", "ddpm-pytorch:bf16,compile,fused"] * compiled
+    return affordable(both + ["ours:bf16,compile", "diffusers:bf16,compile,fused", "ddpm-pytorch:bf16,compile,fused"] * compiled, device)
 
 
 def main(argv=None):

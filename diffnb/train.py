@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Batch', 'BINS', 'columns', 'MOST_JSON', 'free_to_change', 'diffusion_loss', 'lr_at', 'ema_decay_at', 'EMA',
-           'drop_labels', 'TrainConfig', 'check_config', 'pick_device', 'wanted', 'pick_precision', 'draw_batch',
-           'Alone', 'unsharded', 'Meter', 'read_metrics', 'plot_metrics', 'strict_json', 'write_tensors',
+           'drop_labels', 'TrainConfig', 'check_config', 'pick_device', 'wanted', 'fast_bf16', 'pick_precision',
+           'draw_batch', 'Alone', 'unsharded', 'Meter', 'read_metrics', 'plot_metrics', 'strict_json', 'write_tensors',
            'read_tensors', 'adamw', 'TrainState', 'load_weights', 'train_steps', 'kept_bytes', 'training_memory',
            'recompute', 'new_state', 'ready', 'resolve', 'checkpoints', 'last_checkpoint', 'read_config', 'make_config',
            'training_now', 'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained',
@@ -71,15 +71,18 @@ def ema_decay_at(step, # updates done so far: 0, 1, …
 
 class EMA:
     "An exponential moving average of a model's weights, kept as a second model in float32; buffers are copied."
-    def __init__(self, model, decay=0.9999):
+    def __init__(self, model, decay=0.9999, fused=True): # fused: move all weights in one call
         if not 0 <= decay < 1: raise DiffnbError(f"ema_decay {decay} must be at least 0 and below 1; 0 switches averaging off")
-        self.model, self.decay = copy.deepcopy(model).float().eval().requires_grad_(False), decay
+        self.model, self.decay, self.fused = copy.deepcopy(model).float().eval().requires_grad_(False), decay, fused
 
     @torch.no_grad()
     def update(self, model, step):
         "Move the average towards the weights of `model`; `step` counts the updates done before."
         weight = 1 - ema_decay_at(step, self.decay)
-        torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], weight)
+        mine, theirs = list(self.model.parameters()), [p.float() for p in model.parameters()]
+        if self.fused: torch._foreach_lerp_(mine, theirs, weight)
+        else:
+            for p, q in zip(mine, theirs): p.lerp_(q, weight)
         for mine, theirs in zip(self.model.buffers(), model.buffers()): mine.copy_(theirs)
 
 # %% ../nbs/04_train.ipynb #c031
@@ -128,6 +131,7 @@ class TrainConfig:
     device: str = "auto"                                # auto, cpu, cuda, cuda:1, mps
     compile: bool | None = None                         # let torch.compile fuse the network; None: on a GPU
     channels_last: bool | None = None                   # keep the channels of a pixel together in memory; None: on a GPU
+    fused: bool = True                                  # AdamW and EMA move all weights in a few calls instead of one after the other
     tf32: bool = True                                   # on a GPU, round the inputs of float32 matrix products to 19 bits
     resident: bool | None = None                        # keep all images on the GPU; None: if they take less than half of what is free
     recompute: bool = False                             # activation checkpointing: less memory, about a third more time
@@ -184,12 +188,16 @@ def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.
 def wanted(setting, device): # a switch that pays on a GPU and is None, unless somebody decided
     return device.type == "cuda" if setting is None else setting
 
+def fast_bf16(device): # has it instructions for bf16? Where not, PyTorch imitates them
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 def pick_precision(name, device, config): # "float32" or "bf16"
-    "What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it."
-    if name != "auto": return name
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    large = config.base_channels >= 32 and (config.image_size or 0) >= 16
-    return "bf16" if device.type == "cpu" and large and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    "What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if bf16 is asked for where it is imitated."
+    large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
+    if name == "auto": return "bf16" if large and fast_bf16(device) else "float32"
+    if name == "bf16" and not fast_bf16(device): warnings.warn(f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: precision float32 is faster")
+    return name
 
 # %% ../nbs/04_train.ipynb #c042
 Batch = namedtuple("Batch", "x0 t noise y")
@@ -352,14 +360,15 @@ def read_tensors(path, # a file written by write_tensors
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
 # %% ../nbs/04_train.ipynb #c059
-def adamw(model, config): # the optimiser, its whole step one fused operation
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=next(model.parameters()).device.type != "mps")
+def adamw(model, config): # the optimiser; fused, its whole step is one operation
+    fused = config.fused and next(model.parameters()).device.type != "mps"
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused, foreach=None if config.fused else False)
 
 class TrainState:
     "Everything of a run that changes: model, EMA, optimiser, meter, step and seconds spent."
     def __init__(self, model, config):
         device = next(model.parameters()).device
-        self.model, self.config, self.ema = model, config, EMA(model, config.ema_decay)
+        self.model, self.config, self.ema = model, config, EMA(model, config.ema_decay, config.fused)
         self.optimizer = adamw(model, config)
         self.meter, self.step, self.seconds = Meter(device), 0, 0.0
 
@@ -607,7 +616,7 @@ def _alone_in(run):
         finally: file.truncate(0)
 
 # %% ../nbs/04_train.ipynb #c091
-free_to_change = {"epochs", "device", "compile", "channels_last", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."

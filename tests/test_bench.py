@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 
+from diffnb.train import fast_bf16
+
 BENCH = Path(__file__).parent.parent / "bench"
 OTHERS = [lib for lib, module in (("diffusers", "diffusers"), ("ddpm-pytorch", "denoising_diffusion_pytorch")) if importlib.util.find_spec(module)]
 
@@ -14,7 +16,7 @@ def bench():
     sys.path.insert(0, str(BENCH)); before = set(sys.modules)
     yield importlib.import_module
     sys.path.remove(str(BENCH))
-    for name in {"harness", "train", "sample", "scaling", "table", "profile_step"} - before: sys.modules.pop(name, None)
+    for name in {"harness", "train", "sample", "scaling", "table", "profile_step", "precision"} - before: sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -41,9 +43,18 @@ def test_sample(bench, results):
     bench("sample").main(["--quick", "--device", "cpu", "--no-memory", "--out", str(results / "sample_cpu.json")])
     r = json.loads((results / "sample_cpu.json").read_text())
     (b,) = r["batches"].values()
-    assert b["variants"].keys() >= {"ours", "ours:float32", *OTHERS} and b["ceiling_flops_per_s"].keys() == {"bf16", "float32"}
+    assert b["variants"].keys() >= {"ours", "ours:float32", *OTHERS} and b["ceiling_flops_per_s"].keys() - {"bf16"} == {"float32"}
+    assert ("bf16" in b["ceiling_flops_per_s"]) == fast_bf16(torch.device("cpu")) == any("bf16" in spec for spec in b["variants"])      # not timed where it is imitated
     if "diffusers" in OTHERS:
         assert r["same_pictures"]["largest_difference"] <= 1 and r["same_pictures"]["share_of_bytes_that_differ"] < 0.01 and r["same_pictures"]["standard_deviation"] > 10
+
+
+def test_precision(bench, results):
+    bench("precision").main(["digits", "--n", "80", "--steps", "5", "--device", "cpu", "--out", str(results / "precision_cpu.json"), "--grid", str(results)])
+    rows = json.loads((results / "precision_cpu.json").read_text())["variants"]
+    assert rows["float32"]["bytes_off"] == 0 < rows["bf16"]["bytes_off"] < rows["float32, other noise"]["bytes_off"] / 5
+    assert all(v["frechet"] > 0 and v["error"] > 0 for v in rows.values()) and len(list(results.glob("*.png"))) == 3
+    assert "Does bf16 change the samples?" in bench("table").markdown(results)
 
 
 def test_profile_and_scaling(bench, results):

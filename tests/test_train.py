@@ -4,8 +4,10 @@ import dataclasses, json, os, pathlib, signal, subprocess, sys, time
 import numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 
+import diffnb.train as T
 from diffnb.data import DiffnbError
 from diffnb.sample import ddim
+from diffnb.schedule import make_schedule
 from diffnb.train import (TrainConfig, TrainingStopped, checkpoints, check_config, last_checkpoint, load_model, make_config, read_config,
                           read_metrics, read_tensors, save_weights, train, write_tensors)
 
@@ -69,6 +71,24 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tm
     with pytest.warns(UserWarning, match="checksum"): last_checkpoint(run)
     for path in checkpoints(run): path.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(DiffnbError, match="none of the"): last_checkpoint(run)
+
+
+def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
+    cpu, config = torch.device("cpu"), change(tiny, base_channels=32, image_size=32)
+    for fast, auto in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(T, "fast_bf16", lambda device: fast)
+        assert T.pick_precision("auto", cpu, config) == auto and T.pick_precision("auto", cpu, change(config, image_size=8)) == "float32"
+    with pytest.warns(UserWarning, match="imitates"): assert T.pick_precision("bf16", cpu, config) == "bf16"
+
+
+def test_one_flag_takes_the_fused_calls_away_and_changes_nothing_else():
+    ends = []
+    for fused in (True, False):
+        config, data, net = T.resolve(change(tiny, fused=fused)); state = T.new_state(net, config, torch.device("cpu"))
+        assert state.optimizer.defaults["fused"] == fused and state.ema.fused == fused
+        for step in T.train_steps(state, data, make_schedule(config.schedule), 3): pass
+        ends.append({k: v for k, v in state.tensors().items() if k.startswith(("model.", "ema."))})
+    assert max(float((ends[0][k] - v).abs().max()) for k, v in ends[1].items()) < 1e-6
 
 
 def test_foreign_and_pickled_files_are_refused(tmp_path):

@@ -39,9 +39,9 @@ LARGEST = 16 * 2**20 # bytes of a shard
 
 class TwoAverages(EMA):
     "An EMA that keeps a second one, `slow`, with twice its horizon."
-    def __init__(self, model, decay):
-        super().__init__(model, decay)
-        self.slow = EMA(model, (1 + decay) / 2)
+    def __init__(self, model, decay, fused=True):
+        super().__init__(model, decay, fused)
+        self.slow = EMA(model, (1 + decay) / 2, fused)
 
     def update(self, model, step):
         super().update(model, step); self.slow.update(model, step)
@@ -50,7 +50,7 @@ class TwoHorizons(TrainState):
     "A TrainState with both averages; checkpoints hold the second as ema2.*, where load_model(weights='ema2') finds it."
     def __init__(self, model, config):
         super().__init__(model, config)
-        self.ema = TwoAverages(model, config.ema_decay)
+        self.ema = TwoAverages(model, config.ema_decay, config.fused)
 
     def tensors(self, ranks=Alone()):
         return super().tensors(ranks) | {f"ema2.{k}": v for k, v in self.ema.slow.model.state_dict().items()}
