@@ -153,7 +153,9 @@ def warm_up(variant, device, slice_seconds):
     if device.type == "cuda": synchronise(device); torch.cuda.reset_peak_memory_stats(device)
     once = variant.facts["first_run_s"]
     if device.type == "cuda" or once < 2 * slice_seconds: once = timed(variant, device)      # long steps on a CPU need no second look
-    if device.type == "cuda": variant.facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - variant.facts.pop("before_bytes", 0)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - variant.facts.pop("before_bytes", 0)
+        if "graphs" not in variant.facts.get("options", ()): variant.facts["peak_bytes"] = peak   # a replayed graph allocates nothing
     variant.n = max(1, min(100, math.ceil(slice_seconds / once)))
 
 def build(specs, make, device, slice_seconds, defaults):

@@ -74,11 +74,12 @@ def ddpm(shape, batch, device, options, steps):
 
 
 def same_pictures(shape, device, steps=10, batch=2): # share of the bytes that differ, and by how much at most
+    defaults = flags(); torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = weights(shape.ours()).to(device)                      # random weights predict x0 best: an eps of theirs would only saturate
     model.conv_out.weight.data *= 5                               # 10 steps divide 1000: for others diffusers takes timesteps of its own
     a = ours(shape, batch, device, {"float32"}, steps, model, "x0")[0](1).float()
     b = torch.from_numpy(diffusers(shape, batch, device, set(), steps, model, "x0")[0](1)).permute(0, 3, 1, 2).mul(255).round()
-    difference = (a - b).abs()
+    difference = (a - b).abs(); set_flags(defaults)
     return {"share_of_bytes_that_differ": (difference > 0).float().mean().item(), "largest_difference": difference.max().item(), "standard_deviation": a.std().item()}
 
 

@@ -47,14 +47,14 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     return _train(config, run or Path("runs") / (Path(config.data).name + (f"-{config.image_size}" if config.image_size else "")), tensorboard, shard)
 
 @contextmanager
-def _ranks(shard=False):
+def _ranks(device, shard=False):
     "Alone, or one of several if torchrun has started this process."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield Alone(); return
-    ranks = Ranks(shard)
+    ranks = Ranks(shard, device)
     with ranks.guard(): yield ranks
 
 def _train(config, run, tensorboard=False, shard=False):
-    with _ranks(shard) as ranks:
+    with _ranks(config.device, shard) as ranks:
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
@@ -103,21 +103,21 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
     if n < 1 or batch_size < 1: raise DiffnbError(f"--n {n} and --batch-size {batch_size} must be at least 1")
     if eta and sampler != "ddim": raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
-    m = load_model(run, device=device, weights=weights)
-    m.schedule.timesteps(steps, spacing)                        # refuse impossible steps before anything is written
-    if guidance != 1 and m.classes and not m.config.label_dropout:
-        raise DiffnbError(f"--guidance {guidance}: this model never saw a withheld label (label_dropout was 0), so there is nothing to guide away from")
-    settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
-                    steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
-                    **({"guide": partial(guided, w=guidance)} if guidance != 1 else {}))
-    settings["precision"] = pick_precision(precision, pick_device(device), m.config)
-    if compile: m.model.compile()
-    out = out or (run if run.is_dir() else Path()) / "samples.png"
-    if out.suffix != ".png":
-        with _ranks() as ranks: sample_to(out, m.model, m.schedule, m.shape, n, ranks=ranks, **settings)
-    elif not int(os.environ.get("RANK", 0)):                       # one grid is soon made: not worth sharing
-        images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
-        save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
+    with _ranks(device) as ranks:                                   # before the model is loaded: each rank has a device of its own
+        m = load_model(run, device=device, weights=weights)
+        m.schedule.timesteps(steps, spacing)                        # refuse impossible steps before anything is written
+        if guidance != 1 and m.classes and not m.config.label_dropout:
+            raise DiffnbError(f"--guidance {guidance}: this model never saw a withheld label (label_dropout was 0), so there is nothing to guide away from")
+        settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
+                        steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
+                        **({"guide": partial(guided, w=guidance)} if guidance != 1 else {}))
+        settings["precision"] = pick_precision(precision, pick_device(device), m.config)
+        if compile: m.model.compile()
+        out = out or (run if run.is_dir() else Path()) / "samples.png"
+        if out.suffix != ".png": sample_to(out, m.model, m.schedule, m.shape, n, ranks=ranks, **settings)
+        elif not ranks.rank:                                           # one grid is soon made: not worth sharing
+            images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
+            save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
     print(out)
     return 0
 
@@ -154,7 +154,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              data_root: str | None = None  # where downloads are kept
             ):
     "Sample (resumably), score, and write evaluation.json, panel.png and real_beside_generated.png."
-    with _ranks() as ranks:
+    with _ranks(device) as ranks:
         result = evaluate_run(source, n, reference, out, features, inception, steps=steps, guidance=guidance, seed=seed, device=device, data_root=data_root, ranks=ranks)
     if ranks.rank == 0: print(result)
     return 0

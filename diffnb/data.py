@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['filters', 'suffixes', 'named_sets', 'DiffnbError', 'to_float', 'to_uint8', 'addressed', 'show_images', 'sync_folder',
-           'write_whole', 'save_grid', 'ImageData', 'decode', 'load_data', 'augment', 'batch_indices']
+           'write_whole', 'resize', 'tile', 'save_grid', 'ImageData', 'decode', 'load_data', 'augment', 'batch_indices']
 
 # %% ../nbs/01_data.ipynb #c004
 import hashlib, io, json, os, shutil, urllib.error
@@ -15,11 +15,10 @@ from pathlib import Path
 # %% ../nbs/01_data.ipynb #c005
 import matplotlib.pyplot as plt
 import numpy as np
-import torch, torchvision
+import torch
 from einops import rearrange
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_data.ipynb #c008
@@ -97,6 +96,26 @@ def write_whole(path, # the file to appear
     return path
 
 # %% ../nbs/01_data.ipynb #c023
+def resize(images, # uint8 or float (…, C, H, W)
+           size,   # of a square's side, or [height, width]
+           filter="bicubic", # or "bilinear", "nearest"
+          ):       # of the same dtype
+    "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."
+    batch = images.reshape(-1, *images.shape[-3:]).float()
+    batch = F.interpolate(batch, size, mode=filter, **({} if filter == "nearest" else {"antialias": True}))
+    if images.dtype == torch.uint8: batch = batch.round().clamp(0, 255)
+    return batch.to(images.dtype).reshape(*images.shape[:-2], *batch.shape[-2:])
+
+def tile(images,    # (N, C, H, W): uint8, or float in [-1, 1]
+         cols=10,   # images in a row
+         padding=1, # pixels of white between and around them
+        ):          # uint8 (C, H', W'), on the CPU
+    "Images side by side."
+    cols = min(cols, len(images))
+    cells = F.pad((images if images.dtype == torch.uint8 else to_uint8(images)).cpu(), (padding, 0, padding, 0), value=255)
+    cells = torch.cat([cells, cells.new_full((-len(cells) % cols, *cells.shape[1:]), 255)])         # the last row may lack some
+    return F.pad(rearrange(cells, "(row col) c h w -> c (row h) (col w)", col=cols), (0, padding, 0, padding), value=255)
+
 def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
               cols=10, # images in a row
@@ -104,14 +123,13 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
              ):        # the path
     "Save images as one PNG grid, two pixels of white between them."
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
-    if scale > 1: images = TF.resize(images, [scale * images.shape[-2], scale * images.shape[-1]], InterpolationMode.BICUBIC)
-    grid = torchvision.utils.make_grid(images, nrow=cols, padding=2, pad_value=255)
+    if scale > 1: images = resize(images, [scale * side for side in images.shape[-2:]])
     png = io.BytesIO()
-    Image.fromarray(rearrange(grid, "c h w -> h w c").numpy()).save(png, format="PNG")
+    Image.fromarray(rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c").numpy()).save(png, format="PNG")
     return write_whole(path, png.getvalue())
 
 # %% ../nbs/01_data.ipynb #c026
-filters = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR, "nearest": InterpolationMode.NEAREST}
+filters = ("bicubic", "bilinear", "nearest")
 
 @dataclass(frozen=True)
 class ImageData:
@@ -131,7 +149,7 @@ class ImageData:
         "Some images in the size asked for; resized here, per batch, with antialiasing, then rounded to bytes."
         images = self.images[index]
         if images.shape[-1] == self.size and images.shape[-2] == self.size: return images
-        return TF.resize(images, [self.size, self.size], interpolation=filters[self.filter], antialias=True)
+        return resize(images, self.size, self.filter)
 
     def to(self, device):
         "The same data with images and labels on another device."
@@ -146,10 +164,11 @@ def _digits(split, **_):
     return images.round().to(torch.uint8)[keep], torch.from_numpy(labels)[keep], tuple("0123456789")
 
 # %% ../nbs/01_data.ipynb #c034
-def _torchvision_set(cls, files, split, root, url):
+def _torchvision_set(name, files, split, root, url):
     "Load one of torchvision's sets from `root`; download it there if it is missing."
-    root = Path(root)
-    if url and issubclass(cls, torchvision.datasets.CIFAR10):
+    from torchvision import datasets                   # not earlier: for the digits nobody should wait the seconds that this takes
+    root, cls = Path(root), getattr(datasets, name)
+    if url and name == "CIFAR10":
         cls = type(cls.__name__, (cls,), {"url": url, "filename": url.rsplit("/", 1)[-1]})
     elif url:
         cls = type(cls.__name__, (cls,), {"mirrors": [url.rstrip("/") + "/"]})
@@ -166,12 +185,12 @@ def _torchvision_set(cls, files, split, root, url):
 def _cifar10(split, root, url, **_):
     root = Path(root)
     if root.name == "cifar-10-batches-py": root = root.parent         # the folder itself was given
-    d = _torchvision_set(torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a), or the "
+    d = _torchvision_set("CIFAR10", "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a), or the "
                          "folder cifar-10-batches-py with data_batch_1 … data_batch_5, test_batch and batches.meta,", split, root, url)
     return torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets), tuple(d.classes)
 
 def _fashion_mnist(split, root, url, **_):
-    d = _torchvision_set(torchvision.datasets.FashionMNIST, "FashionMNIST/raw with the unpacked files train-images-idx3-ubyte, "
+    d = _torchvision_set("FashionMNIST", "FashionMNIST/raw with the unpacked files train-images-idx3-ubyte, "
                          "train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte", split, root, url)
     return d.data[:, None], d.targets, tuple(d.classes)
 

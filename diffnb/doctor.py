@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2 import InterpolationMode, functional as TF
 
 # %% ../nbs/08_doctor.ipynb #c006
-from .data import DiffnbError, addressed, load_data, to_float, write_whole
+from .data import DiffnbError, addressed, load_data, resize, to_float, write_whole
 from .evaluate import load_statistics
 from .schedule import gaussian_loss_floor, image_spectrum, make_schedule
 from .train import (BINS, TrainConfig, checkpoints, diffusion_loss, load_weights, lr_at, make_config, pick_device, plot_metrics,
@@ -134,7 +133,7 @@ def _cut_grid(path, size, channels): # -> (real, made), uint8 (N, C, size, size)
     if pixels.shape[2] != 13 * cell + 2 or cell - 2 != size * scale or (pixels.shape[1] - 2) % cell: return None
     rows = (pixels.shape[1] - 2) // cell
     tile = lambda r, c: pixels[:channels, 2 + r * cell:(r + 1) * cell, 2 + c * cell:(c + 1) * cell]
-    back = torch.linalg.pinv(TF.resize(torch.eye(size)[None], [size * scale, size], InterpolationMode.BICUBIC)[0]) # grids are stored enlarged; that is linear
+    back = torch.linalg.pinv(resize(torch.eye(size)[None], [size * scale, size])[0]) # grids are stored enlarged; that is linear
     shrink = lambda x: (back @ x.float() @ back.T).round().clamp(0, 255).to(torch.uint8)
     return tuple(shrink(torch.stack([tile(r, c) for r in range(rows) for c in side])) for side in (range(6), range(7, 13)))
 

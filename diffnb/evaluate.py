@@ -22,12 +22,11 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 # %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
-from .data import DiffnbError, ImageData, addressed, load_data, named_sets, save_grid, to_float, to_uint8, write_whole
+from .data import DiffnbError, ImageData, addressed, load_data, named_sets, resize, save_grid, to_float, to_uint8, write_whole
 from .guide import guided
 from .sample import ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
@@ -117,7 +116,7 @@ class DigitsNetwork(nn.Module):
 
     def features(self, images): # uint8 (B, C, H, W), of any size -> (B, 64)
         x = images.float().mean(1, keepdim=True)
-        if x.shape[-2:] != (8, 8): x = TF.resize(x, [8, 8], antialias=True)
+        if x.shape[-2:] != (8, 8): x = resize(x, 8, "bilinear")
         return self.body(x / 127.5 - 1)
 
 def train_digits_network(images, labels, steps=400, seed=0): # uint8 (N, 1, 8, 8), int64 (N,) -> DigitsNetwork
@@ -241,7 +240,11 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
     if dim == 2048 and not all(v.any() for k, v in tensors.items() if k.startswith("Mixed_7") and k.endswith("conv.weight")):
         raise DiffnbError(f"the layers of {path} behind the 768-d features are zero, so it has no 2048-d features: use dim=768, or the full {INCEPTION_FILE}")
     net = net.to(device)
-    return Features(lambda x: net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0], "Inception-v3 2015-12-05", dim, str(device))
+    def features(x):
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False # a score is not the place to round
+        try: return net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0]
+        finally: torch.backends.cudnn.allow_tf32 = before
+    return Features(features, "Inception-v3 2015-12-05", dim, str(device))
 
 # %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)

@@ -186,14 +186,16 @@ def sample_batches(model, schedule,
                    **settings       # for the sampler: steps, prediction, …
                   ):                # yields (numbers of the batch, uint8 (B, C, H, W) on the CPU)
     "Sample images by their numbers, batch by batch; the batch size changes nothing but the speed."
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
-        ks = numbers[start:start + batch_size]
+        asked = numbers[start:start + batch_size]
+        ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked     # another batch size would be compiled anew
         labels = None if y is None else y[ks].to(device)
         network, told = (guide(model, labels), None) if guide else (model, labels)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             x0 = sampler(network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
                          x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
-        yield ks, to_uint8(x0).cpu()
+        yield asked, to_uint8(x0[:len(asked)]).cpu()
 
 # %% ../nbs/05_sample.ipynb #c082
 def _told(f): # a name that is the same in every process

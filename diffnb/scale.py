@@ -12,16 +12,13 @@ from datetime import timedelta
 # %% ../nbs/09_scale.ipynb #c005
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, adamw, new_state, pick_device, ready, recompute, resolve, train_steps, training_memory
+from .train import Alone, Batch, adamw, new_state, pick_device, ready, resolve, train_steps, training_memory
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009
@@ -68,9 +65,10 @@ def plan(config, # TrainConfig
     "Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes nothing."
     config, data, net = resolve(config)
     device, micro = pick_device(config.device), config.batch_size // config.accumulate
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    fixed, each = training_memory(recompute(UNet(**net)) if config.recompute else UNet(**net), config.precision)
+    fixed, each = training_memory(net, config.precision, device, config.recompute)
     total, flops = math.ceil(config.epochs * len(data) / config.batch_size), count_flops(state.model, train=True)
     p = dict(parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each, seconds_per_step=seconds,
              steps=total, hours=total * seconds / 3600)
@@ -101,9 +99,9 @@ def _fresh_store(store, rank, world, minutes=10):
 # %% ../nbs/09_scale.ipynb #c032
 class Ranks(Alone):
     "This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`."
-    def __init__(self, shard=False, minutes=10): # minutes: how long to wait for another rank
+    def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.address, self.shard, gpu = (self.rank,) if self.rank else (), shard, torch.cuda.is_available()
+        self.address, self.shard, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
         if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world,
@@ -138,6 +136,11 @@ class Ranks(Alone):
         self.device = device
         return "cpu" if self.shard else device                   # a model that is to be divided may be too large for one GPU
 
+    def compiled(self, network): # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
+        if not self.shard: return [network]
+        torch._dynamo.config.recompile_limit = 64
+        return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
+
     def sync_gradients(self, last):
         if self.shard: self.network.set_requires_gradient_sync(last)
         else: self.network.require_backward_grad_sync = last
@@ -149,18 +152,22 @@ class Ranks(Alone):
             if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE): raise
             raise DiffnbError(f"rank {self.rank} of {self.world} has lost another rank, which stopped or died: its own message says why. "
                               "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
-        finally: dist.destroy_process_group()
+        dist.destroy_process_group()                             # not after an error: on GPUs it would wait for the dead
 
 # %% ../nbs/09_scale.ipynb #c033
 def _divide(state, device):
     "Give each rank a part of every weight of model and EMA, and of Adam's moments."
+    from torch.distributed.device_mesh import init_device_mesh          # not earlier: they take seconds to import
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
     moments, before = state.optimizer.state, dict(state.model.named_parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for model in (state.model, state.ema.model):
+        model.to(memory_format=torch.contiguous_format)          # the only one that can be divided
         for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))): fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True) # the average draws samples, after which no backward pass puts it back
     state.optimizer, state.meter.sums = adamw(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():
         if before[name] in moments:
-            state.optimizer.state[p] = {k: distribute_tensor(v.to(device), mesh, p.placements) if v.ndim else v.to(device) for k, v in moments[before[name]].items()}
+            state.optimizer.state[p] = {k: distribute_tensor(v.to(device).contiguous(), mesh, p.placements) if v.ndim else v.to(device) for k, v in moments[before[name]].items()}
     return state.model

@@ -10,7 +10,7 @@ __all__ = ['Batch', 'BINS', 'columns', 'MOST_JSON', 'free_to_change', 'diffusion
            'save_weights', 'load_model']
 
 # %% ../nbs/04_train.ipynb #c004
-import copy, csv, errno, hashlib, io, json, math, os, platform, shutil, signal, threading, time, warnings
+import copy, csv, errno, hashlib, io, json, math, os, platform, re, shutil, signal, threading, time, warnings
 from collections import deque, namedtuple
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,6 +25,7 @@ import numpy as np
 import safetensors, safetensors.torch
 import torch
 from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -202,6 +203,9 @@ def pick_precision(name, device, config): # "float32" or "bf16"
 # %% ../nbs/04_train.ipynb #c042
 Batch = namedtuple("Batch", "x0 t noise y")
 
+def _bring(x, device): # to the device; from pinned memory a GPU fetches it while the program goes on
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" and not x.is_cuda else x.to(device)
+
 def draw_batch(data,   # ImageData
                config, # TrainConfig
                step,   # 0, 1, 2, …
@@ -209,11 +213,11 @@ def draw_batch(data,   # ImageData
               ):       # Batch of x0 (B, C, H, W), t (B,), noise like x0, y (B,) or None
     "All that step `step` needs: a function of its arguments alone."
     g = addressed(config.seed, "batch", step, device=device)
-    index = batch_indices(len(data), config.batch_size, config.seed, step).to(data.images.device)
-    x0 = augment(to_float(data.take(index).to(device)), g, config.flip, config.jitter)
+    index = _bring(batch_indices(len(data), config.batch_size, config.seed, step), data.images.device)
+    x0 = augment(to_float(_bring(data.take(index), device)), g, config.flip, config.jitter)
     t = torch.randint(config.T, (len(x0),), device=device, generator=g)
     noise = torch.randn(x0.shape, device=device, generator=g)
-    y = data.labels[index].to(device) if config.conditional and data.labels is not None else None
+    y = _bring(data.labels[index], device) if config.conditional and data.labels is not None else None
     return Batch(x0, t, noise, drop_labels(y, config.label_dropout, len(data.classes), g))
 
 # %% ../nbs/04_train.ipynb #c045
@@ -228,6 +232,7 @@ class Alone:
     def map(self, f, *tensors): return f(*tensors)      # work on a batch, each rank on its images; the whole result
     def first(self, work): return work()                # done by rank 0, before the others do it too
     def home(self, device): return device               # where the model is put together
+    def compiled(self, network): return [network]       # what torch.compile works on, each by itself
 
 def unsharded(tensor): # a tensor of which each rank holds a part, in full
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -390,7 +395,7 @@ class TrainState:
         for name, p in self.model.named_parameters():
             if f"exp_avg.{name}" not in tensors: continue                 # this parameter has never had a gradient
             self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if self.optimizer.defaults["fused"] else "cpu"),
-                                       **{m: tensors[f"{m}.{name}"].to(p) for m in ("exp_avg", "exp_avg_sq")}}
+                                       **{m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in ("exp_avg", "exp_avg_sq")}} # laid out in memory as p
         self.meter.sums.copy_(tensors["meter"]); self.step, self.seconds = step, seconds
 
 def load_weights(model, tensors, prefix=""):
@@ -436,25 +441,31 @@ def train_steps(state,    # TrainState; changed in place
         yield state.step
 
 # %% ../nbs/04_train.ipynb #c067
-def kept_bytes(model, x_t, t, y=None, precision="float32"):
-    "Bytes that a forward pass puts aside for the backward pass; the weights themselves are not counted."
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-    def note(x):
-        if x.untyped_storage().data_ptr() not in weights: kept[x.untyped_storage().data_ptr()] = x
-        return x
-    def before(m, inputs): note(inputs[0])
-    hooks = [m.register_forward_pre_hook(before) for m in model.modules() if getattr(m, "recomputed", False)]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        model(x_t, t, y)
-    for h in hooks: h.remove()
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+def kept_bytes(net,       # UNet configuration
+               n,         # images at a time
+               precision="float32", device="cpu",
+               recomputed=False): # with activation checkpointing
+    "Bytes that a forward pass puts aside for the backward pass; the weights themselves are not counted. Nothing is computed or allocated."
+    with FakeTensorMode(), torch.device(device):
+        model, size = UNet(**{**net, "num_classes": None}), net["image_size"]
+        kept, weights = {}, {_storage(p) for p in model.parameters()}
+        def note(x):
+            if _storage(x) not in weights: kept[_storage(x)] = x
+            return x
+        if recomputed:
+            for m in recompute(model).modules():
+                if hasattr(m, "recomputed"): m.register_forward_pre_hook(lambda m, inputs: (note(inputs[0]), None)[1])
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            model(torch.zeros(n, net["in_channels"], size, size), torch.zeros(n, dtype=torch.int64))
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
-def training_memory(model, precision="float32"): # (bytes whatever the batch, bytes for each image)
-    "What training needs: weights, gradients, their average and Adam's two moments, and what a step puts aside."
-    c, p = model.config, next(model.parameters())
-    one, three = (kept_bytes(model, torch.zeros(n, c["in_channels"], c["image_size"], c["image_size"], device=p.device),
-                             torch.zeros(n, dtype=torch.int64, device=p.device), precision=precision) for n in (1, 3))
-    return 5 * 4 * count_parameters(model) + one - (three - one) // 2, (three - one) // 2
+def _storage(x): return x.untyped_storage()._cdata                       # which piece of memory a tensor looks at
+
+def training_memory(net, precision="float32", device="cpu", recomputed=False): # (bytes whatever the batch, bytes for each image)
+    "What training a UNet(**net) needs: weights, gradients, their average and Adam's two moments, and what a step puts aside."
+    with torch.device("meta"): weights = count_parameters(UNet(**net))
+    one, three = (kept_bytes(net, n, precision, device, recomputed) for n in (1, 3))
+    return 5 * 4 * weights + one - (three - one) // 2, (three - one) // 2
 
 # %% ../nbs/04_train.ipynb #c070
 def recompute(model):
@@ -477,23 +488,24 @@ def ready(state, device, ranks=Alone()): # -> the network to call: the model, or
     "Spread over the ranks, recomputing, compiled: as the configuration asks."
     network = ranks.spread(state)
     if state.config.recompute: recompute(state.model)
-    if wanted(state.config.compile, device): network.compile()         # in place, so no _orig_mod in the names of weights
+    if wanted(state.config.compile, device):
+        for part in ranks.compiled(network): part.compile()            # in place, so no _orig_mod in the names of weights
     return network
 
 # %% ../nbs/04_train.ipynb #c076
 @contextmanager
-def _memory_advice(model, config, device):
+def _memory_advice(net, config, device):
     "Turns running out of memory into a DiffnbError that names the batch that would fit."
     try: yield
     except RuntimeError as e:                                        # torch.OutOfMemoryError is one; the CPU has no kind of its own
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
-        room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        fixed, each = training_memory(UNet(**model.config), config.precision)
+        if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)): raise
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fixed, each = training_memory(net, config.precision, device, config.recompute)
         fits = int((0.85 * room - fixed) / each)                     # the rest: the images, what libraries need, gaps
         advice = (f"about {fits} images fit at a time: --batch-size {fits}, or the same batch in parts, --accumulate {math.ceil(config.batch_size / fits)}"
                   if fits > 0 else "not even one image fits: a smaller base_channels or image_size")
         raise DiffnbError(f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, accumulate={config.accumulate}; {advice}. "
-                          "--recompute True needs less too. The last checkpoint stays") from e
+                          + "--recompute True needs less too. " * (not config.recompute) + "The last checkpoint stays") from e
 
 # %% ../nbs/04_train.ipynb #c079
 def resolve(config, # TrainConfig
@@ -791,8 +803,7 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
         if sampler: sample_grid(state, data, schedule, sampler, picture(), ranks=ranks)
         return ranks.any(ranks.rank == 0 and on_log and on_log(run))
 
-    with _what_stays(run), _stop_signals() as asked, _memory_advice(state.model, config, device), \
-         tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    with _what_stays(run), _stop_signals() as asked, tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
         if saved and sampler and (state.step == total or due(config.sample_every)) and ranks.any(ranks.rank == 0 and not picture().exists()):
             grid()                                                                             # the last process died between checkpoint and picture
         for step in train_steps(state, data, schedule, total, config.precision, network, ranks):
@@ -822,7 +833,7 @@ def train(config,           # TrainConfig
     config, data, net = ranks.first(lambda: resolve(config))
     if config.batch_size % (config.accumulate * ranks.world):
         raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.accumulate} parts (accumulate) on each of {ranks.world} ranks: choose a multiple of both")
-    with ExitStack() as held:                                                # the lock of the folder
+    with ExitStack() as held, _memory_advice(net, config, pick_device(config.device)): # held: the lock of the folder
         ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)
 

@@ -1,10 +1,10 @@
 "Data: what needs damaged files, fake archives or real data sets, and so is not on the lesson's page."
-import functools, hashlib, http.server, os, pickle, tarfile, threading
+import functools, hashlib, http.server, os, pickle, subprocess, sys, tarfile, threading
 
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
 
-from diffnb.data import DiffnbError, addressed, batch_indices, load_data, save_grid, to_float, write_whole
+from diffnb.data import DiffnbError, addressed, batch_indices, filters, load_data, resize, save_grid, to_float, write_whole
 
 
 def picture(path, size=(20, 20), mode="RGB", seed=0):
@@ -201,3 +201,20 @@ def test_cifar10_keeps_its_axes(monkeypatch):
     monkeypatch.setattr(data, "_torchvision_set", lambda *_: types.SimpleNamespace(data=stored, targets=[3, 5], classes=list("abcdefghij")))
     loaded = load_data("cifar10")
     assert loaded.images.shape == (2, 3, 32, 32) and loaded.images[1, 2, 7, 4] == stored[1, 7, 4, 2] and loaded.labels.tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("filter", filters)
+@pytest.mark.parametrize("size", [8, 20, 64])
+def test_resize_is_torchvisions(filter, size):
+    from torchvision.transforms.v2 import InterpolationMode, functional as TF
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=addressed(size))
+    theirs = functools.partial(TF.resize, size=[size, size], interpolation=InterpolationMode(filter), antialias=True)
+    assert torch.equal(resize(images.float(), size, filter), theirs(images.float()))
+    assert torch.equal(resize(images, size, filter), theirs(images.float()).round().clamp(0, 255).byte()) # bytes too go through floats: on a CPU theirs clips in between
+
+
+def test_the_command_starts_without_what_it_seldom_needs():
+    "Seconds each, and every start of a command would pay them."
+    slow = {"torchvision", "sklearn", "torch._dynamo", "torch.distributed.fsdp", "diffusers", "torch_fidelity", "nbconvert"}
+    told = subprocess.run([sys.executable, "-c", "import sys, diffnb.cli; print(*sys.modules)"], capture_output=True, text=True, check=True).stdout
+    assert not slow & set(told.split())

@@ -13,7 +13,7 @@ from diffnb.scale import Ranks, plan
 from diffnb.train import Alone, TrainConfig, checkpoints, load_model, read_metrics, read_tensors, train
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
-                   sample_steps=3, checkpoint_every=0.4, device="cpu")                                       # 20 steps
+                   sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")                                       # 20 steps
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "
             "--device cpu").split()
 
@@ -38,9 +38,9 @@ def script(folder):
     done = {}; load_data("digits")                                            # read once, for all that are forked
     train(tiny, folder / "alone", sampler=ddim, progress=False)
     def go(run, shard=False, on_log=None, **change):
-        ranks = Ranks(shard)
+        ranks = Ranks(shard, "cpu")
         with ranks.guard(): train(replace(tiny, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
-    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(accumulate=2)), ("divided", 2, True, {})):
+    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(accumulate=2)), ("divided", 2, True, {}), ("divided_last", 2, True, dict(channels_last=True))):
         done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
     done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
@@ -55,7 +55,7 @@ def script(folder):
     m = load_model("digits", "cpu")
     def draw(out, ranks, n=7): return sample_to(folder / out, m.model, m.schedule, m.shape, n, y=torch.arange(n) % 10, steps=2, progress=False, ranks=ranks)
     def shared(rank):
-        ranks = Ranks()
+        ranks = Ranks(device="cpu")
         with ranks.guard():
             draw("png_two", ranks); draw("two.npz", ranks)
             e = evaluate_run(folder / "two", 40, out=folder / "eval_two", device="cpu", steps=2, progress=False, ranks=ranks)
@@ -80,7 +80,7 @@ def ranks(tmp_path_factory):
 def files(run): return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("name", ["two", "four", "divided"])
+@pytest.mark.parametrize("name", ["two", "four", "divided", "divided_last"])
 def test_any_number_of_ranks_gives_the_same_run(ranks, name):
     folder, done, said = ranks
     assert set(done[name]) == {0}, said[-2000:]
@@ -119,7 +119,7 @@ def test_a_row_that_spans_a_death_counts_each_image_once(ranks):
 def test_ranks_do_not_read_what_an_earlier_start_has_left():
     "torchrun keeps one store over its restarts: two starts must leave nothing under the same name."
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    rank = "import torch; from diffnb.scale import Ranks; assert Ranks(minutes=0.5).sum(torch.ones(1)).item() == 2"
+    rank = "import torch; from diffnb.scale import Ranks; assert Ranks(device='cpu', minutes=0.5).sum(torch.ones(1)).item() == 2"
     keys = [store.num_keys()]
     for _ in range(2):
         jobs = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
@@ -147,7 +147,7 @@ def test_samples_and_scores_are_shared(ranks):
 
 def test_torchrun_restarts_from_the_last_checkpoint(ranks, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "--", "diffnb",
-               "train", *settings, "--epochs", "8.54", "--checkpoint-every", "2", "--run", str(tmp_path / "run")]    # 200 steps
+               "train", *settings, "--epochs", "4.26", "--checkpoint-every", "1", "--run", str(tmp_path / "run")]    # 100 steps
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not checkpoints(tmp_path / "run"): assert job.poll() is None; time.sleep(0.05)
@@ -160,7 +160,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(ranks, tmp_path):
     assert job.returncode == 0, said[-3000:]
     assert "has lost another rank" in said and "continuing" in said
     m = read_metrics(tmp_path / "run")
-    assert (m["step"] == np.arange(5, 201, 5)).all()                              # no gap, no row twice
+    assert (m["step"] == np.arange(5, 101, 5)).all()                              # no gap, no row twice
 
 
 def test_torchrun_takes_a_signal_for_all_ranks(tmp_path):

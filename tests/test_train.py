@@ -81,6 +81,18 @@ def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
     with pytest.warns(UserWarning, match="imitates"): assert T.pick_precision("bf16", cpu, config) == "bf16"
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
+    "A GPU keeps channels last and refuses moments that lie otherwise; a CPU took them and went astray."
+    config = change(tiny, channels_last=last, weight_decay=0.01)
+    stop = lambda run: read_metrics(run)["step"][-1] == 10
+    train(config, tmp_path / "two", on_log=stop, progress=False); two = train(config, tmp_path / "two", progress=False)
+    one = train(config, tmp_path / "one", progress=False)
+    a, b = one.tensors(), two.tensors()
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert all(m.stride() == p.stride() for p, s in two.optimizer.state.items() for m in (s["exp_avg"], s["exp_avg_sq"]))
+
+
 def test_one_flag_takes_the_fused_calls_away_and_changes_nothing_else():
     ends = []
     for fused in (True, False):
@@ -234,20 +246,35 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
     assert read_metrics(run)["step"].tolist() == before
 
 
-def test_out_of_memory_names_a_batch_that_fits():
+def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
     from diffnb.train import _memory_advice, training_memory
     from diffnb.unet import UNet
-    model, config = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8), change(tiny, batch_size=10**7, precision="float32")
+    config, net = change(tiny, batch_size=10**7, precision="float32"), UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
-        with _memory_advice(model, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
+        with _memory_advice(net, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
     fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--accumulate "))
-    fixed, each = training_memory(model)
+    fixed, each = training_memory(net)
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0.8 * room < fixed + fits * each < 0.9 * room and (parts - 1) * fits < 10**7 <= parts * fits
     with pytest.raises(DiffnbError, match="out of memory"):                          # what the CPU's allocator says
-        with _memory_advice(model, config, torch.device("cpu")): torch.empty(10**15)
+        with _memory_advice(net, config, torch.device("cpu")): torch.empty(10**15)
     with pytest.raises(RuntimeError, match="something else"):
-        with _memory_advice(model, config, torch.device("cpu")): raise RuntimeError("something else")
+        with _memory_advice(net, config, torch.device("cpu")): raise RuntimeError("something else")
+    monkeypatch.setattr(T, "_open_run", lambda *_: torch.empty(10**15))              # before the first step, too
+    with pytest.raises(DiffnbError, match="out of memory.*images fit"): train(tiny, tmp_path / "run", progress=False)
+
+
+def test_memory_is_counted_on_tensors_that_hold_nothing():
+    from diffnb.train import kept_bytes
+    from diffnb.unet import UNet
+    model = UNet(image_size=16, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(8,)); kept = {}
+    def note(x):
+        if x.data_ptr() not in {p.data_ptr() for p in model.parameters()}: kept[x.untyped_storage().data_ptr()] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): model(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
+    assert kept_bytes(model.config, 2) == sum(x.untyped_storage().nbytes() for x in kept.values())      # as a real pass keeps
+    assert kept_bytes(model.config, 2, recomputed=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
+    assert kept_bytes(model.config, 10**6) > 10**11
 
 
 def events(run): # scalar name -> steps; and the steps of the pictures

@@ -108,6 +108,7 @@ def race(name, a, features, batch, real):
     "One racer: train, and score at each moment. The result appears when the last moment is scored."
     device = pick_device(a.device)
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True           # as PyTorch comes: ours sets them for itself
     run, snapshot, facts = RACERS[name](a, device)
     rows, images, seconds = [], 0, facts.get("seconds_before", 0.0)
     for moment in sorted(m for m in a.moments if m <= a.total_minutes):
@@ -143,7 +144,7 @@ def main():
     real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
     for i, name in enumerate(todo):
         used = (time.perf_counter() - START) / 60
-        if i and used + used / i > a.minutes: return print(f"the time is up, {', '.join(todo[i:])} to come: repeat the command")
+        if i and used + 2 * a.total_minutes > a.minutes: return print(f"the time is up, {', '.join(todo[i:])} to come: repeat the command")
         try: race(name, a, features, batch, real)
         except ImportError as e: print(f"{name} is left out, its library cannot be imported: {e}")
 

@@ -13,9 +13,8 @@ import numpy as np
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3, InceptionA, InceptionC
-from torchvision.transforms.v2 import InterpolationMode, functional as TF
 
-from diffnb.data import addressed
+from diffnb.data import addressed, resize
 from diffnb.evaluate import Features, Moments, frechet_distance, jackknife_error, kid
 from diffnb.guide import guided
 from diffnb.sample import dpmpp_2m, sample_batches
@@ -74,7 +73,7 @@ def inception(path, device="cpu"): # -> Features
     return Features(features, "Inception-v3 2015-12-05", 768, str(device))
 
 def resized(images, size): # uint8, as diffnb.data resizes real images: bicubic, antialiased, rounded to bytes
-    return images if images.shape[-1] == size else TF.resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return images if images.shape[-1] == size else resize(images, size)
 
 
 # ---- real images

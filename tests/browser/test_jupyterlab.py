@@ -53,7 +53,7 @@ def moved(widget, page):
     assert len(picture.get_attribute("alt")) > 20 and picture.evaluate("i => i.naturalWidth > 0")
 
 
-@pytest.mark.parametrize("name, widgets, seconds", [("index.ipynb", 0, 300), ("06_guide.ipynb", 1, 300), ("tools/widgets.ipynb", 5, 300)])
+@pytest.mark.parametrize("name, widgets, seconds", [("index.ipynb", 0, 300), ("02_schedule.ipynb", 1, 300), ("tools/widgets.ipynb", 5, 300)])
 def test_run_all_and_move(open_notebook, page, name, widgets, seconds):
     nb = open_notebook(f"nbs/{name}")
     nb.run_all(seconds)

@@ -200,13 +200,13 @@ def test_next_and_previous_walk_through_all_lessons(page):
     page.goto("index.html")
     seen = []
     for _ in lessons:
-        page.locator("a.right-next").click()
-        page.wait_for_load_state()
+        page.locator("a.right-next").click(no_wait_after=True)
+        page.wait_for_load_state("domcontentloaded")
         seen.append(urlsplit(page.url).path.strip("/").removesuffix(".html"))
     assert seen == lessons
     for name in [*lessons[-2::-1], "index"]:
-        page.locator("a.left-prev").click()
-        page.wait_for_load_state()
+        page.locator("a.left-prev").click(no_wait_after=True)
+        page.wait_for_load_state("domcontentloaded")
         assert urlsplit(page.url).path == f"/{name}.html"
 
 def test_reference(page):

@@ -28,8 +28,8 @@ bug("address-salted", "addresses go through Python's hash, which differs from pr
 bug("address-forgets-step", "only the first part of an address counts: every batch draws the same noise", "hashlib.sha256(repr(key)", "hashlib.sha256(repr(key[0])")
 bug("write-in-place", "files are written under their final name: a crash leaves half of one", 'with open(partial_path, "wb") as f:', 'partial_path = path\n        with open(path, "wb") as f:')
 bug("partial-left", "a failed write leaves its temporary file behind", "if partial_path.is_file(): partial_path.unlink()", "pass")
-bug("no-antialias", "images are shrunk without antialiasing", "interpolation=filters[self.filter], antialias=True", "interpolation=filters[self.filter], antialias=False", "Lightning-AI/torchmetrics#3130")
-bug("filter-ignored", "the filter asked for is ignored: always bicubic", "interpolation=filters[self.filter]", "interpolation=InterpolationMode.BICUBIC")
+bug("no-antialias", "images are shrunk without antialiasing", '{"antialias": True}', '{"antialias": False}', "Lightning-AI/torchmetrics#3130")
+bug("filter-ignored", "the filter asked for is ignored: always bicubic", "resize(images, self.size, self.filter)", "resize(images, self.size)")
 bug("digits-overflow", "digits are multiplied by 16: full ink becomes 256, which wraps to black", "* (255 / 16)", "* 16")
 bug("split-leaks", "the training split contains the test images", '% 6 == 5) == (split == "test")', '% 6 == 5) | (split != "test")')
 bug("cifar-layout", "CIFAR-10 is reshaped where axes must be permuted", "torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()", "torch.from_numpy(d.data).reshape(-1, 3, 32, 32)", tests="test_data.py -k axes")
@@ -254,7 +254,7 @@ bug("unseen-is-generated", "what unseen real images would score is the model's o
 bug("copies-inverted", "copies are counted among the images farthest away", "(d < d_real.quantile(0.05))", "(d > d_real.quantile(0.05))")
 bug("farthest-pairs", "the closest pairs are the most distant ones", "first = d.argsort()[:10]", "first = d.argsort(descending=True)[:10]")
 bug("features-range", "the feature network is shown another range than it was trained on", "self.body(x / 127.5 - 1)", "self.body(x / 255)")
-bug("features-aliased", "images are shrunk for the feature network without antialiasing", "TF.resize(x, [8, 8], antialias=True)", "TF.resize(x, [8, 8], antialias=False)", "Lightning-AI/torchmetrics#3130")
+bug("features-aliased", "images are shrunk for the feature network without antialiasing", 'resize(x, 8, "bilinear")', 'resize(x, 8, "nearest")', "Lightning-AI/torchmetrics#3130")
 bug("read-layout", "pixels read from an .npz are reshaped where axes must be permuted", "torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous()", "torch.from_numpy(images[:n]).reshape(-1, images.shape[3], *images.shape[1:3])")
 
 
