@@ -88,7 +88,7 @@ def _difference(got, want, what, atol): # the message for values that differ
     where = tuple(bad.nonzero()[0].tolist())
     said = (f"{what} is wrong in {bad.sum()} of {bad.numel()} places, first{_place(where)}: "
             f"{got[where]:.5g} where {want[where]:.5g} was expected.")
-    if want.numel() < 8: return said
+    if want.numel() < 8 or not want.isfinite().all(): return said
     return said + (f" Its mean is {got.mean():.3g} and its standard deviation {got.std():.3g}; "
                    f"{want.mean():.3g} and {want.std():.3g} were expected.")
 
@@ -221,7 +221,8 @@ class Progress:
         return f"{len(self.exercises) - sum(e.id not in self.solved for e in self.exercises)} of {len(self.exercises)} exercises solved, about {left} minutes left"
 
     def __repr__(self):
-        return "\n".join([self.summary] + [f"{id:6s}{title:44s}{stars:6s}{minutes:>7s}  {solved}" for id, title, stars, minutes, solved in self.rows()])
+        wide = max(len(e.title) for e in self.exercises)
+        return "\n".join([self.summary] + [f"{id:6s}{title:{wide + 2}s}{stars:6s}{minutes:>7s}  {solved}" for id, title, stars, minutes, solved in self.rows()])
 
     def _repr_html_(self):
         cells, here = [], None

@@ -501,8 +501,9 @@ def _memory_advice(net, config, device):
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)): raise
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         fixed, each = training_memory(net, config.precision, device, config.recompute)
-        fits = int((0.85 * room - fixed) / each)                     # the rest: the images, what libraries need, gaps
-        advice = (f"about {fits} images fit at a time: --batch-size {fits}, or the same batch in parts, --accumulate {math.ceil(config.batch_size / fits)}"
+        fits, size = int((0.85 * room - fixed) / each), config.batch_size  # the rest: the images, what libraries need, gaps
+        parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal ones
+        advice = (f"about {fits} images fit at a time: --batch-size {fits}, or the same batch in parts, --accumulate {parts}"
                   if fits > 0 else "not even one image fits: a smaller base_channels or image_size")
         raise DiffnbError(f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, accumulate={config.accumulate}; {advice}. "
                           + "--recompute True needs less too. " * (not config.recompute) + "The last checkpoint stays") from e

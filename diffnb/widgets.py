@@ -280,7 +280,7 @@ def _under(top, below): # two PNGs, one under the other, in 48 colours: a fracti
     return _bytes(both)
 
 def _bytes(image):
-    out = io.BytesIO(); image.quantize(48, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    out = io.BytesIO(); image.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 def dashboard(run,          # a run folder, also while it is training

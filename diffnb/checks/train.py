@@ -23,7 +23,8 @@ def average(answer):
         a2, w2 = copy.deepcopy(a), copy.deepcopy(w)
         made = answer(a2, w2, n, top)
         if not isinstance(made, (list, tuple)) or len(made) != 2 or not all(torch.is_tensor(m) for m in made):
-            raise Wrong("the new average should be a list with a tensor for each tensor of `average`.")
+            what = f"a {type(made).__name__}" + (f" of {len(made)}" if isinstance(made, (list, tuple)) else "") if made is not None else "nothing: is there a `return` at the end?"
+            raise Wrong(f"you returned {what}, where a list with a tensor for each of the 2 tensors of `average` was expected.")
         for m, x in zip(made, a): same(m.detach(), m if m.shape == x.shape else x, "a tensor of the average")
         if not flat(w2).equal(flat(w)): raise Wrong("your function changed the weights of the model: the average must leave them alone.")
         if not flat(a2).equal(flat(a)): raise Wrong("your function changed `average` in place: make new tensors, as the task says.")
@@ -34,7 +35,8 @@ def average(answer):
         "your decay has no warm-up: in a short run this average is still the random start.": mix(lambda n, top: top),
         "you take the larger of the two decays: the smaller one is the warm-up.": mix(lambda n, top: max(top, ramp(n))),
         "your decay never stops at `decay`: take the smaller of decay and (1 + step) / (10 + step).": mix(lambda n, top: ramp(n)),
-        "your warm-up is one update ahead: in the first update step is 0 and the decay 1/10.": mix(lambda n, top: min(top, ramp(n + 1)))})
+        "your warm-up is one update ahead: in the first update step is 0 and the decay 1/10.": mix(lambda n, top: min(top, ramp(n + 1))),
+        "your warm-up begins with a decay of 0: it is (1 + step) / (10 + step), so 1/10 in the first update.": mix(lambda n, top: min(top, n / (10 + n)))})
 
 # %% ../../nbs/tools/checks/04_train.ipynb #c008
 @exercise("4.2", "A learning rate with a plateau", minutes=10, level=1)
@@ -44,7 +46,13 @@ def plateau(answer):
     def curve(f): return [peak * f(s) for s in range(total)]
     up, down = lambda s: (s + 1) / warm, lambda s: (total - s) / cool
     start = total - cool
-    same([answer(s, total, peak, warm, cool) for s in range(total)], curve(lambda s: min(1, up(s), down(s))), "the curve of rates", others={
+    rates = [answer(s, total, peak, warm, cool) for s in range(total)]
+    if None in rates: raise Wrong(f"you returned nothing in step {rates.index(None)} of {total} (warmup {warm}, cooldown {cool}): a `return` is missing.")
+    same(rates, curve(lambda s: min(1, up(s), down(s))), f"the curve of rates (total {total}, peak {peak:.3f}, warmup {warm}, cooldown {cool})", others={
+        "your rates do not depend on peak: multiply by it.": torch.tensor(curve(lambda s: min(1, up(s), down(s)))) / peak,
+        "you take the larger of rise and fall: the smaller one holds, and never more than the peak.": curve(lambda s: max(up(s), down(s))),
+        "you take the larger of rise and fall: the smaller one holds.": curve(lambda s: min(1, max(up(s), down(s)))),
+        "your rate goes beyond the peak: between warm-up and cooldown it stays there.": curve(lambda s: min(up(s), down(s))),
         "your first step has learning rate 0 and is wasted: the rate in step 0 is peak / warmup.": curve(lambda s: min(1, s / warm, down(s))),
         "your last step has learning rate 0 and is wasted: the rate in step total - 1 is peak / cooldown.": curve(lambda s: min(1, up(s), down(s + 1))),
         "your first and last step have learning rate 0 and are wasted.": curve(lambda s: min(1, s / warm, down(s + 1))),
@@ -63,7 +71,7 @@ def forget(answer):
     def call(seed, given): return answer(given, p, 10, torch.Generator().manual_seed(seed))
     given = y.clone(); out = call(seed, given)
     if not given.equal(y): raise Wrong("your function changed the labels it was given: return a new tensor, or the data itself forgets them.")
-    same(out, out if torch.is_tensor(out) and out.shape == y.shape and out.dtype == y.dtype else y, "the labels")
+    same(out, out if torch.is_tensor(out) and out.shape == y.shape and out.dtype == y.dtype else y, "the tensor of labels")
     gone, other = (out == 10), (out != y) & (out != 10)
     if other.any(): raise Wrong(f"a label {y[other][0]} became {out[other][0]}: each label stays as it is or becomes the null class, here 10.")
     if not call(seed, y.clone()).equal(out): raise Wrong("two calls with the same seed gave different labels: draw from the generator that is passed in.")
@@ -73,6 +81,12 @@ def forget(answer):
     if abs(share - (1 - p)) < 0.03: raise Wrong(f"{share:.0%} of the labels are forgotten, and {p:.0%} should be: is the comparison the wrong way round?")
     if abs(share - p) > 0.026: raise Wrong(f"{share:.1%} of the labels are forgotten where p = {p:.0%} was asked for.")
     if repeated: raise Wrong("two different seeds forget the same labels: which ones must be left to chance.")
+    small, one = y[:20].remainder(10), torch.Generator().manual_seed(seed)
+    numbers = {int(answer(small.clone(), p, 10, torch.Generator().manual_seed(seed + i)).eq(10).sum()) for i in range(40)}
+    if len(numbers) == 1: raise Wrong(f"every batch of 20 loses exactly {numbers.pop()} labels: each label is forgotten or kept by dice of its own.")
+    before = torch.get_rng_state(); draws = [answer(y.clone(), p, 10, one) for _ in range(2)]
+    if not before.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator too: draw from the one that is passed in, and from nowhere else.")
+    if draws[0].equal(draws[1]): raise Wrong("two draws from one generator forget the same labels: draw from it as it is, do not seed it or another one anew.")
 
 # %% ../../nbs/tools/checks/04_train.ipynb #c014
 def _line(x, y, w): # per-row squared errors of x·w and their gradients, float64
@@ -98,7 +112,7 @@ def parts(answer):
         for a, b in pieces: v -= lr * scale(_line(a.double().numpy(), b.double().numpy(), v)[1])
         return torch.from_numpy(v).float()
     total, means = sum(p.sum(0) for p in grads), [p.mean(0) for p in grads]
-    same(model.weight.detach()[0], after(total / 12), "the weights after the step", others={
+    same(model.weight.detach()[0], after(total / 12), "the vector of weights after the step", others={
         "you average the means of the parts, so that an image in a small part counts more: the last part has 2 images, the others 5.": after(sum(means) / 3),
         "you add the means of the parts, so the step is about three times too long: divide by the whole batch.": after(sum(means)),
         "you add the losses of all images: divide by the number of images in the whole batch.": after(total),
@@ -128,7 +142,13 @@ def by_bin(answer):
         "an empty bin is 0, which looks like a perfect score: it should be nan.": table(b, np.mean, 0.0),
         "your bins are T // bins wide, which fits only if T is a multiple of bins: use t * bins // T.": table(narrow, np.mean),
         "you round t·bins/T to the nearest bin: round down, so that all bins are equally wide.": table(np.minimum(np.round(t.numpy() * 10 / T), 9), np.mean),
-        "your bins run from the noisy end to the clean one: bin 0 holds the smallest t.": table(b, np.mean).flip(0)})
+        "your bins run from the noisy end to the clean one: bin 0 holds the smallest t.": table(b, np.mean).flip(0),
+        "only the last loss of each bin is left: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1]),
+        "only the last loss of each bin is added: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1] / len(v))})
+    few = torch.tensor([0, 1, T // 2])
+    made = answer(torch.tensor([0.5, 1.5, 2.0]), few, T, 10)
+    if not torch.is_tensor(made) or made.shape != (10,): raise Wrong(f"a batch without large t gave shape {tuple(getattr(made, 'shape', ()))}: there is an entry for each of the 10 bins, also for empty ones at the end.")
+    same(made, torch.tensor([1.0 if i == 0 else 2.0 if i == T // 2 * 10 // T else math.nan for i in range(10)]), "the loss per bin of a batch of three")
 
 # %% ../../nbs/tools/checks/04_train.ipynb #c020
 def _descend(batches, w, lr, clip, mode):
@@ -151,9 +171,10 @@ def learns(answer):
     model.weight.grad = None
     norms = answer(model, torch.optim.SGD(model.parameters(), lr), lambda m, b: (m(b[0])[:, 0] - b[1]).square().mean(), batches, clip)
     if not isinstance(norms, list) or len(norms) != 6: raise Wrong("return the list of gradient norms, one for each batch, as the faulty loop does.")
-    got = torch.cat([model.weight.detach()[0], torch.tensor(norms, dtype=torch.float32)])
-    same(got, _descend(batches, w, lr, clip, "right"), "the list of the three final weights and the six norms", atol=1e-4, others={
-        "the first step is right, the second is not: its gradient is that of the first two batches together.": _descend(batches, w, lr, clip, "kept"),
+    got, r = torch.cat([model.weight.detach()[0], torch.tensor(norms, dtype=torch.float32)]), _descend(batches, w, lr, clip, "right")
+    same(got, r, "the list of the three final weights and the six norms", atol=1e-4, others={
+        "the first step is right, the second is not: work out the gradient of the second batch by itself, and compare.": _descend(batches, w, lr, clip, "kept"),
         "all norms are 0: the gradients are wiped out between backward and clip_grad_norm_.": _descend(batches, w, lr, clip, "wiped"),
         "the norms are right and the weights do not move: the gradients are wiped out before step.": _descend(batches, w, lr, clip, "unused"),
-        "the gradients are not clipped when step uses them: clip before step.": _descend(batches, w, lr, clip, "late")})
+        "the gradients are not clipped when step uses them: clip before step.": _descend(batches, w, lr, clip, "late"),
+        "the weights are right, but your norms are those after clipping: clip_grad_norm_ returns the norm from before.": torch.cat([r[:3], r[3:].clamp(max=clip)])})
