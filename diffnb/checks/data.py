@@ -24,7 +24,7 @@ def check_to_uint8(answer):
         "values above 1 came out dark, or below -1 bright: a byte wraps around at 256, so clamp before you convert. And round, too.": exact.long() % 256,
         "your pixels are half a level too dark on average: converting to uint8 cuts off the fraction, so round first.": cut,
         "-1 should become 0, and 1 become 255: you treated x0 as if its range were [0, 1].": (x0 * 255).round().clamp(0, 255),
-        "1 should become 255, but yours is 256 at most, which is clamped: the factor is 127.5, not 128.": ((x0.double() + 1) * 128).round().clamp(0, 255)})
+        "1 should become 255, but yours is 256 at most, which is clamped: the factor is 127.5, not 128.": ((x0 + 1) * 128).round().clamp(0, 255)})
 
 # %% ../../nbs/tools/checks/01_data.ipynb #c009
 def _called(answer, seed, indices, shape, generator_state=True):
@@ -40,6 +40,7 @@ def _called(answer, seed, indices, shape, generator_state=True):
 @exercise("1.2", "Noise with an address", minutes=10, level=2)
 def check_addressed_noise(answer):
     seed, k = torch.randint(1, 10_000, (2,), generator=fresh()).tolist()
+    k += 2_000_000                                                       # room for sums such as 1000 * seed + k
     shape, batch = (3, 16, 16), [k + 5, k, k + 9, k + 1]
     noise = _called(answer, seed, batch, shape)
     again = _called(answer, seed, batch, shape)
@@ -50,10 +51,12 @@ def check_addressed_noise(answer):
         raise Wrong("an image got one noise alone, and another as second of a batch: its noise depends on its companions. "
                     "Use a generator for each image, not one for the batch.")
     if _called(answer, seed + 1, [k], shape).equal(alone): raise Wrong("two seeds gave the same noise: the seed must be part of the address.")
-    for other_seed, other_k in ((seed + 1, k - 1), (seed - 1, k + 1), (k, seed)):
-        if (other_seed, other_k) != (seed, k) and _called(answer, other_seed, [other_k], shape).equal(alone):
+    far = [pair for e in range(7) for pair in ((seed + 1, k - 10**e), (seed + 10**e, k - 1))]
+    for other_seed, other_k in ((seed - 1, k + 1), (k, seed), *far):
+        if _called(answer, other_seed, [other_k], shape).equal(alone):
             raise Wrong(f"seed {seed} with image {k} gave the same noise as seed {other_seed} with image {other_k}: "
                         "seed and index were mixed into one number. Hash them as a pair instead.")
+    if _called(answer, 1, [23], shape).equal(_called(answer, 12, [3], shape)): raise Wrong("seed 1 with image 23 gave the same noise as seed 12 with image 3: put something between the digits, or hash the pair.")
     many = _called(answer, seed, list(range(40)), shape)
     if abs(many.mean()) > 0.1 or abs(many.std() - 1) > 0.05:
         raise Wrong(f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 were expected: is it `randn`?")
@@ -81,6 +84,12 @@ def check_flip(answer):
     if not 0.35 < share < 0.65: raise Wrong(f"{share:.0%} of the images were mirrored where about half was expected.")
     seeded = [answer(x0, torch.Generator().manual_seed(3)) for _ in range(2)]
     if not seeded[0].equal(seeded[1]): raise Wrong("the same generator gave two different results: draw from the generator you were given.")
+    before, one, few = torch.get_rng_state(), torch.Generator().manual_seed(3), x0[:16]
+    flips = torch.stack([(answer(few, one) != few).flatten(1).any(1) for _ in range(60)]).double()
+    if not before.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator: draw from the one that is passed in, and from nowhere else.")
+    if flips.std(0).max() == 0: raise Wrong("sixty calls mirrored the same images each time: draw from the generator as it is, do not seed it or another one anew.")
+    if not ((0.2 < flips.mean(0)) & (flips.mean(0) < 0.8)).all() or not 0.35 < flips.sum(1).var() / 4 < 2.2:
+        raise Wrong(f"among 16 images {flips.sum(1).min():.0f} to {flips.sum(1).max():.0f} were mirrored in sixty calls, which is not what 16 coins do: each image needs a coin of its own.")
 
 # %% ../../nbs/tools/checks/01_data.ipynb #c015
 def _blocks(images, k): # means over k x k blocks, one by one, float64

@@ -65,19 +65,21 @@ def _spikes(answer):
     if dip in found: raise Wrong("a row far *below* the others was called a spike: a fall of the loss is no problem, so leave the difference its sign.")
     if len(found) > len(up) + 2: raise Wrong(f"{len(found) - len(up)} healthy rows were called spikes.")
     if found != wanted: raise Wrong(f"you found {len(found & wanted)} of {len(up)} spikes.")
+    if border not in set(np.asarray(answer(y.copy(), 5.0)).reshape(-1).tolist()): raise Wrong("with a bound of 5 deviations instead of 8, a row at 6.4 was not found: the bound is the argument `deviations`.")
     calm = 0.03 + 0.001 * _rng().standard_normal(200)
     if len(np.asarray(answer(calm, 8.0)).reshape(-1)): raise Wrong("rows of a healthy curve were called spikes.")
 
 # %% ../../nbs/tools/checks/08_doctor.ipynb #c013
-def _rates(total, done, end, warmup=0.05): # metrics of a run with a warm-up and a cosine down to `end` of the peak
-    step = np.arange(10, done + 1, 10); x = step / total
+def _rates(total, done, end, warmup=0.05, peak=2e-4): # metrics of a run with a warm-up and a cosine down to `end` of the peak
+    step = np.r_[1, np.arange(10, done + 1, 10)]; x = step / total
     lr = np.where(x < warmup, x / warmup, end + (1 - end) * 0.5 * (1 + np.cos(np.pi * np.clip((x - warmup) / (1 - warmup), 0, 1))))
-    return {"step": step.astype(float), "lr": 2e-4 * lr}
+    return {"step": step.astype(float), "lr": peak * lr}
 
 @exercise("8.3", "Did the learning rate decay?", minutes=10, level=2)
 def _decayed(answer):
     total = 1000 + 100 * int(torch.randint(20, (1,), generator=fresh()))
-    said = lambda done, end, total=total: _kind_of(answer(_rates(total, int(done), end), total))
+    peak = 10 ** float(-5 + 2 * torch.rand((), generator=fresh()))
+    said = lambda done, end, total=total: _kind_of(answer(_rates(total, int(done), end, peak=peak), total))
     finished, constant, running = said(total, 0.0), said(total, 1.0), said(total / 2 // 10 * 10, 1.0)
     if running == "problem": raise Wrong("a run in the middle of its plan was called a problem: its rate has no reason to have decayed yet. Return None.")
     if running == "well": raise Wrong("nothing can be said of a run in the middle of its plan: return None until all steps are done.")
@@ -85,8 +87,9 @@ def _decayed(answer):
     if constant != "problem": raise Wrong("a constant rate, all steps done, was not found to be a problem.")
     if finished == "problem": raise Wrong("a rate that decayed to zero was called a problem.")
     if finished == "nothing": raise Wrong("of a finished run whose rate decayed to zero you say nothing: return a sentence with the number.")
-    if said(total, 0.03) == "problem": raise Wrong("a rate that decayed to 3% of its peak was called a problem: compare the last row with the *highest* one; the first rows are warm-up, and small.")
-    if said(total, 0.12) != "problem": raise Wrong("a finished run whose rate ended at 12% of its peak was not found to be a problem; 5% is the bound.")
+    if said(total, 0.045) == "problem": raise Wrong("a rate that decayed to 4.5% of its peak was called a problem: compare the last row with the *highest* one; the first rows are warm-up, and small.")
+    if said(total + 10, 0.0) != "well": raise Wrong("the last row is of a step beyond `total`, and nothing was said: such a run is finished, too.")
+    if said(total, 0.06) != "problem": raise Wrong("a finished run whose rate ended at 6% of its peak was not found to be a problem; 5% is the bound.")
     if said(total + 500, 0.0, total + 500) != "well": raise Wrong("a finished run of another length was judged differently: the plan's length is `total`.")
 
 # %% ../../nbs/tools/checks/08_doctor.ipynb #c015
@@ -126,15 +129,16 @@ def _near_floor(errors, n=40, floor=0.044): # -> losses
 @exercise("8.5", "Above the floor, below it, or nobody knows", minutes=10, level=2)
 def _at_floor(answer):
     floor = 0.04 + 0.01 * torch.rand(1, generator=fresh()).item()
-    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor)) for e in (4, 1, -1, -4)}
-    if said[4] == "well" or said[-4] == "problem": raise Wrong("above and below have changed places: a loss above the floor is the problem.")
-    if said[4] == "nothing" and said[-4] == "nothing":
-        raise Wrong("a mean 4 standard errors away from the floor was left undecided. The uncertainty of a mean is that of a row divided by √n.")
-    if said[4] == "nothing": raise Wrong("a mean 4 standard errors above the floor should be a Problem.")
-    if said[-4] == "nothing": raise Wrong("a mean 4 standard errors below the floor should be a sentence: that is good news, with a number.")
-    if said[1] == "problem": raise Wrong("a mean only one standard error above the floor was called a problem: that happens by chance in every sixth run that is exactly at it. Return None.")
-    if said[-1] == "well" or said[1] == "well": raise Wrong("a mean within one standard error of the floor was called good: it may as well lie above. Return None.")
-    if _kind_of(answer(_near_floor(4, n=5, floor=floor), floor)) != "nothing": raise Wrong("a verdict was passed on five rows: with fewer than 8, return None.")
+    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor)) for e in (2.2, 1.8, -1.8, -2.2)}
+    if said[2.2] == "well" or said[-2.2] == "problem": raise Wrong("above and below have changed places: a loss above the floor is the problem.")
+    if said[2.2] == "nothing" and said[-2.2] == "nothing":
+        raise Wrong("a mean 2.2 standard errors away from the floor was left undecided. The uncertainty of a mean is that of a row divided by √n.")
+    if said[2.2] == "nothing": raise Wrong("a mean 2.2 standard errors above the floor should be a Problem.")
+    if said[-2.2] == "nothing": raise Wrong("a mean 2.2 standard errors below the floor should be a sentence: that is good news, with a number.")
+    if said[1.8] == "problem": raise Wrong("a mean only 1.8 standard errors above the floor was called a problem: it lies within the 95% interval, 1.96 of them. Return None.")
+    if said[-1.8] == "well" or said[1.8] == "well": raise Wrong("a mean within 1.8 standard errors of the floor was called good: it may as well lie above. Return None.")
+    if _kind_of(answer(_near_floor(4, n=7, floor=floor), floor)) != "nothing": raise Wrong("a verdict was passed on seven rows: with fewer than 8, return None.")
+    if _kind_of(answer(_near_floor(4, n=8, floor=floor), floor)) == "nothing": raise Wrong("eight rows, four standard errors above the floor, were left undecided: 8 are enough.")
 
 # %% ../../nbs/tools/checks/08_doctor.ipynb #c019
 def _curve(rng, rise=0.0, wiggle=0.15, n=100):

@@ -105,12 +105,12 @@ def _kid(answer):
     same(_number(answer(x, y)), want, "the kernel distance", {
         "each image was compared with itself too, which makes the distance too high, and the more so the fewer images there are: leave out the diagonal.": value(a, b, diagonal=True),
         "the diagonal is left out of the sum but not of the count: there are n·(n-1) pairs, not n².": value(a, b, over=lambda n: n * n),
+        "the true value lies below 0, as it may by chance: do not cut it off there.": max(0.0, want),
         "the product of features was not divided by their dimension D.": value(a, b, scale=1),
         "the similarity between the sets counts twice: once for each of them.": value(a, b, factor=1),
         "the product was divided by √D, as in attention; this kernel divides by D.": value(a, b, scale=3 ** 0.5),
         "each pair was counted once in the sum, but the count is of n·(n-1) ordered pairs.": value(a, b, over=lambda n: 2 * n * (n - 1))}, atol=1e-4)
-    same_set = torch.stack([x[0], x[0]])                                             # two equal sets of equal images: zero
-    same(_number(answer(same_set, same_set)), 0.0, "the distance between two identical images and the same two", atol=1e-6)
+    same(_number(answer(x, x.clone())), value(a, a), "the distance of a set to itself", {"the true value lies below 0, as it may by chance: do not cut it off there.": 0.0}, atol=1e-4)
 
 # %% ../../nbs/tools/checks/07_evaluate.ipynb #c016
 @exercise("7.5", "In whose realm?", minutes=15, level=3)
@@ -135,13 +135,15 @@ def _precision_recall(answer):
         "the balls belong to the images of the realm, not to those that are tried: compare each distance with the reach of the image in the realm.": both(kind="own"),
         "all balls have the same size here: each image reaches to its own k-th neighbour.": both(kind="mean"),
         "only the ball of the nearest image was tried: a larger ball farther away may contain the image too.": both(kind="nearest")}, atol=1e-6)
+    on_edge = [torch.tensor(v, dtype=torch.float64)[:, None] for v in ([-2, 6, 1, 30], [0, 2, 4, 10])]
+    same(_pair(answer(*on_edge, 1), "(precision, recall)"), [0.75, 1.0], "the pair for images on a line, three of which lie on the edge of a ball (that is inside),")
 
 # %% ../../nbs/tools/checks/07_evaluate.ipynb #c018
 @exercise("7.6", "Learned by heart", minutes=10, level=1)
 def _copied(answer):
-    g = fresh(); draw = lambda n: torch.randn(n, 6, generator=g, dtype=torch.float64)
+    g = fresh(); draw = lambda n: 10 * torch.randn(n, 6, generator=g, dtype=torch.float64)
     train, new = draw(400), draw(201)
-    made = torch.cat([train[:120] + 0.02 * draw(120), new[:20] + 0.02 * draw(20), draw(60)])
+    made = torch.cat([train[:120] + 0.02 * draw(120), new[:20] + 0.02 * draw(20), draw(600)])
     near = lambda a, b: np.sqrt(((a[:, None].numpy() - b[None].numpy()) ** 2).sum(-1)).min(1)
     d, limit = near(made, train), np.quantile(near(new, train), 0.05)
     same(_number(answer(made, train, new)), float((d < limit).mean()), "the share of copies", {
@@ -158,7 +160,7 @@ def _never_moves(answer):
     g, seen = fresh(), []; w = torch.randn(48, 4, generator=g)
     def network(images): # notes the range of what it is shown
         if images.ndim != 4: raise Wrong(f"the network got images of shape {tuple(images.shape)}; (N, C, H, W) was expected.")
-        seen.append((images.min().item(), images.max().item()))
+        seen.append((images.min().item(), images.max().item(), (images.float() == images.float().round()).all().item()))
         return torch.tanh((images.float() / 127.5 - 1).flatten(1) @ w / 4)
     x0 = 0.2 + 0.5 * torch.randn(300, 3, 4, 4, generator=g); real = torch.randint(256, (300, 3, 4, 4), generator=g).to(torch.uint8)
     def distance(a, b):
@@ -166,11 +168,12 @@ def _never_moves(answer):
         return _frechet_np(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
     levels = (x0 + 1) * 127.5
     want, wrapped, seen = *(distance(v, real) for v in (levels.clamp(0, 255).round(), levels.byte())), []
-    got, dark = _number(answer(x0, real, network)), [(low, high) for low, high in seen if high < 30]
+    got, dark = _number(answer(x0, real, network)), [(low, high) for low, high, _ in seen if high < 30]
     span = "[-1, 1]" if dark and dark[0][0] < -0.9 else "[0, 1]"
     if len(dark) == 1: raise Wrong(f"the network gets generated images in {span} and real ones in 0 … 255: to it, all of the generated ones look nearly black.")
     if dark: raise Wrong(f"both sets are in {span} now, but this network expects 0 … 255, and to it all of them look nearly black.")
-    if any(low < 0 or high > 255 for low, high in seen):
+    if any(low < 0 or high > 255 for low, high, _ in seen):
         raise Wrong("pixels outside of [-1, 1] are scored as they are, though no image file can hold them: clamp them, as to_uint8 does.")
+    if not all(whole for *_, whole in seen): raise Wrong("the network sees fractions of a grey level, which no image file can hold: round, as to_uint8 does.")
     same(got, want, "the distance", {
         "pixels outside of [-1, 1] wrap around in .byte(): -3 becomes 253, white for black. Clamp and round first, as to_uint8 does.": wrapped}, atol=2e-3 * want)

@@ -15,7 +15,7 @@ from ..check import Wrong, exercise, fresh, same
 def _blend(answer):
     u, c = torch.randn(2, 3, 2, 4, 4, generator=fresh())
     for w in (2.5, 0.4, 0.0, 1.0):
-        same(answer(u, c, w), (1 - w) * u + w * c, f"the guided answer at w = {w}", {
+        same(answer(u.clone(), c.clone(), w), (1 - w) * u + w * c, f"the guided answer at w = {w}", {
             "(1+w)·cond - w·uncond is the paper's convention, where 0 means plain conditional; here w = 1 does. Our w is theirs plus one.": (1 + w) * c - w * u,
             "uncond and cond have changed places: the higher your w, the less the label counts.": c + w * (u - c),
             "w multiplies all of cond; it should multiply the difference, cond - uncond.": u + w * c,
@@ -90,11 +90,12 @@ def _hide(answer):
 # %% ../../nbs/tools/checks/06_guide.ipynb #c014
 @exercise("6.4", "Guidance between two timesteps", minutes=10, level=2)
 def _between(answer):
-    g, w, low, high = fresh(), 4.0, 200, 700
+    g = fresh(); w, low, high = 2.5, int(torch.randint(150, 250, (), generator=g)), int(torch.randint(600, 800, (), generator=g))
     u, c = torch.randn(2, 4, 2, 4, 4, generator=g); t = torch.tensor([low, low - 1, high, high + 1])
     mix = lambda weights: (1 - weights) * u + weights * c
     per = lambda values: torch.tensor(values).view(-1, 1, 1, 1)
-    same(answer(u, c, t, w, low, high), mix(per([w, 1, w, 1])), "the guided answer", {
+    call = lambda t: answer(u.clone(), c.clone(), t, w, low, high)
+    same(call(t), mix(per([w, 1, w, 1])), "the guided answer", {
         "the weights, of shape (B,), were spread along the width of the images, which happens to be B here: view them as (B, 1, 1, 1).": mix(torch.tensor([w, 1, w, 1])),
         "outside the interval you return uncond; there the plain conditional answer is wanted, which is w = 1.": mix(per([w, 0, w, 0])),
         "one decision was taken for the whole batch: each image has its own timestep.": mix(torch.tensor(w)),
@@ -103,7 +104,8 @@ def _between(answer):
         "the first timestep, low, belongs to the interval as well.": mix(per([1, 1, w, 1])),
         "inside and outside have changed places.": mix(per([1, w, 1, w]))})
     t = torch.full((4,), 450)
-    same(answer(u, c, t, w, low, high), mix(torch.tensor(w)), "the guided answer, with all timesteps inside,")
+    same(call(t), mix(torch.tensor(w)), "the guided answer, with all timesteps inside,")
+    same(call(torch.tensor([10, 450, 990, 500])), mix(per([1, w, 1, w])), "the guided answer, well inside and well outside,")
 
 # %% ../../nbs/tools/checks/06_guide.ipynb #c016
 def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
@@ -139,7 +141,7 @@ def _swapped(answer):
     for w in (3.0, 0.0, 1.0):
         got = answer(net, y, w, null)
         if not callable(got): raise Wrong("faulty_guided should return a model: a function of (x_t, t).")
-        got, by = got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
+        got, by = got(x_t, t, None) if w == 0 else got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
         same(got, by(w), f"the guided answer at w = {w}", {
             "still the old fault: w = 0 gives the conditional answer. Which half of the network's output belongs to which half of the labels?": by(1 - w),
             "both halves carry the labels, so there is nothing to compare: one half needs the null class.": by(1),

@@ -16,11 +16,12 @@ def _draw(low, high): return int(torch.randint(low, high, (), generator=fresh())
 @exercise("9.1", "The work of a convolution", minutes=5, level=1)
 def check_conv_flops(answer):
     for stride in (1, 2):
-        c_in, c_out, kernel, size = _draw(7, 12), _draw(17, 30), 2 * _draw(1, 3) + 1, 2 * _draw(4, 9)
+        c_in, c_out, kernel, size = _draw(7, 12), _draw(17, 30), 2 * stride + 1, 2 * _draw(4, 9)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             torch.nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)(torch.zeros(1, c_in, size, size))
         right = counter.get_total_flops()
-        same(answer(c_in, c_out, kernel, size, stride), right, f"the work for {c_in} to {c_out} channels, kernel {kernel}, size {size}, stride {stride},", {
+        got = answer(c_in, c_out, kernel, size, stride)
+        same(int(got) if isinstance(got, float) and got.is_integer() else got, right, f"the work for {c_in} to {c_out} channels, kernel {kernel}, size {size}, stride {stride},", {
             "half the work is missing: each product is also added to a sum, and both count.": right // 2,
             "the kernel is a square: its side counts twice.": right // kernel,
             "stride 2 halves the output in both directions, so a quarter of the positions is left.": right * stride,
@@ -62,7 +63,12 @@ def check_share(answer):
     same(alone, x0, "the images of a single rank")
     if noise.equal(answer(x0, seed, step + 1, 0, 1)[1]): raise Wrong("two steps get the same noise: it must depend on (seed, step).")
     if noise.equal(answer(x0, seed + 1, step, 0, 1)[1]): raise Wrong("two seeds give the same noise: it must depend on (seed, step).")
+    if any(noise.equal(answer(x0, *other, 0, 1)[1]) for other in ((seed + 1, step - 1), (seed - 1, step + 1), (step, seed))): raise Wrong("another seed at another step gives the same noise: seed and step were mixed into one number. Hash them as a pair.")
+    state = torch.get_rng_state()
     if not noise.equal(answer(x0, seed, step, 0, 1)[1]): raise Wrong("the same step asked for twice gives two noises: a resumed run would not repeat itself.")
+    if not state.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator: give randn one of its own, from (seed, step).")
+    many = answer(torch.zeros(4000, 1, 3, 3), seed, step, 0, 1)[1]
+    if abs(many.mean()) > 0.05 or abs(many.std() - 1) > 0.05: raise Wrong(f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 were expected: is it `randn`?")
     for world in (2, 4):
         images, noises = zip(*(answer(x0, seed, step, rank, world) for rank in range(world)))
         if any(a.shape[0] * world != 12 for a in (*images, *noises)):

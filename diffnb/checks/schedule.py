@@ -87,6 +87,7 @@ def check_trailing(answer):
         if got is None: raise Wrong("the result is None: does your function end with `return`?")
         got = got.tolist() if hasattr(got, "tolist") else list(got)
         call = f"T={T}, steps={S}"
+        if not got: raise Wrong(f"{call}: the list is empty.")
         if any(int(t) != t for t in got): raise Wrong(f"{call}: {got[0]} ... are no integers.")
         if got == list(range(0, T, T // S))[::-1][:len(got)] and got[:1] != [T - 1]:
             raise Wrong(f"{call}: this is leading spacing. It starts at {got[0]}, where the network expects some image left, and gets pure noise.")
@@ -111,7 +112,7 @@ def check_shift(answer):
     for scale in (4.0, 0.5):
         shifted = lambda change: torch.sigmoid(torch.log(ab / (1 - ab)) + change)         # a sigmoid undoes log SNR
         log = float(np.log(scale))
-        same(answer(ab, scale), shifted(-2 * log), "the new alpha_bar", {
+        same(answer(ab.clone(), scale), shifted(-2 * log), "the new alpha_bar", {
             "you divided the SNR by the scale: twice the side is four times the pixels, so it is the square.": shifted(-log),
             "you multiplied the SNR: larger images can be averaged over more pixels and look clearer, so they need *more* noise.": shifted(2 * log),
             "you divided alpha_bar itself: it is the ratio alpha_bar / (1 - alpha_bar) that is divided, and then turned back into an alpha_bar.": ab / scale ** 2,
@@ -160,7 +161,7 @@ def check_floor(answer):
 @exercise("2.7", "Debug this: the digit that would not go away", minutes=10, level=2)
 def check_short_schedule(answer):
     power = lambda u: np.exp(-(1e-4 * 1000 * u + 0.0199 * 1000 * u ** 2 / 2))        # of the linear schedule, u of its way
-    for T in (1000, 100, 50):
+    for T in (1000, 100, 50, 300, 700):
         got = answer(T)
         if not torch.is_tensor(got) or got.shape != (T,): same(got, torch.zeros(T, dtype=torch.float64), f"alpha_bar for T={T}")
         got = got.double()

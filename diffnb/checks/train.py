@@ -41,7 +41,8 @@ def average(answer):
 # %% ../../nbs/tools/checks/04_train.ipynb #c008
 @exercise("4.2", "A learning rate with a plateau", minutes=10, level=1)
 def plateau(answer):
-    warm, cool, total = torch.randint(8, 13, (3,), generator=fresh()).tolist()
+    warm, more, total = torch.randint(8, 13, (3,), generator=fresh()).tolist()
+    cool = warm + more - 7                                               # never the same number
     total, peak = warm + cool + total, float(1 + torch.rand((), generator=fresh()))
     def curve(f): return [peak * f(s) for s in range(total)]
     up, down = lambda s: (s + 1) / warm, lambda s: (total - s) / cool
@@ -101,6 +102,7 @@ def parts(answer):
     w, lr = model.weight.detach()[0].double().numpy().copy(), 0.05
     model.weight.grad = torch.full((1, 3), 7.0)                           # left over from the step before
     def losses_of(model, part):
+        if len(part[0]) > 5: raise Wrong(f"{len(part[0])} images are in memory at once: call losses_of for one part at a time, and backward before the next.")
         losses = (model(part[0])[:, 0] - part[1]).square()
         log.append("forward"); losses.register_hook(lambda _: log.append("backward"))
         return losses
@@ -122,14 +124,14 @@ def parts(answer):
         "you step after each part: add up the gradients of all parts, then step once.": steps(lambda p: p.sum(0) / 12),
         "you step after each part, with its own mean: add up the gradients of all parts, then step once.": steps(lambda p: p.mean(0)),
         "the weights have not moved: is optimizer.step() missing, or is zero_grad called just before it?": after(0)})
-    if log[:2] == ["forward"] * 2: raise Wrong("the gradient is right, but all parts are in memory at once: call backward for a part before the next one begins.")
+    if log != ["forward", "backward"] * 3: raise Wrong("the gradient is right, but all parts are in memory at once: call backward for a part before the next one begins.")
 
 # %% ../../nbs/tools/checks/04_train.ipynb #c017
 @exercise("4.5", "Loss by timestep", minutes=10, level=2)
 def by_bin(answer):
     g = fresh()
     T = int(torch.randint(93, 99, (), generator=g))
-    t = torch.cat([torch.randint(T, (200,), generator=g), torch.tensor([0, T - 1])]); t = t[t * 10 // T != 7]
+    t = torch.cat([torch.randint(T, (200,), generator=g), torch.tensor([0, T - 1])]); t = t[(t * 10 // T != 7) & ((t == 0) | (t * 10 % T > 0))]   # borders come later
     losses, b = torch.rand(len(t), generator=g), t.numpy() * 10 // T
     def table(bins, reduce, empty=math.nan):
         return torch.tensor([reduce(losses.double().numpy()[bins == i]) if (bins == i).any() else empty for i in range(10)], dtype=torch.float32)
@@ -145,10 +147,11 @@ def by_bin(answer):
         "your bins run from the noisy end to the clean one: bin 0 holds the smallest t.": table(b, np.mean).flip(0),
         "only the last loss of each bin is left: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1]),
         "only the last loss of each bin is added: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1] / len(v))})
-    few = torch.tensor([0, 1, T // 2])
-    made = answer(torch.tensor([0.5, 1.5, 2.0]), few, T, 10)
-    if not torch.is_tensor(made) or made.shape != (10,): raise Wrong(f"a batch without large t gave shape {tuple(getattr(made, 'shape', ()))}: there is an entry for each of the 10 bins, also for empty ones at the end.")
-    same(made, torch.tensor([1.0 if i == 0 else 2.0 if i == T // 2 * 10 // T else math.nan for i in range(10)]), "the loss per bin of a batch of three")
+    few = torch.tensor([0, 14, 15, 30, 44, 45, 60, 60, 74])                # T = 90 and 6 bins: every border, and nothing in the last bin
+    losses = torch.rand(len(few), generator=g); made = answer(losses.clone(), few, 90, 6)
+    if not torch.is_tensor(made) or made.shape != (6,): raise Wrong(f"6 bins, the last of them empty, gave shape {tuple(getattr(made, 'shape', ()))}: there is an entry for each of the bins, also for empty ones at the end.")
+    b = few.numpy() // 15
+    same(made, torch.tensor([losses.double().numpy()[b == i].mean() if (b == i).any() else math.nan for i in range(6)], dtype=torch.float32), "the loss per bin for T = 90 in 6 bins, where some t lie on a border (it opens a bin),")
 
 # %% ../../nbs/tools/checks/04_train.ipynb #c020
 def _descend(batches, w, lr, clip, mode):

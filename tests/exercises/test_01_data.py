@@ -23,6 +23,12 @@ def coins(*shape): return lambda x0, generator: torch.where(torch.rand(*(n or m 
 def blocks(images, k): return images.unflatten(2, (-1, k)).unflatten(4, (-1, k)).transpose(3, 4)   # (B, C, H/k, W/k, k, k)
 
 
+def noise_from(mix): # seeds made of one number
+    return lambda seed, indices, shape: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(mix(seed, k))) for k in indices])
+
+def thrown(throw): return lambda x0, generator: torch.where(throw(len(x0), generator).view(-1, 1, 1, 1), x0.flip(-1), x0)
+
+
 WRONG = {
     "1.1": [(lambda x0: ((x0 + 1) * 127.5).clamp(0, 255).to(torch.uint8), "half a level too dark"),
             (lambda x0: ((x0 + 1) * 127.5).round().long().to(torch.uint8), "wraps around at 256, so clamp before you convert."),
@@ -30,7 +36,9 @@ WRONG = {
             (lambda x0: (x0 * 255).round().clamp(0, 255).to(torch.uint8), "as if its range were [0, 1]"),
             (lambda x0: ((x0 + 1) * 128).round().clamp(0, 255).to(torch.uint8), "127.5, not 128"),
             (lambda x0: ((x0 + 1) * 127.5).round().clamp(0, 255), "holds float32 values where uint8 was expected")],
-    "1.2": [(lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=addressed(seed, *indices)), "depends on its companions"),
+    "1.2": [(noise_from(lambda seed, k: 1000 * seed + k), "mixed into one number"),
+            (noise_from(lambda seed, k: int(f"{seed}{k}")), "between the digits"),
+            (lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=addressed(seed, *indices)), "depends on its companions"),
             (lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=seeded(seed)), "depends on its companions"),
             (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed + k))), "mixed into one number"),
             (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed * k))), "mixed into one number"),
@@ -39,7 +47,10 @@ WRONG = {
             (stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(seed))), "the index of the image must be part"),
             (stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(k))), "the seed must be part"),
             (stack(lambda seed, k, shape: torch.rand(shape, generator=addressed(seed, k))), "is it `randn`?")],
-    "1.3": [(lambda x0, generator: x0.flip(-1) if torch.rand(1, generator=generator) < 0.5 else x0, "one coin for the batch"),
+    "1.3": [(thrown(lambda n, g: torch.arange(n) < n // 2), "the same images each time"),
+            (thrown(lambda n, g: torch.rand(n, generator=torch.Generator().manual_seed(g.initial_seed())) < 0.5), "do not seed it"),
+            (thrown(lambda n, g: torch.randperm(n, generator=g) < n // 2), "a coin of its own"),
+            (lambda x0, generator: x0.flip(-1) if torch.rand(1, generator=generator) < 0.5 else x0, "one coin for the batch"),
             (lambda x0, generator: x0.flip(-1), "nothing is random"),
             (lambda x0, generator: torch.where(torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5, x0.flip(-2), x0), "upside down"),
             (coins(0, 0, 1, 1), "different ways"), (coins(0, 1, 0, 1), "neither as they were nor mirrored"),

@@ -2,6 +2,7 @@
 import torch
 
 from common import tests_of
+from diffnb.schedule import linear_schedule
 
 
 def shaped(f): return lambda x0, noise, ab: f(x0, noise, ab.view(-1, 1, 1, 1))
@@ -51,7 +52,8 @@ WRONG = {
             (to_v(lambda x_t, eps, a, s: a * eps + s * (x_t - s * eps) / a), "a plus where a minus belongs"),
             (to_v(lambda x_t, eps, a, s: a * a * eps - s * s * (x_t - s * s * eps) / (a * a)), "without its square root"),
             (lambda x_t, eps, ab: (eps - (1 - ab).sqrt() * x_t) / ab.sqrt(), "each column of pixels")],
-    "2.4": [(lambda T, steps: list(range(T - 1, -1, -(T // steps))), "31 timesteps where 30 were expected"),
+    "2.4": [(lambda T, steps: [], "the list is empty"),
+            (lambda T, steps: list(range(T - 1, -1, -(T // steps))), "31 timesteps where 30 were expected"),
             (lambda T, steps: list(range(T - 1, -1, -(T // steps)))[:steps], "Round each place on its own"),
             (lambda T, steps: list(range(0, T, T // steps))[:steps][::-1], "this is leading spacing"),
             (lambda T, steps: torch.linspace(T - 1, 0, steps).round().long().tolist(), "this is linspace"),
@@ -73,7 +75,8 @@ WRONG = {
             (floor(lambda x: spectrum(x).clamp(min=0).sqrt()), "you used standard deviations"),
             (floor(lambda x: torch.linalg.eigvalsh(torch.cov(x)).clamp(min=0)), "transpose"),
             (lambda x, ab: ab * spectrum(x) / (ab * spectrum(x) + 1 - ab), "has shape (6,)")],
-    "2.7": [(lambda T: (1 - betas(T)).cumprod(0), "is still there, where a sampler begins"),
+    "2.7": [(lambda T: linear_schedule().alpha_bar[::1000 // T][:T], "half-way"),
+            (lambda T: (1 - betas(T)).cumprod(0), "is still there, where a sampler begins"),
             (lambda T: (1 - betas(T) * T / 1000).cumprod(0), "must each take *more*"),
             (lambda T: (1 - torch.linspace(1e-4, 20 / T, T, dtype=torch.float64) ** (1 if T == 1000 else 0.6)).cumprod(0), "all betas need the same factor"),
             (lambda T: (1 - (1000 / T) ** 2 * betas(T)).cumprod(0), "should fall from step to step"),

@@ -91,6 +91,10 @@ def loop(zero="start", clip_first=True, clipped=True):
     return f
 
 
+def border_twice(losses, t, T, bins):
+    inside = [(t >= i * T / bins) & (t <= (i + 1) * T / bins) for i in range(bins)]
+    return torch.stack([losses[k].mean() for k in inside])
+
 def plain_index(losses, t, T, bins):
     at, sums, counts = t * bins // T, torch.zeros(bins), torch.zeros(bins)
     sums[at] += losses; counts[at] += 1
@@ -129,12 +133,14 @@ WRONG = {
             (forget(to=0), "or becomes the null class"), (forget(in_place=True), "changed the labels"),
             (every_seventh, "left to chance"), (as_float, "float32"),
             (exact_share, "dice of its own"), (reseeded, "global generator too"), (started_anew, "do not seed it")],
-    "4.4": [(step(lambda l, n, k: l.mean() / k), "counts more"), (step(lambda l, n, k: l.mean()), "three times too long"),
+    "4.4": [(lambda model, optimizer, losses_of, parts: (optimizer.zero_grad(), losses_of(model, tuple(map(torch.cat, zip(*parts)))).mean().backward(), optimizer.step()), "in memory at once"),
+            (step(lambda l, n, k: l.mean() / k), "counts more"), (step(lambda l, n, k: l.mean()), "three times too long"),
             (step(lambda l, n, k: l.sum()), "divide by the number of images"), (step(share, zero="between"), "only the last part"),
             (step(lambda l, n, k: l.mean(), zero="both"), "by its own mean"), (step(share, zero="never"), "left over"),
             (step(share, each=True), "after each part"), (step(lambda l, n, k: l.mean(), each=True), "with its own mean"),
             (step(share, last=False), "have not moved"), (step(share, zero="after"), "have not moved"), (step(share, at_once=True), "in memory at once")],
-    "4.5": [(by_bin(over="batch"), "size of the whole batch"), (by_bin(over="none", empty=math.nan), "the sum in each bin"),
+    "4.5": [(border_twice, "lie on a border"),
+            (by_bin(over="batch"), "size of the whole batch"), (by_bin(over="none", empty=math.nan), "the sum in each bin"),
             (by_bin(over="none"), "the sum in each bin"), (by_bin(empty=torch.tensor(0.0)), "a perfect score"), (by_bin(empty=0.0, over="batch"), "perfect score"),
             (by_bin(lambda t, T, bins: (t // (T // bins)).clamp(max=bins - 1)), "only if T is a multiple"),
             (by_bin(lambda t, T, bins: (t * bins / T).round().long().clamp(max=bins - 1)), "round down"),

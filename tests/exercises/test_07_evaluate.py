@@ -86,13 +86,15 @@ WRONG = {
         (lambda n, d: sum(d) / len(d), "the mean of the scores"),
     ],
     "7.4": [
-        (kid(diagonal=1, pairs=lambda n: n * n), "leave out the diagonal"),
+        (lambda x, y: max(0.0, kid()(x, y)), "lies below 0"),
+            (kid(diagonal=1, pairs=lambda n: n * n), "leave out the diagonal"),
         (kid(pairs=lambda n: n * n), "not of the count"),
         (kid(scale=lambda d: 1), "not divided by their dimension"),
         (kid(scale=lambda d: d ** 0.5), "as in attention"),
         (kid(factor=1), "counts twice"),
     ],
     "7.5": [
+        (realm(reach_of=lambda a, b, k: torch.cdist(b, b).sort(1).values[:, k] - 1e-9), "on the edge of a ball"),
         (realm(order=-1), "changed places"),
         (realm(lambda k: k - 1), "neighbour k - 1 only"),
         (realm(lambda k: k + 1), "one neighbour too far"),
@@ -108,7 +110,8 @@ WRONG = {
         (lambda g, t, h: share(near(g, h) < near(h, t).quantile(0.05)), "copies of training images"),
     ],
     "7.7": [
-        (scored(lambda x: (x + 1) / 2), "in [0, 1] and real ones in 0"),
+        (scored(lambda x: (x.clamp(-1, 1) + 1) * 127.5), "fractions of a grey level"),
+            (scored(lambda x: (x + 1) / 2), "in [0, 1] and real ones in 0"),
         (scored(lambda x: (x + 1) / 2, lambda r: r / 255), "both sets are in [0, 1]"),
         (scored(lambda x: x), "in [-1, 1] and real ones in 0"),
         (scored(lambda x: x.clamp(-1, 1), lambda r: r / 127.5 - 1), "both sets are in [-1, 1]"),
