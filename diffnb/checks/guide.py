@@ -141,7 +141,10 @@ def _swapped(answer):
     for w in (3.0, 0.0, 1.0):
         got = answer(net, y, w, null)
         if not callable(got): raise Wrong("faulty_guided should return a model: a function of (x_t, t).")
-        got, by = got(x_t, t, None) if w == 0 else got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
+        before = len(net.asked)
+        try: got(x_t, t, None)
+        except TypeError: raise Wrong("your model takes no third argument: samplers hand over y=None as well, as the stub says.") from None
+        del net.asked[before:]; got, by = got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
         same(got, by(w), f"the guided answer at w = {w}", {
             "still the old fault: w = 0 gives the conditional answer. Which half of the network's output belongs to which half of the labels?": by(1 - w),
             "both halves carry the labels, so there is nothing to compare: one half needs the null class.": by(1),

@@ -51,7 +51,7 @@ def gaussian(f):
 
 def guided_with(labels, names="uc", formula=blend):
     def faulty_guided(model, y, w, null):
-        def guided_model(x_t, t):
+        def guided_model(x_t, t, _=None):
             first, second = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), labels(y, null)).chunk(2)
             return formula(first, second, w) if names == "uc" else formula(second, first, w)
         return guided_model
@@ -98,7 +98,8 @@ WRONG = {
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, 1 / precision)), "in proportion to its precision"),
     ],
     "6.6": [
-        (guided_with(lambda y, null: cat([null_of(y, null), y]), "cu"), "still the old fault"),
+        (lambda model, y, w, null: lambda x_t, t: None, "no third argument"),
+            (guided_with(lambda y, null: cat([null_of(y, null), y]), "cu"), "still the old fault"),
         (guided_with(lambda y, null: cat([y, y])), "one half needs the null class"),
         (guided_with(lambda y, null: cat([null_of(y, null)] * 2)), "the label counts for nothing"),
         (guided_with(lambda y, null: cat([y, null_of(y, null)]), formula=lambda u, c, w: u - w * (c - u)), "the paper's convention"),
