@@ -200,13 +200,11 @@ def test_next_and_previous_walk_through_all_lessons(page):
     page.goto("index.html")
     seen = []
     for _ in lessons:
-        page.locator("a.right-next").click(no_wait_after=True)
-        page.wait_for_load_state("domcontentloaded")
+        with page.expect_navigation(wait_until="domcontentloaded"): page.locator("a.right-next").click()
         seen.append(urlsplit(page.url).path.strip("/").removesuffix(".html"))
     assert seen == lessons
     for name in [*lessons[-2::-1], "index"]:
-        page.locator("a.left-prev").click(no_wait_after=True)
-        page.wait_for_load_state("domcontentloaded")
+        with page.expect_navigation(wait_until="domcontentloaded"): page.locator("a.left-prev").click()
         assert urlsplit(page.url).path == f"/{name}.html"
 
 def test_reference(page):
