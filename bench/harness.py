@@ -91,7 +91,7 @@ def parse(spec): # "diffusers:bf16,fused" -> ("diffusers", {"bf16", "fused"})
         sys.exit(f"unknown variant {spec!r}: one of {', '.join(LIBRARIES)}, then perhaps a colon and some of {', '.join(sorted(OPTIONS))}")
     return library, options
 
-def affordable(specs, device): # without bf16 where the device would imitate it, a hundred times slower
+def affordable(specs, device): # without bf16 where the device would imitate it, tens of times slower
     return [s for s in specs if fast_bf16(device) or "bf16" not in parse(s)[1]]
 
 def missing(spec): # why this variant cannot run here, or None
