@@ -37,7 +37,7 @@ def main(argv=None):
                       "share_of_images_off_by_more_than_8": (off.flatten(1).mean(1) > 8).float().mean().item()}
         print(name, rows[name], flush=True)
         if a.grid: save_grid(made[name][:40], a.grid / f"precision_{how['precision']}_{how['seed']}.png", cols=10, scale=2)
-    save({"what": "bf16 against float32 in sampling", "machine": machine(device), "run": {"data": m.config.data, "size": m.config.image_size, "parameters": sum(q.numel() for q in m.model.parameters()),
+    save({"what": "bf16 against float32 in sampling", "source": Path(a.run).name, "machine": machine(device), "run": {"data": m.config.data, "size": m.config.image_size, "parameters": sum(q.numel() for q in m.model.parameters()),
           "images_seen": m.step * m.config.batch_size}, "n": a.n, "steps": a.steps, "features": features.name, "dim": features.dim, "reference": f"{len(real):,} test images", "variants": rows},
          a.out or HERE / f"results/precision_{device.type}.json")
 

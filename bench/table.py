@@ -68,7 +68,7 @@ def growth(r): # results of scaling.py
 
 def noise_or_bf16(r): # results of precision.py
     lines = [f"**Does bf16 change the samples?** {r['run']['data']}, {r['run']['size']}x{r['run']['size']}, {r['run']['parameters'] / 1e6:.2f}M parameters after {r['run']['images_seen']:,} images; {where(r)}{'' if 'bf16' in r['machine'].get('instructions', 'bf16') else ', which imitates bf16 with the same rounding'}. DDIM with {r['steps']} steps, "
-             f"n = {r['n']:,}; Fréchet distance on {r['dim']} features of {r['features']} against {r['reference']}.", "",
+             f"n = {r['n']:,} (`bench/precision.py {r['source']} --n {r['n']}`); Fréchet distance on {r['dim']} features of {r['features']} against {r['reference']}.", "",
              "| sampled in | distance (standard error) | mean difference from float32, levels of 255 |", "|---|---:|---:|"]
     return lines + [f"| {name} | {v['frechet']:.3f} ({v['error']:.3f}) | {v['bytes_off']:.2f} |" for name, v in r["variants"].items()] + [""]
 

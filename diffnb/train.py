@@ -453,8 +453,8 @@ def kept_bytes(net,       # UNet configuration
             if _storage(x) not in weights: kept[_storage(x)] = x
             return x
         def before(m, inputs): note(inputs[0])                           # all that a recomputed block keeps
-        for m in [m for m in recompute(model).modules() if hasattr(m, "recomputed")] if recomputed else ():
-            m.register_forward_pre_hook(before)
+        for m in recompute(model).modules() if recomputed else ():
+            if hasattr(m, "recomputed"): m.register_forward_pre_hook(before)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             model(torch.zeros(n, net["in_channels"], size, size), torch.zeros(n, dtype=torch.int64))
         return sum(x.untyped_storage().nbytes() for x in kept.values())
