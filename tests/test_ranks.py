@@ -119,7 +119,7 @@ def test_a_row_that_spans_a_death_counts_each_image_once(ranks):
 def test_ranks_do_not_read_what_an_earlier_start_has_left():
     "torchrun keeps one store over its restarts: two starts must leave nothing under the same name."
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    rank = "import torch; from diffnb.scale import Ranks; assert Ranks(device='cpu', minutes=0.5).sum(torch.ones(1)).item() == 2"
+    rank = "import torch; from diffnb.scale import Ranks\nranks = Ranks(device='cpu', minutes=0.5)\nwith ranks.guard(): assert ranks.sum(torch.ones(1)).item() == 2"
     keys = [store.num_keys()]
     for _ in range(2):
         jobs = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
