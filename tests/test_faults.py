@@ -1,7 +1,7 @@
 """A run that is killed, starved, damaged or started twice: what is on disk afterwards, and that nothing is lost.
 
-Importing torch takes seconds, so the kills happen to processes forked from one that has imported everything and computed
-nothing: this file run as a script. Each of them does what `python -m diffnb train` does."""
+Importing torch takes seconds, and its compiler, which every optimiser loads, some more: so the kills happen to processes forked
+from one that has imported everything and computed nothing, this file run as a script. Each of them does what `python -m diffnb train` does."""
 import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, types, warnings
 
 import numpy as np, pytest, sklearn.datasets, torch
@@ -128,6 +128,7 @@ def starved(folder):
 
 
 if __name__ == "__main__":
+    import torch._dynamo
     torch.set_num_threads(1)
     folder = pathlib.Path(sys.argv[1])
     (folder / "told.json").write_text(json.dumps({"kills": kills, "starved": starved}[sys.argv[2]](folder)))

@@ -5,9 +5,10 @@
     python tests/mutants/run.py --list            what there is
 
 One process runs a lesson's cells from the top, unchanged. Before a cell that a bug lives in, it forks: the child runs the
-cell with the bug in it, then the cells below, until one fails. So nothing is run twice but what a bug can change. A bug that
-survives its lesson then meets the tests: they run against a copy of the package with the bug in it. Nothing is written into
-the repository. Exit code: 0 if every bug was killed; 1 if one survived; 2 if a lesson or a test fails without any bug.
+cell with the bug in it, then the cells below, until one fails. So nothing is run twice but what a bug can change. The process
+itself goes on to the last cell that killed a bug: a kill counts if the same cell passes without the bug. A bug that survives its
+lesson then meets the tests: they run against a copy of the package with the bug in it. Nothing is written into the repository.
+Exit code: 0 if every bug was killed; 1 if one survived; 2 if a lesson or a test fails without any bug.
 """
 import argparse, json, os, re, resource, select, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter
@@ -101,7 +102,9 @@ def lesson_process(notebook, ids, seconds, catalogue): # prints one line of JSON
     lesson, shell = cells(notebook), notebook_shell()
     todo, start = {b.id: place(b, lesson) for b in bugs}, time.time()
     spent, files, copy = 0.0, Path(tempfile.gettempdir()), Path(tempfile.gettempdir() + ".copy")
+    furthest = max(todo.values())
     for i, source, _ in lesson:
+        if i > furthest: break                                         # nbdev_test runs the rest
         if i in todo.values(): shutil.rmtree(copy, ignore_errors=True); shutil.copytree(files, copy, symlinks=True)
         for bug in bugs:
             if todo[bug.id] != i: continue
@@ -109,6 +112,7 @@ def lesson_process(notebook, ids, seconds, catalogue): # prints one line of JSON
             fate = forked(lambda: with_bug(shell, bug, lesson, i), seconds)
             files_as_before(files, copy)
             spent += time.time() - before
+            if fate["by"]: furthest = max(furthest, fate["cell"] if fate["cell"] >= 0 else lesson[-1][0])
             out.write(json.dumps({"id": bug.id, "seconds": time.time() - before, **fate}) + "\n")
         if error := run_cell(shell, source):
             out.write(json.dumps({"failed": f"{Path(notebook).name}, cell {i}, without any bug: {type(error).__name__}: {error}"}) + "\n")
