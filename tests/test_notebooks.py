@@ -126,7 +126,14 @@ def spelled(text):
     for pattern, right in terms.items():
         for found in re.finditer(pattern, text): yield f"{found[0]!r}, here called {right}"
 
-rules = [skipped, machine, noise, speechless, unmade, astray, misnamed]
+def raw(nb, path):
+    "Mathematics that no page draws, because it stands outside of dollar signs and of code."
+    for i, c in enumerate(nb.cells):
+        if c.cell_type != "markdown": continue
+        prose = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|^```.*?^```|`[^`\n]*`", "", c.source, flags=re.S | re.M)
+        for found in re.finditer(r"\w*[_^]\{[^}\n]*\}?|\\(?:frac|sqrt|alpha|bar|epsilon|cdot|mathbb)\b", prose): yield f"cell {i}: {found[0]!r} outside of $...$"
+
+rules = [skipped, machine, noise, speechless, unmade, astray, misnamed, raw]
 
 @pytest.mark.parametrize("rule", rules, ids=lambda r: r.__name__)
 @pytest.mark.parametrize("path", paths, ids=names)
@@ -242,6 +249,7 @@ faults = [
     (astray, notebook("as 02_schedules says", "markdown")), (astray, notebook("`diffnb.sample.dddim`", "markdown")), (astray, notebook("# see 12_more")),
     *((misnamed, notebook(t, "markdown")) for t in ("`alphas_cumprod` falls", "the image x_0", "epsilon-prediction", "v-prediction", "the guidance scale",
       "classifier free", "a time step", "the U-Net", "the Frechet distance")),
+    (raw, notebook("the slightly less noisy x_{t-1}", "markdown")), (raw, notebook("about \\sqrt(2)", "markdown")),
     *((misnamed, notebook(t)) for t in ("alphas_cumprod = 1", "x_start = x", "f(num_inference_steps=5)", "xt = 1", "# a U-Net")),
 ]
 
@@ -253,7 +261,7 @@ def test_a_planted_fault_is_seen(rule, nb):
     (skipped, notebook("#| export\nx = 1")), (machine, notebook("x / tmp / y, 'runs/tmp/a', 'https://a.org/data/x'")), (noise, notebook(**printed("must be 3"))),
     (speechless, notebook(**shown(text_html='<img alt="a curve that falls" src="x">'))), (astray, notebook("[a](02_schedule.ipynb)", "markdown")),
     (astray, notebook("`diffnb.sample.ddim` in 05_sample", "markdown")), (misnamed, notebook("diffusers says alphas_cumprod", "markdown")),
-    (misnamed, notebook("$x_0$ and x0", "markdown")), (misnamed, notebook("same(lin.alphas_cumprod, linear.alpha_bar)"))])
+    (misnamed, notebook("$x_0$ and x0", "markdown")), (raw, notebook("$x_{t-1}$, and `x_{t}` in LaTeX", "markdown")), (misnamed, notebook("same(lin.alphas_cumprod, linear.alpha_bar)"))])
 def test_what_is_right_passes(rule, nb):
     assert not list(rule(nb, root / "nbs" / "x.ipynb"))
 
