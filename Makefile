@@ -5,7 +5,7 @@ RUN := runs/demo
 
 .PHONY: demo test mutants bench lab lock site
 
-demo: .venv/ready  ## train on the handwritten digits (about two minutes on two cores), then sample
+demo: .venv/ready  ## train on the handwritten digits (two to four minutes on two cores), then sample
 	$(BIN)/diffnb train --data digits --run $(RUN) --base-channels 32 --channel-mult 1 2 --attention 4 --norm-groups 8 \
 	    --epochs 60 --batch-size 128 --lr 3e-3 --warmup 100
 	$(BIN)/diffnb sample $(RUN) --out $(RUN)/samples.png
