@@ -101,10 +101,10 @@ class Ranks(Alone):
     "This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`."
     def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.address, self.shard, self.gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
-        if self.gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        self.address, self.shard, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
+        if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world,
                                 store=_fresh_store(store, self.rank, self.world, minutes))
 
     def part(self, batch): return Batch(*[None if b is None else b.chunk(self.world)[self.rank] for b in batch])
@@ -147,15 +147,12 @@ class Ranks(Alone):
 
     @contextmanager
     def guard(self):
-        lost = False
         try: yield
         except RuntimeError as e:
             if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE): raise
-            lost = True
             raise DiffnbError(f"rank {self.rank} of {self.world} has lost another rank, which stopped or died: its own message says why. "
                               "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
-        finally:
-            if not (lost and self.gpu): dist.destroy_process_group()     # on GPUs it would wait for the dead
+        dist.destroy_process_group()                             # not after an error: on GPUs it would wait for the dead
 
 # %% ../nbs/09_scale.ipynb #c033
 def _divide(state, device):

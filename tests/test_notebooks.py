@@ -71,9 +71,13 @@ def astray(nb, path):
             for dotted in re.findall(r"`(diffnb(?:\.\w+)+)[`(]", c.source):
                 if not exists(dotted): yield f"cell {i}: `{dotted}` is not there"
 
+formulas, code = r"\$\$.*?\$\$|\$[^$\n]+\$", r"^```.*?^```|`[^`\n]*`"
+
+def without(what, markdown): return re.sub(what, "", markdown, flags=re.S | re.M)
+
 def dead(markdown, folder):
     "Relative links in Markdown that lead to no file or heading."
-    markdown = re.sub(r"^```.*?^```|`[^`\n]*`", "", markdown, flags=re.S | re.M)
+    markdown = without(code, markdown)
     for target in re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", markdown) + re.findall(r"(?:src|href)=\"([^\"]+)\"", markdown):
         url = urlsplit(target)
         if url.scheme or url.netloc: continue
@@ -120,7 +124,7 @@ def misnamed(nb, path):
     "Terms spelled otherwise than in the table of 02_schedule."
     for i, c in enumerate(nb.cells):
         if compared.search(c.source): continue
-        for wrong in spelled(re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "", c.source, flags=re.S)): yield f"cell {i}: {wrong}"
+        for wrong in spelled(without(formulas, c.source)): yield f"cell {i}: {wrong}"
 
 def spelled(text):
     for pattern, right in terms.items():
@@ -130,8 +134,7 @@ def raw(nb, path):
     "Mathematics that no page draws, because it stands outside of dollar signs and of code."
     for i, c in enumerate(nb.cells):
         if c.cell_type != "markdown": continue
-        prose = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|^```.*?^```|`[^`\n]*`", "", c.source, flags=re.S | re.M)
-        for found in re.finditer(r"\w*[_^]\{[^}\n]*\}?|\\(?:frac|sqrt|alpha|bar|epsilon|cdot|mathbb)\b", prose): yield f"cell {i}: {found[0]!r} outside of $...$"
+        for found in re.finditer(r"\w*[_^]\{[^}\n]*\}?|\\(?:frac|sqrt|alpha|bar|epsilon|cdot|mathbb)\b", without(f"{formulas}|{code}", c.source)): yield f"cell {i}: {found[0]!r} outside of $...$"
 
 rules = [skipped, machine, noise, speechless, unmade, astray, misnamed, raw]
 
