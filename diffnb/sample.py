@@ -75,9 +75,9 @@ def ddpm(model, schedule,
     for t, t_next in schedule.pairs(schedule.T if steps is None else steps, spacing):
         x0, _ = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
-        step = (a / a2) ** 2                                             # signal kept from t_next to t: alpha in the paper
-        mean = (a2 * (1 - step) * x0 + math.sqrt(step) * s2 ** 2 * x) / s ** 2
-        x = mean + s2 / s * math.sqrt(1 - step) * draw_noise(x.shape, generator, x.device) if t_next >= 0 else mean
+        kept = a / a2                                                    # of the amplitude, from t_next to t: root of the paper's alpha
+        mean = a2 * x0 + kept * (s2 / s) ** 2 * (x - a * x0)
+        x = mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise(x.shape, generator, x.device) if t_next >= 0 else mean
         x = _report(callback, t, t_next, x, x0)
     return x
 
@@ -89,7 +89,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
          steps=50,          # transitions, 1 … T; the last one ends at alpha_bar = 1
          eta=0.0,           # fresh noise per step: 0 deterministic, 1 as much as DDPM
          *, y=None,         # class labels, int64 (B,), or None
-         prediction="eps",  # what the model outputs: "eps", "x0" or "v"
+         prediction="eps",  # what the model outputs: "eps", "x0", "v" or "velocity"
          clip=True,         # bound each estimate of x0 to [-1, 1]
          generator=None,    # torch.Generator, or a list of one for each image; None: the global one
          x_T=None,          # begin with this noise instead of drawing it
@@ -102,7 +102,7 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
     for t, t_next in schedule.pairs(steps, spacing):
         x0, eps = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
-        sigma = eta * s2 / s * math.sqrt(1 - (a / a2) ** 2)
+        sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)          # preserving variance: eta s2 / s sqrt(1 - (a / a2)^2)
         x = a2 * x0 + math.sqrt(s2 ** 2 - sigma ** 2) * eps
         if sigma: x = x + sigma * draw_noise(x.shape, generator, x.device)
         x = _report(callback, t, t_next, x, x0)

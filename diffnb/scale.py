@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, adamw, new_state, pick_device, ready, resolve, train_steps, training_memory
+from .train import Alone, Batch, make_optimizer, new_state, pick_device, ready, resolve, train_steps, training_memory
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009
@@ -68,7 +68,7 @@ def plan(config, # TrainConfig
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    fixed, each = training_memory(net, config.precision, device, config.recompute)
+    fixed, each = training_memory(net, config.precision, device, config.recompute, config)
     total, flops = math.ceil(config.epochs * len(data) / config.batch_size), count_flops(state.model, train=True)
     p = dict(parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each, seconds_per_step=seconds,
              steps=total, hours=total * seconds / 3600)
@@ -162,11 +162,11 @@ def _divide(state, device):
     from torch.distributed.tensor import distribute_tensor
     moments, before = state.optimizer.state, dict(state.model.named_parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for model in (state.model, state.ema.model):
+    for model in (state.model, *(ema.model for ema in state.averages.values())):
         model.to(memory_format=torch.contiguous_format)          # the only one that can be divided
         for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))): fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True) # the average draws samples, after which no backward pass puts it back
-    state.optimizer, state.meter.sums = adamw(state.model, state.config), state.meter.sums.to(device)
+    state.optimizer, state.meter.sums = make_optimizer(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():
         if before[name] in moments:
             state.optimizer.state[p] = {k: distribute_tensor(v.to(device).contiguous(), mesh, p.placements) if v.ndim else v.to(device) for k, v in moments[before[name]].items()}

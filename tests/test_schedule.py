@@ -202,7 +202,7 @@ def test_unknown_prediction():
     s, x = linear_schedule(), randn(2, 1, 4, 4)
     for call in (lambda: s.target(x, x, 5, "epsilon"), lambda: s.to_x0(x, x, 5, "v_prediction"),
                  lambda: gaussian_loss_floor(torch.ones(3), s, "noise")):
-        with pytest.raises(DiffnbError, match="'eps', 'x0' or 'v'"): call()
+        with pytest.raises(DiffnbError, match="'eps', 'x0', 'v', 'velocity'"): call()
 
 def test_zero_terminal_snr_and_eps():
     z, x = linear_schedule().zero_terminal_snr(), randn(2, 1, 4, 4)

@@ -82,7 +82,7 @@ def test_parity_both_directions(name):
     back = unet_to_diffusers(ours)
     assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in back.state_dict().items())
-    assert torch.equal(back(x, t, **labels).sample, expected) and not back.training
+    with torch.no_grad(): assert torch.equal(back(x, t, **labels).sample, expected) and not back.training  # one path through the kernels
 
 
 def test_parity_of_timestep_embeddings():
