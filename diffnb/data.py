@@ -21,6 +21,9 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+# %% ../nbs/01_data.ipynb #c005a
+import diffnb
+
 # %% ../nbs/01_data.ipynb #c008
 class DiffnbError(ValueError):
     "Something the user can mend: the message says what was wrong, what was expected and what to do."
@@ -140,7 +143,7 @@ class ImageData:
     native_size: int = 0         # side of the original images in pixels (of a mixed folder: the median shorter side)
     size: int = 0                # side of what `take` returns
     filter: str = "bicubic"      # how one became the other
-    name: str = ""               # "digits", "cifar10", "fashion_mnist", or the folder
+    name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
 
     def __len__(self): return len(self.images)
 
@@ -163,10 +166,17 @@ def _digits(split, **_):
     keep = (torch.arange(len(images)) % 6 == 5) == (split == "test")
     return images.round().to(torch.uint8)[keep], torch.from_numpy(labels)[keep], tuple("0123456789")
 
+# %% ../nbs/01_data.ipynb #c033a
+def _fashion(split, **_):
+    with np.load(Path(diffnb.__file__).parent / "datasets" / "fashion.npz") as stored:
+        images, labels, classes = (stored[name] for name in (f"{split}_images", f"{split}_labels", "classes"))
+    images = torch.from_numpy(images).mT[:, None].contiguous()        # stored column by column, which compresses better
+    return images, torch.from_numpy(labels).long(), tuple(classes.tolist())
+
 # %% ../nbs/01_data.ipynb #c034
 def _torchvision_set(name, files, split, root, url):
     "Load one of torchvision's sets from `root`; download it there if it is missing."
-    from torchvision import datasets                   # not earlier: for the digits nobody should wait the seconds that this takes
+    from torchvision import datasets   # not earlier: it takes seconds, and the embedded sets do without
     root, cls = Path(root), getattr(datasets, name)
     if url and name == "CIFAR10":
         cls = type(cls.__name__, (cls,), {"url": url, "filename": url.rsplit("/", 1)[-1]})
@@ -282,9 +292,10 @@ def _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress
     finally: partial_path.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #c045
-named_sets = {"digits": (_digits, 1), "cifar10": (_cifar10, 3), "fashion_mnist": (_fashion_mnist, 1)}
+named_sets = {"digits": (_digits, 1), "fashion": (_fashion, 1), "cifar10": (_cifar10, 3),
+              "fashion_mnist": (_fashion_mnist, 1)}
 
-def load_data(name,              # "digits", "cifar10", "fashion_mnist", or a folder of images
+def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnist", or a folder of images
               size=None,         # side of the images in pixels; None: as they are
               split="train",     # "train" or "test"
               filter="bicubic",  # how to resize: "bicubic", "bilinear" or "nearest"
@@ -294,7 +305,7 @@ def load_data(name,              # "digits", "cifar10", "fashion_mnist", or a fo
               channels=3,        # of a folder: 3 colour, 1 grey
               progress=True,     # show how far decoding is
              ):                  # ImageData
-    "Images of any of the four kinds. Raises DiffnbError for an unknown name, filter or split, and for unreadable data."
+    "Images of a named set or a folder. Raises DiffnbError for an unknown name, filter or split, or unreadable data."
     for value, allowed, what in ((split, ("train", "test"), "split"), (filter, filters, "filter"),
                                  (on_broken, ("stop", "skip"), "on_broken"), (channels, (1, 3), "channels")):
         if value not in allowed: raise DiffnbError(f"{what} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")

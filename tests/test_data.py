@@ -1,5 +1,6 @@
 "Data: what needs damaged files, fake archives or real data sets, and so is not on the lesson's page."
-import functools, hashlib, http.server, os, pickle, subprocess, sys, tarfile, threading
+import functools, hashlib, http.server, os, pickle, shutil, subprocess, sys, tarfile, threading, zipfile
+from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
@@ -70,6 +71,45 @@ def test_cifar10_upscaled_keeps_native_bytes(fake_cifar):
 def test_fashion_mnist_without_network_names_the_files(tmp_path):
     with pytest.raises(DiffnbError, match="train-images-idx3-ubyte"):
         load_data("fashion_mnist", root=tmp_path, url="file:///no/such/folder")
+
+
+FASHION = {  # split: (images of each class, sha256 of the pixels and then the labels, as bytes)
+    "train": (1000, "73194a0c06a93deab58b95e00e618cc5c80fb5c9a84df26bbc429eeb3507846a"),
+    "test": (200, "8e8b02fc2db0ff9ed2d481ff30f8bd7cc5c88205cb131d7f4a0c19448f6957c9")}
+
+
+@pytest.mark.parametrize("split", FASHION)
+def test_fashion_is_whole_without_network(split, tmp_path):
+    data, (each, digest) = load_data("fashion", split=split, root=tmp_path, url="file:///no/such/folder"), FASHION[split]
+    assert data.images.shape == (10 * each, 1, 28, 28) and data.images.is_contiguous() and data.native_size == 28
+    assert data.labels.dtype == torch.int64 and data.labels.bincount().tolist() == [each] * 10
+    stored = data.images.numpy().tobytes() + data.labels.to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(stored).hexdigest() == digest
+
+
+def test_fashion_holds_no_image_twice():
+    images = {image.numpy().tobytes() for split in FASHION for image in load_data("fashion", split=split).images}
+    assert len(images) == 12_000
+
+
+@pytest.mark.parametrize("split", FASHION)
+def test_fashion_is_the_beginning_of_the_original(split):
+    root, each = os.environ.get("DIFFNB_DATA"), FASHION[split][0]
+    if not root: pytest.skip("DIFFNB_DATA is not set")
+    part, whole = load_data("fashion", split=split), load_data("fashion_mnist", root=root, split=split)
+    first = torch.cat([(whole.labels == y).nonzero()[:each, 0] for y in range(10)]).sort().values
+    assert part.classes == whole.classes
+    assert part.images.equal(whole.images[first]) and part.labels.equal(whole.labels[first])
+
+
+def test_a_wheel_holds_the_files_beside_the_code(tmp_path):
+    root, copy, ignored = Path(__file__).parent.parent, tmp_path / "copy", shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("diffnb", "nbs"): shutil.copytree(root / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(root / name, copy)
+    build = "from setuptools.build_meta import build_wheel as build; build('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    files = {str(p.relative_to(root)) for p in (root / "diffnb").rglob("*.*") if "__pycache__" not in p.parts}
+    with zipfile.ZipFile(next(copy.glob("*.whl"))) as wheel: assert not files - set(wheel.namelist())
 
 
 def test_real_sets_where_they_are():

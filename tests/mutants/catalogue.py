@@ -33,6 +33,12 @@ bug("resize-truncates", "resized bytes are cut instead of rounded", "batch = bat
 bug("filter-ignored", "the filter asked for is ignored: always bicubic", "resize(images, self.size, self.filter)", "resize(images, self.size)")
 bug("digits-overflow", "digits are multiplied by 16: full ink becomes 256, which wraps to black", "* (255 / 16)", "* 16")
 bug("split-leaks", "the training split contains the test images", '% 6 == 5) == (split == "test")', '% 6 == 5) | (split != "test")')
+bug("fashion-lies-down", "clothes stored column by column are read row by row: everything lies on its side",
+    ".mT[:, None].contiguous()", "[:, None].contiguous()")
+bug("fashion-labels-shift", "each image of clothes gets the label of the one before it",
+    "torch.from_numpy(labels).long()", "torch.from_numpy(labels).long().roll(1)")
+bug("fashion-split-ignored", "the test split of the clothes is their training split",
+    '(f"{split}_images", f"{split}_labels", "classes")', '("train_images", "train_labels", "classes")')
 bug("cifar-layout", "CIFAR-10 is reshaped where axes must be permuted", "torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous()", "torch.from_numpy(d.data).reshape(-1, 3, 32, 32)", tests="test_data.py -k axes")
 bug("exif-ignored", "photographs taken upright lie on their side", "im = ImageOps.exif_transpose(im)", "pass")
 bug("sixteen-bits-clipped", "16-bit images are clipped to white instead of scaled", "(grey * (255 / top))", "(grey)")
