@@ -82,7 +82,8 @@ def test_parity_both_directions(name):
     back = unet_to_diffusers(ours)
     assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in back.state_dict().items())
-    with torch.no_grad(): assert torch.equal(back(x, t, **labels).sample, expected) and not back.training  # one path through the kernels
+    back.requires_grad_(False)                                           # as the source: some processors have another kernel for weights that learn
+    assert torch.equal(back(x, t, **labels).sample, expected) and not back.training
 
 
 def test_parity_of_timestep_embeddings():
