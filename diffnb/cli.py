@@ -6,7 +6,7 @@ __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', '
 # %% ../nbs/tools/cli.ipynb #c002
 import math, os, sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from .guide import guided
 from .interchange import save_diffusers
 from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, TrainConfig, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
+from .train import (Alone, PRESETS, TrainConfig, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
                           train as train_run, training_now)
 from .unet import UNet, count_parameters
 
@@ -33,6 +33,7 @@ _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 Run = Annotated[Path, tyro.conf.Positional]
 
 def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its switches take True, False or None
+          preset: Literal[tuple(PRESETS)] | None = None, # begin with the settings of this name; options after it change them
           run: Path | None = None, # folder for everything the run leaves behind; default: runs/DATA or runs/DATA-SIZE
           dry_run: bool = False,   # print parameters, FLOPs, memory and time from a few measured steps, and leave
           tensorboard: bool = False, # write the curves for TensorBoard too, in the run folder
@@ -43,6 +44,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     Leaves in that folder config.json, metrics.csv, samples/ (real images left, generated right) and checkpoints/.
     The same command again continues an interrupted run. Ctrl-C and SIGTERM write a checkpoint first and leave with
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
+    assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
     return _train(config, run or Path("runs") / (Path(config.data).name + (f"-{config.image_size}" if config.image_size else "")), tensorboard, shard)
 
@@ -63,7 +65,7 @@ def _train(config, run, tensorboard=False, shard=False):
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
-           epochs: float | None = None, # train this many in all, instead of what was planned; the learning rate follows
+           epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
            shard: bool = False          # under torchrun: divide the model over the ranks (FSDP2)
@@ -84,7 +86,7 @@ def _labels(class_, classes, n):
     if class_.isdigit() and int(class_) < len(classes): return torch.full((n,), int(class_))
     raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)} (or a number from 0 to {len(classes) - 1})")
 
-def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits
+def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
            n: int = 60,             # how many images
            steps: int = 50,         # of the sampler
@@ -94,7 +96,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05 says which one when
            eta: float = 0.0,        # of ddim: 0 deterministic, 1 as random as ddpm
            spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # which timesteps are visited
-           weights: Literal["ema", "model"] = "ema", # the averaged weights, or the last ones
+           weights: str = "ema",    # the averaged weights; ema2, ema3, …: other horizons of ema_half_lives; model: the last ones
            batch_size: int = 64,    # images at a time; changes nothing but speed and memory
            precision: Literal["auto", "float32", "bf16"] = "auto", # of the network; auto: bf16 where the device gains by it
            compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
@@ -200,9 +202,23 @@ def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, o
 # %% ../nbs/tools/cli.ipynb #c021
 commands = {"train": train, "resume": resume, "sample": sample, "info": info, "evaluate": evaluate, "doctor": doctor, "export": export, "workbook": workbook}
 
+def _without_preset(args):
+    "The arguments with `--preset NAME` replaced by the options it stands for, so that later ones win."
+    if args[:1] != ["train"]: return args
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--preset=") else [a])]
+    if "--preset" not in args: return args
+    at = args.index("--preset")
+    if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS: return args            # tyro says what is wrong
+    flags, usual = [], TrainConfig()
+    for f in fields(TrainConfig):
+        value = getattr(PRESETS[args[at + 1]], f.name)
+        if value != getattr(usual, f.name): flags += [f"--{f.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return args[:at] + flags + args[at + 2:]
+
 def main(args=None, # list of strings; None: those of the process
         ):          # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
+    args = _without_preset(list(sys.argv[1:] if args is None else args))
     try: return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="diffnb", description="Train, sample, measure and examine diffusion models.",
                                                      config=(tyro.conf.OmitArgPrefixes,)) or 0
     except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, make_optimizer, new_state, pick_device, ready, resolve, train_steps, training_memory
+from .train import Alone, Batch, make_optimizer, moments_of, new_state, pick_device, ready, resolve, train_steps, training_memory
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009
@@ -69,10 +69,11 @@ def plan(config, # TrainConfig
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     fixed, each = training_memory(net, config.precision, device, config.recompute, config)
+    kept = 4 * sum(p.numel() * (1 + len(state.averages) + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
     total, flops = math.ceil(config.epochs * len(data) / config.batch_size), count_flops(state.model, train=True)
     p = dict(parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each, seconds_per_step=seconds,
              steps=total, hours=total * seconds / 3600)
-    print(f"model    {p['parameters'] / 1e6:.1f}M parameters; a checkpoint takes {16 * p['parameters'] / 1e6:.0f} MB on disk")
+    print(f"model    {p['parameters'] / 1e6:.1f}M parameters; a checkpoint takes {kept / 1e6:.0f} MB on disk")
     print(f"work     {flops / 1e9:.2f} GFLOP for each image of a training step, {config.batch_size / seconds * flops / 1e9:.0f} GFLOP/s reached on {device}, in {config.precision}")
     print(f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch {config.batch_size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
           + f": {fixed / 1e9:.2f} GB whatever the batch, {each / 1e6:.1f} MB for each image at a time")
