@@ -424,12 +424,12 @@ def orthogonalize(m,      # matrices, (..., rows, columns)
                  ):       # same shape: singular values about 1 (0.7 to 1.2), singular vectors as before
     "Newton-Schulz iteration for the nearest semi-orthogonal matrix, with the coefficients of Jordan et al. 2024."
     tall = m.shape[-2] > m.shape[-1]
-    x = m.mT if tall else m
+    x = (m.mT if tall else m).reshape(-1, *sorted(m.shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(steps):                                               # x becomes 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT.reshape(m.shape) if tall else x.reshape(m.shape)
 
 # %% ../nbs/04_train.ipynb #c057e
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -449,18 +449,18 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         group, shapes = self.param_groups[1], {}
-        for p in (p for p in group["params"] if p.grad is not None):
-            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - self.momentum)
-            update = p.grad.lerp(buffer, self.momentum).flatten(1)
-            shapes.setdefault(tuple(sorted(update.shape)), []).append((p, update))
+        params = [p for p in group["params"] if p.grad is not None]
+        buffers, grads = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params], [p.grad for p in params]
+        if params:
+            torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+            updates = torch._foreach_lerp(grads, buffers, self.momentum)
+        if params and group["weight_decay"]: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, u in zip(params, updates if params else ()):
+            shapes.setdefault(u.flatten(1).shape, []).append((p, u.flatten(1).to(self.dtype)))
             p.grad = None                                                # AdamW passes over what has no gradient
-        for (_, longer), pairs in shapes.items():
-            wide = [u if u.shape[1] == longer else u.T for _, u in pairs]
-            wide = orthogonalize(torch.stack(wide).to(self.dtype)).float()
-            for (p, u), w in zip(pairs, wide):
-                if group["weight_decay"]: p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_((w if u.shape[1] == longer else w.T).reshape(p.shape), alpha=-group["lr"] * 0.2 * longer ** 0.5)
+        for shape, pairs in shapes.items():
+            for (p, _), w in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
+                p.add_(w.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
         return super().step(closure)
 
 def make_optimizer(model, config): # TrainConfig -> torch.optim.Optimizer
