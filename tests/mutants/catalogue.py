@@ -91,6 +91,22 @@ bug("spectrum-uncentred", "the covariance forgets to subtract the mean", "produc
 bug("floor-eps-x0", "the loss floors of eps and x0 are exchanged", '{"eps": a ** 2, "x0": s ** 2,', '{"eps": s ** 2, "x0": a ** 2,')
 bug("floor-v", "the loss floor of v is that of eps", '"v": (a ** 2 + s ** 2) ** 2,', '"v": a ** 2,')
 bug("floor-formula", "the floor's denominator forgets that the signal is scaled", "(a ** 2 * variance + s ** 2)", "(variance + s ** 2)")
+bug("flow-ends-early", "the flow ends before pure noise: its last timestep still holds some image",
+    "s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / T", "s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / (T + 1)")
+bug("flow-unsquared", "the flow's a takes the place of its square, so that image and noise do not add up to 1",
+    "NoiseSchedule((1 - s) ** 2, s)", "NoiseSchedule(1 - s, s)")
+bug("flow-shift-squared", "on the flow a shift counts twice", "if self.straight: # keep a + s = 1", "if self.straight:\n        scale = scale ** 2")
+bug("flow-shift-bends", "a shifted flow preserves variance and is straight no more", "if self.straight: # keep a + s = 1", "if False:")
+bug("snr-preserving", "the SNR takes the noise for what variance preservation leaves of it",
+    "self.alpha_bar.log() - 2 * self.s.log()", "self.alpha_bar.log() - (-self.alpha_bar).log1p()")
+bug("velocity-sign", "the target velocity points from noise to image", "return noise.float() - x0.float()", "return x0.float() - noise.float()")
+bug("velocity-to-x0-sign", "x0 from the velocity adds where it must subtract", "return x_t.float() - s * output.float()", "return x_t.float() + s * output.float()")
+bug("velocity-anywhere", "a velocity is accepted on schedules that are not straight",
+    'if prediction == "velocity" and not schedule.straight:', 'if prediction == "velocity" and False:')
+bug("v-undivided", "x0 from v is right only where variance is preserved", " / (a ** 2 + s ** 2)\n", "\n")
+bug("floor-v-preserving", "the loss floor of v is right only where variance is preserved", '"v": (a ** 2 + s ** 2) ** 2,', '"v": 1,')
+bug("equal-whatever-s", "schedules are equal if their signals are, whatever their noise",
+    "\n                and torch.equal(self.s, other.s))", ")", tests="test_schedule.py -k equality")
 
 
 # ---------------------------------------------------------------- 03 unet
@@ -115,6 +131,10 @@ bug("heads-for-width", "the width of a head is taken for the number of heads", "
 bug("heads-mixed", "heads and positions are mixed up on the way out", "a.transpose(1, 2).reshape(b, h * w, c)", "a.reshape(b, h * w, c)")
 bug("positions-mixed", "channels and positions are mixed up on the way back to an image", "x + a.transpose(1, 2).reshape(b, c, h, w)", "x + a.reshape(b, c, h, w)")
 bug("attention-unscaled", "attention forgets to divide by the root of the head's width", "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, scale=1.0)")
+bug("written-attention-unscaled", "attention written out forgets to divide by the root of the head's width",
+    "(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)", "(q @ k.transpose(-1, -2))")
+bug("softmax-over-queries", "weights add up to 1 over the positions that ask, not over those that are asked",
+    ".softmax(-1).to(v.dtype) @ v", ".softmax(-2).to(v.dtype) @ v")
 bug("attention-replaces", "attention replaces its input instead of adding to it", "return x + a.transpose(1, 2)", "return a.transpose(1, 2)")
 bug("padding-swapped", "the two paddings of Downsample are exchanged", 'if padding == "both" else', 'if padding != "both" else')
 bug("upsample-bilinear", "Upsample smooths where pixels should be repeated", 'mode="nearest"', 'mode="bilinear"')
@@ -125,6 +145,12 @@ bug("null-is-last-class", "without labels the network is told the last class", '
 bug("class-replaces-time", "the class replaces the time instead of joining it", "emb = emb + self.classes(y)", "emb = self.classes(y)")
 bug("half-timesteps-pass", "timesteps in half precision are accepted", "(torch.bfloat16, torch.float16, torch.bool)", "(torch.bool,)")
 bug("attention-everywhere", "by default attention is put at every size up to 16", "[s for s in sizes[1:] if s <= 16][:1]", "[s for s in sizes[1:] if s <= 16]")
+bug("patches-reshaped", "pixels are reshaped where squares must be cut out",
+    "F.pixel_unshuffle(x, patch_size)", "x.reshape(x.shape[0], -1, x.shape[2] // patch_size, x.shape[3] // patch_size)")
+bug("patches-transposed", "patches are put back with rows and columns exchanged",
+    "F.pixel_shuffle(x, patch_size)", "F.pixel_shuffle(x.unflatten(1, (-1, patch_size, patch_size)).mT.flatten(1, 3), patch_size)")
+bug("attention-in-pixels", "resolutions are counted in pixels although the network works on patches",
+    'size = c["image_size"] // c["patch_size"]', 'size = c["image_size"]')
 
 
 # ---------------------------------------------------------------- 04 train
@@ -174,6 +200,31 @@ bug("gradients-pile-up", "gradients are never set back to zero", "state.optimize
 bug("newest-removed", "the oldest checkpoints are kept instead of the newest", "checkpoints(self.run)[:-keep]", "checkpoints(self.run)[keep:]")
 bug("samples-of-raw-weights", "sample grids come from the last weights, not from the average", "sampler(state.ema.model, schedule", "sampler(state.model, schedule", tests="test_train.py -k rate_of")
 bug("loads-raw-weights", "load_model takes the last weights, not the average", 'weights="ema", # or "model"', 'weights="model", # or "model"', "lucidrains/denoising-diffusion-pytorch#288")
+bug("decay-of-the-rest", "the linear decay takes the share that should be constant", "max(1, decay_share * total)", "max(1, (1 - decay_share) * total)")
+bug("decay-knows-length", "with a constant rate the cosine stays in force until the decay",
+    "return peak * min(1, (total - step) / max(1, decay_share * total))",
+    "return peak * min(0.5 * (1 + math.cos(math.pi * (step - warmup) / total)), (total - step) / max(1, decay_share * total))")
+bug("share-inverted", "an average asked for a tenth of the run looks back on nine tenths", "math.log(1 - self.share)", "math.log(self.share)")
+bug("share-as-decay", "a share of the run is taken for a decay", "if self.share is None: return ema_decay_at(step, self.decay)", "return self.share or ema_decay_at(step, self.decay)")
+bug("half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (config.batch_size / h)", "0.5 ** (1 / h)")
+bug("half-lives-too-long", "averages longer than the run are accepted", "if h > config.epochs * len(data)]:", "if False]:", tests="test_train.py -k half_lives")
+bug("one-average-moves", "only the first of several averages is updated", "for ema in state.averages.values(): ema.update(model, state.step)", "state.ema.update(model, state.step)")
+bug("logit-std-ignored", "the deviation of logit-normal timesteps has no effect", "mean + std * torch.randn(n,", "mean + torch.randn(n,")
+bug("logit-mean-reversed", "a negative mean draws timesteps near the noise", "mean + std * torch.randn(n,", "-mean + std * torch.randn(n,")
+bug("logit-normal-ignored", "batches draw all timesteps alike, whatever was asked for", "draw_timesteps(len(x0), config.T, g, config.logit_normal)", "draw_timesteps(len(x0), config.T, g)")
+bug("probabilities-reversed", "the weights of a mean loss are those of the opposite draw", "edges.logit() - mean) / std)", "edges.logit() + mean) / std)")
+bug("muon-no-nesterov", "Muon does not look ahead", "update = p.grad.lerp(buffer, self.momentum).flatten(1)", "update = buffer.flatten(1)")
+bug("muon-unscaled", "Muon's steps do not depend on the size of the matrix", "alpha=-group[\"lr\"] * 0.2 * longer ** 0.5)", "alpha=-group[\"lr\"])")
+bug("muon-shorter-side", "Muon's steps are scaled by the shorter side", "alpha=-group[\"lr\"] * 0.2 * longer ** 0.5)", "alpha=-group[\"lr\"] * 0.2 * min(w.shape) ** 0.5)")
+bug("muon-embeddings", "Muon orthogonalises the embeddings of time and class", 'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("conv_in.", "conv_out.")')
+bug("muon-last-layer", "Muon takes the first and the last layer too", 'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("time.", "classes.")')
+bug("muon-no-decay", "Muon forgets weight decay", 'if group["weight_decay"]: p.mul_', "if False: p.mul_")
+bug("muon-and-adamw", "AdamW takes a second step with Muon's matrices", "p.grad = None  ", "pass  ")
+bug("newton-schulz-once", "one step of the iteration: singular values are as unequal as before", "for _ in range(steps):", "for _ in range(1):")
+bug("muon-momentum-forgotten", "a resumed run forgets Muon's momentum", "for m in wanted[name]} # laid out", 'for m in wanted[name] if m != "momentum_buffer"} # laid out')
+bug("version-1-rows", "metrics of version 0.1, without processor time, are refused", "if list(m) not in (columns, columns[:-1]):", "if list(m) != columns:", tests="test_versions.py")
+bug("version-1-model", "checkpoints of version 0.1, which know no patches, are refused", '_same_model(_whole(meta["model"]), model, path)', '_same_model(meta["model"], model, path)', tests="test_versions.py")
+bug("processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)', "0.0", tests="test_train.py -k processor")
 
 
 # ---------------------------------------------------------------- 05 sample
@@ -216,6 +267,14 @@ bug("start-by-position", "an image depends on its place in the batch", '[address
 bug("labels-by-position", "every batch gets the labels of the first", "labels = None if y is None else y[ks].to(device)", "labels = None if y is None else y[:len(ks)].to(device)")
 bug("samples-mixed", "samples of another model are accepted as the beginning of these", '"model": fingerprint(model, schedule),', '"model": "",')
 bug("samples-again", "an interrupted call makes all samples again", "if not (folder / f\"{k:06d}.png\").exists()]", "]")
+bug("ddim-eta-preserving", "the noise that eta adds is right only where variance is preserved",
+    "sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)", "sigma = eta * s2 / s * math.sqrt(max(0, 1 - (a / a2) ** 2))")
+bug("ddpm-preserving", "DDPM's noise is right only where variance is preserved",
+    "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise", "mean + s2 / s * math.sqrt(1 - kept ** 2) * draw_noise")
+bug("fingerprint-forgets-noise", "samples of two schedules with one signal curve are mixed",
+    "if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes())", "pass")
+bug("heun-at-pure-noise", "Heun divides by a signal of zero", "if t_next >= 0 and a > 0:", "if t_next >= 0:")
+bug("dpm-at-pure-noise", "DPM-Solver++ takes the logarithm of a signal of zero", "if s2 > 0 and a > 0 else", "if s2 > 0 else")
 
 
 # ---------------------------------------------------------------- 06 guide
