@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/05_sample.ipynb #c006
 from .data import DiffnbError, addressed, to_uint8, write_whole
+from .schedule import NoiseSchedule
 from .train import Alone, load_model
 
 # %% ../nbs/05_sample.ipynb #c012
@@ -206,6 +207,7 @@ def _name_of(y): return " ".join(map(str, y.tolist())) + " "        # so that th
 def fingerprint(model, schedule):
     "A short name of weights and schedule, so that samples of two models are never mixed."
     h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
+    if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes()) # else alpha_bar says it all
     for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
         h.update(k.encode()); h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]

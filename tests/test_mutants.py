@@ -23,7 +23,7 @@ def test_every_bug_fits_its_lesson_exactly_once():
 def test_bugs_have_their_own_names_and_references_that_can_be_followed():
     assert len({b.id for b in bugs}) == len(bugs)
     for b in bugs:
-        assert b.what and b.what[0].islower() | b.what[0].isdigit() | b.what.startswith(("KID", "DDPM", "FiLM", "Python", "EMA", "CIFAR", "Heun", "Upsample")), b.id
+        assert b.what and b.what[0].islower() | b.what[0].isdigit() | b.what.startswith(("KID", "DDPM", "FiLM", "Python", "EMA", "CIFAR", "Heun", "Upsample", "Muon", "AdamW", "DPM-Solver++")), b.id
         assert not b.seen or b.seen.count("/") == 1 and b.seen.rpartition("#")[2].isdigit(), b.id
 
 

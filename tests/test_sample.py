@@ -4,8 +4,9 @@ import math
 import pytest, torch
 
 from diffnb.data import DiffnbError, addressed
+from diffnb.guide import guided
 from diffnb.sample import ddim, ddim_invert, ddpm, dpmpp_2m, heun, inpaint, sample_batches, sample_to
-from diffnb.schedule import cosine_schedule, linear_schedule
+from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
 
 diffusers = pytest.importorskip("diffusers")
 schedules = {"linear": linear_schedule(), "squaredcos_cap_v2": cosine_schedule()}
@@ -17,7 +18,7 @@ def toy(schedule, prediction):
         a, s = schedule.signal_noise(t, x_t.ndim)
         x0 = torch.tanh(1.5 * x_t) * 0.9
         eps = (x_t - a * x0) / s
-        return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[prediction]
+        return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "velocity": eps - x0}[prediction]
     return model
 
 
@@ -172,3 +173,172 @@ def test_samples_of_two_models_are_never_mixed(tmp_path):
     with pytest.raises(DiffnbError, match="labels for"): sample_to(tmp_path / "t", one, n=3, y=torch.tensor([0]), **args)
     (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "000000.png").write_bytes(b"precious")
     with pytest.raises(DiffnbError, match="not empty"): sample_to(tmp_path / "mine", one, n=1, **args)
+
+
+# ---- the straight path
+
+ALL = [ddim, ddpm, heun, dpmpp_2m]
+FLOWS = {"flow": flow_schedule(), "shifted flow": flow_schedule().shift(2)}
+ON_FLOW = ["velocity", "v", "x0"]
+
+
+def gaussian(schedule, prediction, mean=0.3, var=0.25):
+    "The best denoiser of independent pixels N(mean, var); var=0: all of them are `mean`."
+    def model(x_t, t, y=None):
+        a, s = schedule.signal_noise(t, x_t.ndim)
+        x0 = mean + a * var / (a ** 2 * var + s ** 2) * (x_t - a * mean)
+        eps = s / (a ** 2 * var + s ** 2) * (x_t - a * mean)
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "velocity": eps - x0}[prediction]
+    return model
+
+
+many = torch.randn(4000, 1, 2, 2, generator=addressed("many"))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("prediction", ON_FLOW)
+@pytest.mark.parametrize("sampler", ALL)
+def test_flow_reaches_a_point_mass(sampler, prediction, name):
+    model = gaussian(FLOWS[name], prediction, mean=0.4, var=0.0)
+    for steps in (1, 2, 7, 50):
+        for spacing in ("trailing", "leading", "linspace", "quadratic"):
+            out = sampler(model, FLOWS[name], x_T.shape, steps, x_T=x_T, prediction=prediction, clip=False,
+                          generator=addressed(0), spacing=spacing)
+            assert torch.allclose(out, torch.full_like(out, 0.4), atol=1e-4), (steps, spacing)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("prediction", ON_FLOW)
+@pytest.mark.parametrize("sampler", ALL)
+def test_flow_gives_gaussian_data_its_mean_and_deviation(sampler, prediction, name):
+    steps = 400 if sampler is ddpm else 100                   # what its steps do to the deviation shrinks with their number
+    out = sampler(gaussian(FLOWS[name], prediction), FLOWS[name], many.shape, steps, x_T=many, prediction=prediction,
+                  clip=False, generator=addressed(0))
+    assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
+    if sampler is not ddpm:                                   # deterministic: each noise has its own image, 0.3 + 0.5 noise
+        assert (out - (0.3 + 0.5 * many)).abs().max() < (0.08 if sampler is ddim else 0.03)
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_every_prediction_walks_the_same_way_on_the_flow(sampler):
+    outs = [sampler(gaussian(FLOWS["flow"], p), FLOWS["flow"], x_T.shape, 9, x_T=x_T, prediction=p, generator=addressed(0))
+            for p in ON_FLOW]
+    assert all(torch.allclose(outs[0], out, atol=1e-4) for out in outs[1:]) and outs[0].abs().max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("steps", [1, 2, 10, 333, 1000])
+def test_ddim_with_eta_1_is_ddpm_on_the_flow(name, steps):
+    model = gaussian(FLOWS[name], "velocity")
+    how = dict(x_T=x_T, prediction="velocity", steps=steps)
+    a = ddpm(model, FLOWS[name], x_T.shape, generator=addressed("dice"), **how)
+    b = ddim(model, FLOWS[name], x_T.shape, eta=1.0, generator=addressed("dice"), **how)
+    assert torch.allclose(a, b, atol=2e-4)
+    assert steps == 1 or not torch.allclose(a, ddim(model, FLOWS[name], x_T.shape, **how), atol=0.05)
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+def test_eta_keeps_the_deviation_of_gaussian_data_on_the_flow(eta):
+    out = ddim(gaussian(FLOWS["flow"], "velocity"), FLOWS["flow"], many.shape, 200, eta, x_T=many, prediction="velocity",
+               clip=False, generator=addressed(0))
+    assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("sampler, low, high", [(ddim, 0.9, 1.1), (heun, 1.85, 2.25), (dpmpp_2m, 1.5, 2.1)])
+def test_order_of_convergence_on_the_flow(sampler, low, high):
+    """From pure noise to the image, against the end of a very fine walk. DPM-Solver++ steps in log SNR, of which the first and
+    the last steps of the flow take as much however many there are: its order nears 2 slowly (on even steps, lesson 05, it is 2)."""
+    start, flow, means, var = torch.linspace(-2, 2, 41).view(41, 1, 1, 1), flow_schedule(4096), (-0.5, 0.6), 0.05
+    def model(x_t, t, y=None):                                # the velocity of an equal mixture of two Gaussians
+        a, s = flow.signal_noise(t, x_t.ndim)
+        total, m = a ** 2 * var + s ** 2, torch.tensor(means)
+        weights = (-(x_t[..., None] - a[..., None] * m) ** 2 / (2 * total[..., None])).softmax(-1)
+        x0 = sum(weights[..., i] * (mu + a * var / total * (x_t - a * mu)) for i, mu in enumerate(means))
+        return (x_t - x0) / s
+    truth = heun(model, flow, start.shape, 2048, x_T=start, prediction="velocity", clip=False)
+    errors = [(sampler(model, flow, start.shape, n, x_T=start, prediction="velocity", clip=False) - truth).abs().mean().item()
+              for n in (128, 512)]
+    assert low < math.log2(errors[0] / errors[1]) / 2 < high, errors
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+def test_ddim_on_the_flow_is_diffusers_flow_matching(steps, shift):
+    """Their timesteps are 1000 sigma, ours integers t with s = (t + 1) / T, shifted: at step counts that divide T both visit the
+    same noise levels. They ask the network at sigma, then step against the velocity."""
+    flow = flow_schedule().shift(shift)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[(t + 1) / 1000 for t in flow.timesteps(steps)])  # they apply the shift to these
+    levels = [flow.signal_noise(t)[1] for t in flow.timesteps(steps)] + [0.0]
+    assert torch.allclose(scheduler.sigmas.double(), torch.tensor(levels, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(scheduler.timesteps / 1000, torch.tensor(levels[:-1]), atol=1e-6)
+    model, theirs, seen = toy(flow, "velocity"), [x_T], []
+    for t, sigma in zip(flow.timesteps(steps), scheduler.timesteps):
+        output = model(theirs[-1], torch.full((len(x_T),), t))
+        theirs.append(scheduler.step(output, sigma, theirs[-1]).prev_sample)
+    ddim(model, flow, x_T.shape, steps, x_T=x_T, prediction="velocity", clip=False,
+         callback=lambda t, t_next, x, x0: seen.append(x))
+    assert len(seen) == len(theirs) - 1 == steps
+    assert max((a - b).abs().max() for a, b in zip(seen, theirs[1:])) < 1e-4
+
+
+def two_classes(schedule, prediction):
+    "A conditional model: all images of class 0 are -0.5, of class 1 0.5; without a label (2) it guesses 0."
+    def model(x_t, t, y=None):
+        a, s = schedule.signal_noise(t, x_t.ndim)
+        x0 = torch.tensor([-0.5, 0.5, 0.0])[y].view(-1, 1, 1, 1).expand_as(x_t)
+        return {"x0": x0, "v": (a * x_t - (a ** 2 + s ** 2) * x0) / s, "velocity": (x_t - (a + s) * x0) / s}[prediction]
+    return model
+
+
+@pytest.mark.parametrize("prediction", ON_FLOW)
+@pytest.mark.parametrize("sampler", ALL)
+def test_guidance_on_the_flow(sampler, prediction):
+    "Every prediction is linear in x0, so guidance moves x0 from the unconditional estimate to the conditional, and beyond."
+    flow, y = flow_schedule(100), torch.arange(8) % 2
+    model = two_classes(flow, prediction)
+    for w in (0.0, 1.0, 1.6):
+        told = guided(model, y, w, null=2)
+        out = sampler(told, flow, x_T.shape, 5, x_T=x_T, prediction=prediction, clip=False, generator=addressed(0))
+        expected = (w * (y.float() - 0.5)).view(-1, 1, 1, 1).expand_as(out)
+        assert torch.allclose(out, expected, atol=1e-4), w
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_inpainting_on_the_flow(sampler):
+    flow, known, mask = flow_schedule(100), torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4)
+    mask[..., 2:] = 0
+    for prediction in ON_FLOW:
+        out = inpaint(gaussian(flow, prediction, 0.4, 0.0), flow, known, mask, sampler, generator=addressed(2), steps=10,
+                      prediction=prediction)
+        assert torch.allclose(out * mask, known * mask, atol=1e-6)
+        assert torch.allclose(out[..., 2:], torch.tensor(0.4), atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ON_FLOW)
+def test_inversion_on_the_flow(prediction):
+    flow, errors = flow_schedule(), []
+    model = gaussian(flow, prediction)
+    for steps in (25, 100, 400):
+        noise = ddim_invert(model, flow, x_T, steps, prediction=prediction)
+        back = ddim(model, flow, x_T.shape, steps, x_T=noise, prediction=prediction, clip=False)
+        errors.append((back - x_T).abs().max().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05
+    assert (noise - (x_T - 0.3) / 0.5).abs().max() < 0.1                # the exact noise of each image
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_eps_and_velocity_are_refused_where_they_say_nothing(sampler):
+    model = gaussian(FLOWS["flow"], "eps")
+    with pytest.raises(DiffnbError, match="predicts eps says nothing"):
+        sampler(model, FLOWS["flow"], x_T.shape, 5, x_T=x_T)
+    with pytest.raises(DiffnbError, match="needs the schedule 'flow'"):
+        sampler(model, schedules["linear"], x_T.shape, 5, x_T=x_T, prediction="velocity")
+
+
+def test_samples_of_two_paths_are_never_mixed(tmp_path):
+    "One network, one signal curve, but another noise: other images."
+    flow, preserving = flow_schedule(100), NoiseSchedule(flow_schedule(100).alpha_bar)
+    args = dict(model=gaussian(flow, "x0"), shape=(1, 2, 2), n=2, steps=2, prediction="x0", progress=False)
+    sample_to(tmp_path / "s", schedule=flow, **args)
+    with pytest.raises(DiffnbError, match="another model"): sample_to(tmp_path / "s", schedule=preserving, **args)

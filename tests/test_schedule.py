@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from diffnb.data import DiffnbError, load_data, to_float
-from diffnb.schedule import (NoiseSchedule, cosine_schedule, gaussian_loss_floor, image_spectrum, linear_schedule,
-                             make_schedule, sigmoid_schedule)
+from diffnb.schedule import (PREDICTIONS, NoiseSchedule, cosine_schedule, flow_schedule, gaussian_loss_floor,
+                             image_spectrum, linear_schedule, make_schedule, sigmoid_schedule)
 
 BUILDERS = dict(linear=linear_schedule, cosine=cosine_schedule, sigmoid=sigmoid_schedule)
 SPACINGS = ("trailing", "leading", "linspace", "quadratic")
@@ -94,12 +94,160 @@ def test_make_schedule():
     for name, build in BUILDERS.items(): assert make_schedule(name, 50) == build(50)
     changed = make_schedule("cosine", 50, shift=2, zero_terminal_snr=True)
     assert changed == cosine_schedule(50).shift(2).zero_terminal_snr()
-    with pytest.raises(DiffnbError, match="linear, cosine, sigmoid"): make_schedule("Linear")
+    with pytest.raises(DiffnbError, match="linear, cosine, sigmoid, flow"): make_schedule("Linear")
 
 def test_published_values():
     assert abs(linear_schedule().alpha_bar[-1] - 4.0358e-5) < 1e-9   # DDPM's well-known leftover
     s = cosine_schedule()
     assert abs(s.alpha_bar[499] - 0.49385) < 1e-3 and s.alpha_bar[-1] > 0
+
+
+# ---- the straight path
+
+@pytest.mark.parametrize("T", [2, 3, 37, 100, 1000, 4000])
+def test_flow_curves_for_every_T(T):
+    flow = flow_schedule(T)
+    assert flow.T == T and flow.straight and flow == make_schedule("flow", T)
+    assert {flow.a.dtype, flow.s.dtype, flow.alpha_bar.dtype} == {torch.float64}
+    assert torch.allclose(flow.s, torch.arange(1, T + 1, dtype=torch.float64) / T, atol=0, rtol=1e-15)
+    assert torch.allclose(flow.a + flow.s, torch.ones(T, dtype=torch.float64), atol=1e-15, rtol=0)
+    assert flow.signal_noise(T - 1) == (0.0, 1.0) and flow.signal_noise(-1) == (1.0, 0.0)
+    assert flow.snr(T - 1) == 0 and flow.log_snr(T - 1) == -math.inf and flow.snr(-1) == math.inf
+    a, s = flow.signal_noise(torch.arange(T), ndim=1)
+    assert a.dtype == s.dtype == torch.float32 and torch.equal(a, flow.a.float()) and torch.equal(s, flow.s.float())
+
+@pytest.mark.parametrize("T", [1, 0, 10.0, "1000", None, True])
+def test_wrong_T_of_the_flow(T):
+    for build in (flow_schedule, lambda T: make_schedule("flow", T)):
+        with pytest.raises(DiffnbError, match="T must be an integer"): build(T)
+
+def test_variance_preserving_is_what_no_s_means():
+    for build in BUILDERS.values():
+        schedule = build()
+        assert not schedule.straight and torch.equal(schedule.a, schedule.alpha_bar.sqrt())
+        assert torch.allclose(schedule.a ** 2 + schedule.s ** 2, torch.ones(1000, dtype=torch.float64), atol=1e-15)
+        assert schedule == NoiseSchedule(schedule.alpha_bar, schedule.s) == NoiseSchedule(schedule.alpha_bar)
+
+@pytest.mark.parametrize("s, says", [
+    ([0.1, 0.5], "s has 2 entries and alpha_bar 3"), ([0.1, 0.5, 0.6, 0.7], "s has 4 entries and alpha_bar 3"),
+    ([0.0, 0.5, 1.0], "above 0"), ([-0.1, 0.5, 1.0], "above 0"), ([0.1, 0.5, 0.4], "never fall"),
+    ([0.1, float("nan"), 0.5], "s must be finite"), ([0.1, 0.5, float("inf")], "s must be finite"),
+    ([[0.1, 0.5, 0.6]], "one dimension"), (0.5, "s must have one dimension"),
+    (["a", "b", "c"], "s must be a list of numbers"), ({"a": 1}, "s must be a list of numbers"),
+])
+def test_wrong_s(s, says):
+    with pytest.raises(DiffnbError) as e: NoiseSchedule([0.9, 0.5, 0.1], s)
+    assert says in str(e.value)
+
+def test_noise_may_stay_the_same_while_the_signal_falls():
+    level = NoiseSchedule([0.9, 0.5, 0.1], [0.3, 0.3, 0.3])
+    assert not level.straight and level.signal_noise(1) == pytest.approx((0.5 ** 0.5, 0.3))
+
+def test_flow_is_immutable():
+    given = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    schedule = NoiseSchedule([0.9, 0.5, 0.1], given)
+    given[0] = 0.4
+    assert schedule.s[0] == 0.25
+    for name in ("s", "a", "straight"):
+        with pytest.raises(dataclasses.FrozenInstanceError): setattr(schedule, name, given)
+    flow, before = flow_schedule(50), flow_schedule(50)
+    flow.shift(2), flow.snr().zero_(), flow.log_snr().zero_(), flow.add_noise(randn(1, 1, 2, 2), randn(1, 1, 2, 2), 3)
+    assert flow == before
+
+def test_equality_and_hash_know_the_noise():
+    flow, preserving = flow_schedule(), NoiseSchedule(flow_schedule().alpha_bar)
+    flow.signal_noise(torch.tensor([1]))                     # a full cache is no difference
+    assert flow == flow_schedule() and hash(flow) == hash(flow_schedule())
+    assert flow != preserving and flow != flow_schedule(500) and flow != flow.shift(2) and flow != "flow"
+    assert len({flow, flow_schedule(), preserving}) == 2     # in a set both find their place
+    assert "s 0.001 to 1" in repr(flow) and len(repr(flow)) < 100 and "s 0.001" not in repr(preserving)
+
+def test_flow_copies_and_pickles():
+    flow = flow_schedule(100).shift(3)
+    flow.signal_noise(torch.tensor([1]))
+    for again in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert again == flow and again.straight and torch.equal(again.a, flow.a) and torch.equal(again.s, flow.s)
+        assert again.signal_noise(42) == flow.signal_noise(42)
+
+@pytest.mark.parametrize("scale", [2, 3, 0.5, 1])
+def test_shifted_flow_stays_straight_and_loses_signal(scale):
+    flow = flow_schedule(200)
+    shifted = flow.shift(scale)
+    assert shifted.straight and shifted.signal_noise(199) == (0.0, 1.0)
+    assert torch.allclose(shifted.a + shifted.s, torch.ones(200, dtype=torch.float64), atol=1e-14)
+    assert torch.allclose(shifted.snr()[:-1], flow.snr()[:-1] / scale ** 2, rtol=1e-12)
+    assert torch.allclose(shifted.s, scale * flow.s / (1 + (scale - 1) * flow.s), atol=1e-14)  # Esser et al. 2024
+    assert make_schedule("flow", 200, shift=scale) == shifted
+    assert torch.allclose(shifted.shift(1 / scale).s, flow.s, atol=1e-12)
+
+@pytest.mark.parametrize("scale", [0, -1, math.inf, math.nan])
+def test_wrong_shift_of_the_flow(scale):
+    with pytest.raises(DiffnbError, match="scale must be a number above 0"): flow_schedule().shift(scale)
+
+def test_flow_needs_no_zero_terminal_snr():
+    for call in (flow_schedule().zero_terminal_snr, flow_schedule().shift(2).zero_terminal_snr,
+                 lambda: make_schedule("flow", 100, zero_terminal_snr=True)):
+        with pytest.raises(DiffnbError, match="ends at pure noise as it is|ends at pure noise already"): call()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prediction", ["x0", "v", "velocity"])
+@pytest.mark.parametrize("shift", [1, 2])
+def test_there_and_back_on_the_flow(dtype, prediction, shift):
+    flow, t = flow_schedule().shift(shift), torch.tensor([0, 5, 500, 900, 999])
+    x0, noise = randn(5, 3, 4, 4), randn(5, 3, 4, 4, seed=1)
+    x_t = flow.add_noise(x0, noise, t)
+    output = flow.target(x0, noise, t, prediction)
+    back = flow.to_x0(output.to(dtype), x_t, t, prediction)
+    eps = flow.to_eps(back, x_t, t)
+    assert {x.dtype for x in (x_t, output, back, eps)} == {torch.float32}
+    # bf16 keeps 8 bits: an output of about 4 is off by up to 1/128, and so is x0, which is s times that away from x_t
+    assert torch.allclose(back, x0, atol=1e-5 if dtype == torch.float32 else 0.04)
+    assert torch.allclose(eps[2:], noise[2:], atol=1e-4 if dtype == torch.float32 else 0.04)
+    if prediction == "velocity": assert torch.equal(output, noise - x0)
+    for i, one in enumerate(t.tolist()):                     # an int for all says the same
+        by_int = flow.to_x0(output[i:i + 1].to(dtype), x_t[i:i + 1], one, prediction)
+        assert torch.allclose(by_int, back[i:i + 1], atol=1e-6)
+
+def test_velocity_is_the_derivative_of_the_path():
+    flow, x0, noise = flow_schedule(), randn(1, 3, 4, 4), randn(1, 3, 4, 4, seed=1)
+    for t in (0, 499, 998):
+        step = (flow.add_noise(x0, noise, t + 1) - flow.add_noise(x0, noise, t)) * 1000
+        assert torch.allclose(step, flow.target(x0, noise, t, "velocity"), atol=2e-3)
+
+def test_velocity_off_the_straight_path_is_refused():
+    x = randn(2, 1, 4, 4)
+    for schedule in (linear_schedule(), cosine_schedule().zero_terminal_snr(), NoiseSchedule([0.9, 0.5], [0.3, 0.3])):
+        for call in (lambda: schedule.target(x, x, 1, "velocity"), lambda: schedule.to_x0(x, x, 1, "velocity"),
+                     lambda: gaussian_loss_floor(torch.ones(3), schedule, "velocity")):
+            with pytest.raises(DiffnbError, match="needs the schedule 'flow'.*use 'v', 'eps' or 'x0'"): call()
+
+def test_eps_says_nothing_at_the_end_of_the_flow():
+    flow, x = flow_schedule(), randn(2, 1, 4, 4)
+    for t in (999, torch.tensor([3, 999])):
+        with pytest.raises(DiffnbError, match="on the flow with 'velocity'"): flow.to_x0(x, x, t, "eps")
+        for prediction in ("x0", "v", "velocity"): assert flow.to_x0(x, x, t, prediction).isfinite().all()
+    assert flow.to_x0(x, x, torch.tensor([3, 998]), "eps").isfinite().all()
+
+def test_flow_touches_no_values_on_the_device():
+    flow, t = flow_schedule(), torch.zeros(3, dtype=torch.int64, device="meta")
+    x = torch.empty(3, 1, 4, 4, device="meta")
+    for out in (flow.add_noise(x, x, t), flow.target(x, x, t, "velocity"), flow.to_x0(x, x, t, "velocity"),
+                flow.to_x0(x, x, t, "v"), flow.to_eps(x, x, t)):
+        assert out.device.type == "meta" and out.dtype == torch.float32
+
+def test_floors_on_the_flow_follow_from_that_of_x0():
+    flow, spectrum = flow_schedule(), torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64)
+    floors = {p: gaussian_loss_floor(spectrum, flow, p) for p in PREDICTIONS}
+    for floor in floors.values(): assert floor.shape == (1000,) and floor.isfinite().all() and (floor >= 0).all()
+    a, s, x0 = flow.a, flow.s, floors["x0"]
+    assert torch.allclose(floors["eps"], x0 * a ** 2 / s ** 2)
+    assert torch.allclose(floors["velocity"], x0 / s ** 2)
+    assert torch.allclose(floors["v"], x0 * (a ** 2 + s ** 2) ** 2 / s ** 2)
+    assert floors["eps"][-1] == 0 and abs(x0[-1] - spectrum.mean()) < 1e-12
+    # an image of noise alone: what is left to guess is the image, for every prediction but eps
+    assert abs(floors["velocity"][-1] - spectrum.mean()) < 1e-12 and abs(floors["v"][-1] - spectrum.mean()) < 1e-12
+    same_snr = NoiseSchedule(flow.alpha_bar / (flow.alpha_bar + flow.s ** 2))
+    assert torch.allclose(gaussian_loss_floor(spectrum, same_snr, "x0"), x0)
 
 
 # ---- coefficients and conversions

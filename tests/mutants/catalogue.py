@@ -60,21 +60,23 @@ bug("epoch-border", "a batch across the end of an epoch repeats images of the ol
 # ---------------------------------------------------------------- 02 schedule
 bug = lesson("02_schedule")
 bug("alias", "a schedule shares memory with the tensor it was made from", "a = a.double().clone()", "a = a.double()")
-bug("variance-for-std", "for an int t the variance stands where the standard deviation belongs", "return math.sqrt(a), math.sqrt(1 - a)", "return math.sqrt(a), 1 - a", "huggingface/diffusion-models-class#18")
-bug("variance-for-std-table", "the table holds the variance where the standard deviation belongs", "torch.stack([a.sqrt(), (1 - a).sqrt()])", "torch.stack([a.sqrt(), 1 - a])", "acids-ircam/diffusion_models#1")
-bug("table-bf16", "alpha_bar is kept in bf16, where the first timesteps hold no noise at all", "dtype=torch.float64), self.alpha_bar])\n            self", "dtype=torch.float64), self.alpha_bar]).bfloat16()\n            self")
+bug("variance-for-std", "for an int t the variance stands where the standard deviation belongs",
+    "else (self.a[t].item(), self.s[t].item())", "else (self.a[t].item(), self.s[t].item() ** 2)", "huggingface/diffusion-models-class#18")
+bug("variance-for-std-table", "the table holds the variance where the standard deviation belongs", "torch.stack([self.a, self.s])", "torch.stack([self.a, self.s ** 2])", "acids-ircam/diffusion_models#1")
+bug("table-bf16", "the levels are kept in bf16, where the first timesteps lose none of the signal",
+    "torch.stack([self.a, self.s])], 1).float()", "torch.stack([self.a, self.s])], 1).bfloat16().float()")
 bug("table-shifted", "every timestep gets the noise of the one before it", "index_select(1, t.flatten() + 1)", "index_select(1, t.flatten())")
 bug("alpha-bar-unrooted", "the image is scaled by alpha_bar instead of its root", "return a * x0.float() + s * noise.float()", "return a ** 2 * x0.float() + s * noise.float()")
 bug("scaled-linear", "the betas of Stable Diffusion (linear in the root) pass for those of DDPM", "beta = torch.linspace(beta_start, beta_end, _check_T(T), dtype=torch.float64)", "beta = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, _check_T(T), dtype=torch.float64) ** 2")
 bug("cosine-unclipped", "betas of the cosine schedule reach 1, so that nothing is left at the end", ".clamp(max=0.999)", "")
 bug("cosine-unsquared", "the cosine is not squared", "math.pi / 2).cos() ** 2", "math.pi / 2).cos()")
 bug("tau-ignored", "the temperature of the sigmoid schedule has no effect on its curve", "((u * (end - start) + start) / tau).sigmoid()", "((u * (end - start) + start)).sigmoid()")
-bug("snr-of-amplitudes", "the SNR is a ratio of amplitudes, not of powers", "self.alpha_bar.log() - (-self.alpha_bar).log1p()", "0.5 * (self.alpha_bar.log() - (-self.alpha_bar).log1p())")
+bug("snr-of-amplitudes", "the SNR is a ratio of amplitudes, not of powers", "self.alpha_bar.log() - 2 * self.s.log()", "0.5 * self.alpha_bar.log() - self.s.log()")
 bug("shift-unsquared", "shifting divides the SNR by scale instead of its square", "(1 - self.alpha_bar) * scale ** 2", "(1 - self.alpha_bar) * scale")
 bug("zero-snr-unscaled", "zero terminal SNR moves the curve without stretching it: the first timestep changes", "((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2", "(a - a[-1]) ** 2")
 bug("shift-after-zero-snr", "make_schedule forgets the shift if zero terminal SNR is asked for", "return schedule.zero_terminal_snr() if zero_terminal_snr", "return _SCHEDULES[name](T).zero_terminal_snr() if zero_terminal_snr")
 bug("v-sign", "the target v has its sign reversed", "return a * noise.float() - s * x0.float()", "return s * x0.float() - a * noise.float()")
-bug("v-to-x0-sign", "x0 from v adds where it must subtract", "return a * x_t.float() - s * output.float()", "return a * x_t.float() + s * output.float()")
+bug("v-to-x0-sign", "x0 from v adds where it must subtract", "return (a * x_t.float() - s * output.float()) / (a ** 2 + s ** 2)", "return (a * x_t.float() + s * output.float()) / (a ** 2 + s ** 2)")
 bug("x0-unrooted", "x0 from eps divides by alpha_bar instead of its root", "(x_t.float() - s * output.float()) / a", "(x_t.float() - s * output.float()) / a ** 2")
 bug("eps-unrooted", "eps from x0 divides by the variance", "(x_t.float() - a * x0.float()) / s", "(x_t.float() - a * x0.float()) / s ** 2")
 bug("zero-snr-silent", "eps prediction at zero terminal SNR divides by zero instead of saying so", "if self.alpha_bar[-1] == 0 and bool(", "if False and bool(")
@@ -86,9 +88,25 @@ bug("ends-at-alpha-bar-0", "the last step ends at alpha_bar_0 instead of 1 and l
 bug("next-computed", "the next timestep is computed as t - T//S instead of taken from the list", "list(zip(ts, ts[1:] + [-1]))", "[(t, max(t - self.T // steps, -1)) for t in ts]", "huggingface/diffusers#12633")
 bug("leading-by-default", "samplers begin below T-1, where they have never seen pure noise", 'spacing="trailing" # see timesteps', 'spacing="leading" # see timesteps', "huggingface/diffusers#2585")
 bug("spectrum-uncentred", "the covariance forgets to subtract the mean", "products / n - mean.outer(mean)", "products / n")
-bug("floor-eps-x0", "the loss floors of eps and x0 are exchanged", '{"eps": a2, "x0": s2, "v": 1}', '{"eps": s2, "x0": a2, "v": 1}')
-bug("floor-v", "the loss floor of v is that of eps", '{"eps": a2, "x0": s2, "v": 1}', '{"eps": a2, "x0": s2, "v": a2}')
-bug("floor-formula", "the floor's denominator forgets that the signal is scaled", "(a2 * variance + s2)", "(variance + s2)")
+bug("floor-eps-x0", "the loss floors of eps and x0 are exchanged", '{"eps": a ** 2, "x0": s ** 2,', '{"eps": s ** 2, "x0": a ** 2,')
+bug("floor-v", "the loss floor of v is that of eps", '"v": (a ** 2 + s ** 2) ** 2,', '"v": a ** 2,')
+bug("floor-formula", "the floor's denominator forgets that the signal is scaled", "(a ** 2 * variance + s ** 2)", "(variance + s ** 2)")
+bug("flow-ends-early", "the flow ends before pure noise: its last timestep still holds some image",
+    "s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / T", "s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / (T + 1)")
+bug("flow-unsquared", "the flow's a takes the place of its square, so that image and noise do not add up to 1",
+    "NoiseSchedule((1 - s) ** 2, s)", "NoiseSchedule(1 - s, s)")
+bug("flow-shift-squared", "on the flow a shift counts twice", "if self.straight: # keep a + s = 1", "if self.straight:\n        scale = scale ** 2")
+bug("flow-shift-bends", "a shifted flow preserves variance and is straight no more", "if self.straight: # keep a + s = 1", "if False:")
+bug("snr-preserving", "the SNR takes the noise for what variance preservation leaves of it",
+    "self.alpha_bar.log() - 2 * self.s.log()", "self.alpha_bar.log() - (-self.alpha_bar).log1p()")
+bug("velocity-sign", "the target velocity points from noise to image", "return noise.float() - x0.float()", "return x0.float() - noise.float()")
+bug("velocity-to-x0-sign", "x0 from the velocity adds where it must subtract", "return x_t.float() - s * output.float()", "return x_t.float() + s * output.float()")
+bug("velocity-anywhere", "a velocity is accepted on schedules that are not straight",
+    'if prediction == "velocity" and not schedule.straight:', 'if prediction == "velocity" and False:')
+bug("v-undivided", "x0 from v is right only where variance is preserved", " / (a ** 2 + s ** 2)\n", "\n")
+bug("floor-v-preserving", "the loss floor of v is right only where variance is preserved", '"v": (a ** 2 + s ** 2) ** 2,', '"v": 1,')
+bug("equal-whatever-s", "schedules are equal if their signals are, whatever their noise",
+    "\n                and torch.equal(self.s, other.s))", ")", tests="test_schedule.py -k equality")
 
 
 # ---------------------------------------------------------------- 03 unet
@@ -102,7 +120,7 @@ bug("film-swapped", "scale and shift are exchanged", "scale, shift = e.chunk(2, 
 bug("film-before-norm", "FiLM before the norm, which takes it away again", "self.norm2(h) * (1 + scale) + shift", "self.norm2(h * (1 + scale) + shift)")
 bug("block-not-zero", "the last convolution of a block is not zero-initialised", "self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))", "self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)")
 bug("attention-not-zero", "the output of attention is not zero-initialised", "zero_init(nn.Linear(channels, channels))", "nn.Linear(channels, channels)")
-bug("output-not-zero", "the network's last convolution is not zero-initialised", "zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))", "nn.Conv2d(widths[0], in_channels, 3, padding=1)")
+bug("output-not-zero", "the network's last convolution is not zero-initialised", "zero_init(nn.Conv2d(widths[0], folded, 3, padding=1))", "nn.Conv2d(widths[0], folded, 3, padding=1)")
 bug("bias-not-zero", "zero_init forgets the bias", "for p in layer.parameters(): nn.init.zeros_(p)", "nn.init.zeros_(layer.weight)")
 bug("groups-lost", "the second norm of a block has one group, whatever was asked for", "nn.GroupNorm(groups, c_out, eps)", "nn.GroupNorm(1, c_out, eps)")
 bug("eps-lost", "the second norm of a block keeps PyTorch's epsilon, whatever was asked for", "nn.GroupNorm(groups, c_out, eps)", "nn.GroupNorm(groups, c_out)")
@@ -113,6 +131,10 @@ bug("heads-for-width", "the width of a head is taken for the number of heads", "
 bug("heads-mixed", "heads and positions are mixed up on the way out", "a.transpose(1, 2).reshape(b, h * w, c)", "a.reshape(b, h * w, c)")
 bug("positions-mixed", "channels and positions are mixed up on the way back to an image", "x + a.transpose(1, 2).reshape(b, c, h, w)", "x + a.reshape(b, c, h, w)")
 bug("attention-unscaled", "attention forgets to divide by the root of the head's width", "F.scaled_dot_product_attention(q, k, v)", "F.scaled_dot_product_attention(q, k, v, scale=1.0)")
+bug("written-attention-unscaled", "attention written out forgets to divide by the root of the head's width",
+    "(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)", "(q @ k.transpose(-1, -2))")
+bug("softmax-over-queries", "weights add up to 1 over the positions that ask, not over those that are asked",
+    ".softmax(-1).to(v.dtype) @ v", ".softmax(-2).to(v.dtype) @ v")
 bug("attention-replaces", "attention replaces its input instead of adding to it", "return x + a.transpose(1, 2)", "return a.transpose(1, 2)")
 bug("padding-swapped", "the two paddings of Downsample are exchanged", 'if padding == "both" else', 'if padding != "both" else')
 bug("upsample-bilinear", "Upsample smooths where pixels should be repeated", 'mode="nearest"', 'mode="bilinear"')
@@ -123,6 +145,12 @@ bug("null-is-last-class", "without labels the network is told the last class", '
 bug("class-replaces-time", "the class replaces the time instead of joining it", "emb = emb + self.classes(y)", "emb = self.classes(y)")
 bug("half-timesteps-pass", "timesteps in half precision are accepted", "(torch.bfloat16, torch.float16, torch.bool)", "(torch.bool,)")
 bug("attention-everywhere", "by default attention is put at every size up to 16", "[s for s in sizes[1:] if s <= 16][:1]", "[s for s in sizes[1:] if s <= 16]")
+bug("patches-reshaped", "pixels are reshaped where squares must be cut out",
+    "F.pixel_unshuffle(x, patch_size)", "x.reshape(x.shape[0], -1, x.shape[2] // patch_size, x.shape[3] // patch_size)")
+bug("patches-transposed", "patches are put back with rows and columns exchanged",
+    "F.pixel_shuffle(x, patch_size)", "F.pixel_shuffle(x.unflatten(1, (-1, patch_size, patch_size)).mT.flatten(1, 3), patch_size)")
+bug("attention-in-pixels", "resolutions are counted in pixels although the network works on patches",
+    'size = c["image_size"] // c["patch_size"]', 'size = c["image_size"]')
 
 
 # ---------------------------------------------------------------- 04 train
@@ -136,14 +164,14 @@ bug("lr-jumps", "the cosine forgets the warm-up and jumps at its end", "math.pi 
 bug("warmup-too-long", "in a short run the warm-up never ends", "warmup = min(warmup, total // 10)", "pass")
 bug("lr-bounces", "a whole cosine: the rate rises again in the second half", "math.pi * (step - warmup) / max", "2 * math.pi * (step - warmup) / max")
 bug("ema-no-warmup", "the EMA has no warm-up: its early weights are those of the untrained network", "return min(decay, (1 + step) / (10 + step))", "return decay", "openai/improved-diffusion#59")
-bug("ema-wrong-way", "the EMA keeps what it should forget", "weight = 1 - ema_decay_at(step, self.decay)", "weight = ema_decay_at(step, self.decay)")
+bug("ema-wrong-way", "the EMA keeps what it should forget", "weight = 1 - self.decay_at(step)", "weight = self.decay_at(step)")
 bug("ema-forgets-buffers", "the EMA keeps the buffers of the untrained network", "mine.copy_(theirs)", "pass", "CuriousAI/mean-teacher#9")
 bug("ema-decay-one", "the warm-up ignores the decay that was asked for", "return min(decay, (1 + step) / (10 + step))", "return (1 + step) / (10 + step)", "huggingface/diffusers#1864")
 bug("dropout-per-batch", "labels are hidden for whole batches", "torch.rand(y.shape, device=y.device, generator=generator) < p", "torch.rand((), device=y.device, generator=generator) < p")
 bug("dropout-inverted", "labels are hidden nine times out of ten", "generator=generator) < p, null, y)", "generator=generator) >= p, null, y)")
 bug("null-off-by-one", "hidden labels become the last class", "drop_labels(y, config.label_dropout, len(data.classes), g)", "drop_labels(y, config.label_dropout, len(data.classes) - 1, g)")
-bug("last-timestep-untrained", "the last timestep is never drawn", "t = torch.randint(config.T, (len(x0),)", "t = torch.randint(config.T - 1, (len(x0),)")
-bug("one-t-per-batch", "all images of a batch share one timestep", "t = torch.randint(config.T, (len(x0),), device=device, generator=g)", "t = torch.randint(config.T, (1,), device=device, generator=g).expand(len(x0))")
+bug("last-timestep-untrained", "the last timestep is never drawn", "return torch.randint(T, (n,),", "return torch.randint(T - 1, (n,),")
+bug("one-t-per-batch", "all images of a batch share one timestep", "t = draw_timesteps(len(x0), config.T, g, config.logit_normal)", "t = draw_timesteps(1, config.T, g, config.logit_normal).expand(len(x0))")
 bug("noise-streamed", "noise comes from the global generator, so a resumed run draws other noise", "noise = torch.randn(x0.shape, device=device, generator=g)", "noise = torch.randn(x0.shape, device=device)")
 bug("same-noise-each-step", "every step draws the same noise and timesteps", 'addressed(config.seed, "batch", step, device=device)', 'addressed(config.seed, "batch", device=device)')
 bug("labels-of-others", "labels are taken in stored order, not in that of the batch", "y = _bring(data.labels[index], device)", "y = data.labels[:len(index)].to(device)")
@@ -159,9 +187,9 @@ bug("checkpoint-in-place", "checkpoints are written under their final name", "re
 bug("cut-row-read", "the row that is being written is read as if it were whole", "for line in lines[:-1])", "for line in lines)")
 bug("rates-mixed", "the logged learning rate is that of the next step", '"lr": lr_at(state.step - 1, total', '"lr": lr_at(state.step, total', tests="test_train.py -k rate_of")
 bug("moments-laid-out-otherwise", "a resumed optimiser's moments lie in memory in another order than its weights", 'torch.empty_like(p).copy_(tensors[f"{m}.{name}"])', 'tensors[f"{m}.{name}"].to(p)', "pytorch/pytorch#110758", tests="test_train.py -k order_of_memory")
-bug("ema-not-saved", "checkpoints hold the last weights in place of the average", "for k, v in self.ema.model.state_dict().items()}", "for k, v in self.model.state_dict().items()}", "Vchitect/Latte#55")
+bug("ema-not-saved", "checkpoints hold the last weights in place of the average", "for k, v in ema.model.state_dict().items()}", "for k, v in self.model.state_dict().items()}", "Vchitect/Latte#55")
 bug("prefix-saved", "weights are saved with the prefix of a wrapper", '{f"model.{k}": v for k, v', '{f"model._orig_mod.{k}": v for k, v', "karpathy/nanoGPT#325")
-bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", 'if f"exp_avg.{name}" not in tensors: continue', "if True: continue")
+bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", "if name not in wanted: continue", "if True: continue")
 bug("meter-not-restored", "a resumed run forgets the sums since the last row", 'self.meter.sums.copy_(tensors["meter"]); ', "")
 bug("resume-from-zero", "a resumed run counts from 0 and replays its first batches", 'state.restore(tensors, meta["step"],', 'state.restore(tensors, 0,', tests="test_train.py -k resumed_metrics")
 bug("metrics-twice", "a resumed run repeats rows of metrics.csv", 'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)", tests="test_train.py -k written_once")
@@ -172,6 +200,31 @@ bug("gradients-pile-up", "gradients are never set back to zero", "state.optimize
 bug("newest-removed", "the oldest checkpoints are kept instead of the newest", "checkpoints(self.run)[:-keep]", "checkpoints(self.run)[keep:]")
 bug("samples-of-raw-weights", "sample grids come from the last weights, not from the average", "sampler(state.ema.model, schedule", "sampler(state.model, schedule", tests="test_train.py -k rate_of")
 bug("loads-raw-weights", "load_model takes the last weights, not the average", 'weights="ema", # or "model"', 'weights="model", # or "model"', "lucidrains/denoising-diffusion-pytorch#288")
+bug("decay-of-the-rest", "the linear decay takes the share that should be constant", "max(1, decay_share * total)", "max(1, (1 - decay_share) * total)")
+bug("decay-knows-length", "with a constant rate the cosine stays in force until the decay",
+    "return peak * min(1, (total - step) / max(1, decay_share * total))",
+    "return peak * min(0.5 * (1 + math.cos(math.pi * (step - warmup) / total)), (total - step) / max(1, decay_share * total))")
+bug("share-inverted", "an average asked for a tenth of the run looks back on nine tenths", "math.log(1 - self.share)", "math.log(self.share)")
+bug("share-as-decay", "a share of the run is taken for a decay", "if self.share is None: return ema_decay_at(step, self.decay)", "return self.share or ema_decay_at(step, self.decay)")
+bug("half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (config.batch_size / h)", "0.5 ** (1 / h)")
+bug("half-lives-too-long", "averages longer than the run are accepted", "if h > config.epochs * len(data)]:", "if False]:", tests="test_train.py -k half_lives")
+bug("one-average-moves", "only the first of several averages is updated", "for ema in state.averages.values(): ema.update(model, state.step)", "state.ema.update(model, state.step)")
+bug("logit-std-ignored", "the deviation of logit-normal timesteps has no effect", "mean + std * torch.randn(n,", "mean + torch.randn(n,")
+bug("logit-mean-reversed", "a negative mean draws timesteps near the noise", "mean + std * torch.randn(n,", "-mean + std * torch.randn(n,")
+bug("logit-normal-ignored", "batches draw all timesteps alike, whatever was asked for", "draw_timesteps(len(x0), config.T, g, config.logit_normal)", "draw_timesteps(len(x0), config.T, g)")
+bug("probabilities-reversed", "the weights of a mean loss are those of the opposite draw", "edges.logit() - mean) / std)", "edges.logit() + mean) / std)")
+bug("muon-no-nesterov", "Muon does not look ahead", "update = p.grad.lerp(buffer, self.momentum).flatten(1)", "update = buffer.flatten(1)")
+bug("muon-unscaled", "Muon's steps do not depend on the size of the matrix", "alpha=-group[\"lr\"] * 0.2 * longer ** 0.5)", "alpha=-group[\"lr\"])")
+bug("muon-shorter-side", "Muon's steps are scaled by the shorter side", "alpha=-group[\"lr\"] * 0.2 * longer ** 0.5)", "alpha=-group[\"lr\"] * 0.2 * min(w.shape) ** 0.5)")
+bug("muon-embeddings", "Muon orthogonalises the embeddings of time and class", 'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("conv_in.", "conv_out.")')
+bug("muon-last-layer", "Muon takes the first and the last layer too", 'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("time.", "classes.")')
+bug("muon-no-decay", "Muon forgets weight decay", 'if group["weight_decay"]: p.mul_', "if False: p.mul_")
+bug("muon-and-adamw", "AdamW takes a second step with Muon's matrices", "p.grad = None  ", "pass  ")
+bug("newton-schulz-once", "one step of the iteration: singular values are as unequal as before", "for _ in range(steps):", "for _ in range(1):")
+bug("muon-momentum-forgotten", "a resumed run forgets Muon's momentum", "for m in wanted[name]} # laid out", 'for m in wanted[name] if m != "momentum_buffer"} # laid out')
+bug("version-1-rows", "metrics of version 0.1, without processor time, are refused", "if list(m) not in (columns, columns[:-1]):", "if list(m) != columns:", tests="test_versions.py")
+bug("version-1-model", "checkpoints of version 0.1, which know no patches, are refused", '_same_model(_whole(meta["model"]), model, path)', '_same_model(meta["model"], model, path)', tests="test_versions.py")
+bug("processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)', "0.0", tests="test_train.py -k processor")
 
 
 # ---------------------------------------------------------------- 05 sample
@@ -182,13 +235,16 @@ bug("output-is-eps", "the output is taken for eps, whatever the network predicts
 bug("clip-0-1", "x0 is clipped to [0, 1]", "x0 = x0.clamp(-1, 1)", "x0 = x0.clamp(0, 1)")
 bug("clip-always", "clip=False has no effect", "if clip: x0 =", "x0 =")
 bug("clip-after-mean", "the mean is clipped instead of x0: too late to help",
-    "x0, _ = denoise(model, schedule, x, t, y, prediction, clip)\n        (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)\n        step = (a / a2) ** 2                                             # signal kept from t_next to t: alpha in the paper\n        mean = (a2 * (1 - step) * x0 + math.sqrt(step) * s2 ** 2 * x) / s ** 2",
-    "x0, _ = denoise(model, schedule, x, t, y, prediction, False)\n        (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)\n        step = (a / a2) ** 2\n        mean = ((a2 * (1 - step) * x0 + math.sqrt(step) * s2 ** 2 * x) / s ** 2).clamp(-1, 1)", "hojonathanho/diffusion#5")
-bug("ddpm-variance", "DDPM adds noise scaled by the variance", "mean + s2 / s * math.sqrt(1 - step) * draw_noise", "mean + (s2 / s) ** 2 * (1 - step) * draw_noise", "Y-debug-sys/Diffusion-TS#135")
-bug("ddpm-beta", "DDPM adds the forward noise, not that of the posterior", "mean + s2 / s * math.sqrt(1 - step) * draw_noise", "mean + math.sqrt(1 - step) * draw_noise")
-bug("ddpm-alpha-of-t", "the posterior mean uses alpha_bar of t where that of the next timestep belongs", "(a2 * (1 - step) * x0", "(a * (1 - step) * x0")
-bug("ddpm-step-unsquared", "alpha is a ratio of roots", "step = (a / a2) ** 2", "step = a / a2")
-bug("ddim-variance", "eta scales a variance where the standard deviation belongs", "sigma = eta * s2 / s * math.sqrt(1 - (a / a2) ** 2)", "sigma = eta * (s2 / s) ** 2 * (1 - (a / a2) ** 2)", "jsboige/CoursIA#16158")
+    "x0, _ = denoise(model, schedule, x, t, y, prediction, clip)\n        (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)\n"
+    "        kept = a / a2                                                    # of the amplitude, from t_next to t: root of the paper's alpha\n"
+    "        mean = a2 * x0 + kept * (s2 / s) ** 2 * (x - a * x0)",
+    "x0, _ = denoise(model, schedule, x, t, y, prediction, False)\n        (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)\n"
+    "        kept = a / a2\n        mean = (a2 * x0 + kept * (s2 / s) ** 2 * (x - a * x0)).clamp(-1, 1)", "hojonathanho/diffusion#5")
+bug("ddpm-variance", "DDPM adds noise scaled by the variance", "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise", "mean + s2 ** 2 * (1 - (kept * s2 / s) ** 2) * draw_noise", "Y-debug-sys/Diffusion-TS#135")
+bug("ddpm-beta", "DDPM adds the forward noise, not that of the posterior", "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise", "mean + s * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise")
+bug("ddpm-alpha-of-t", "the posterior mean uses alpha_bar of t where that of the next timestep belongs", "mean = a2 * x0 + kept", "mean = a * x0 + kept")
+bug("ddpm-step-unsquared", "alpha, which is what is kept of the power, stands where its root belongs", "kept = a / a2", "kept = (a / a2) ** 2")
+bug("ddim-variance", "eta scales a variance where the standard deviation belongs", "sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)", "sigma = eta * s2 ** 2 * (1 - (a / a2 * s2 / s) ** 2)", "jsboige/CoursIA#16158")
 bug("ddim-too-noisy", "with eta above 0 fresh noise comes on top of all the old", "math.sqrt(s2 ** 2 - sigma ** 2) * eps", "s2 * eps")
 bug("ddim-eta-ignored", "eta has no effect", "if sigma: x = x + sigma", "if False: x = x + sigma")
 bug("ddim-x0-unscaled", "the estimate of x0 is not scaled to the next noise level", "x = a2 * x0 + math.sqrt(s2", "x = x0 + math.sqrt(s2")
@@ -211,6 +267,14 @@ bug("start-by-position", "an image depends on its place in the batch", '[address
 bug("labels-by-position", "every batch gets the labels of the first", "labels = None if y is None else y[ks].to(device)", "labels = None if y is None else y[:len(ks)].to(device)")
 bug("samples-mixed", "samples of another model are accepted as the beginning of these", '"model": fingerprint(model, schedule),', '"model": "",')
 bug("samples-again", "an interrupted call makes all samples again", "if not (folder / f\"{k:06d}.png\").exists()]", "]")
+bug("ddim-eta-preserving", "the noise that eta adds is right only where variance is preserved",
+    "sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)", "sigma = eta * s2 / s * math.sqrt(max(0, 1 - (a / a2) ** 2))")
+bug("ddpm-preserving", "DDPM's noise is right only where variance is preserved",
+    "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise", "mean + s2 / s * math.sqrt(1 - kept ** 2) * draw_noise")
+bug("fingerprint-forgets-noise", "samples of two schedules with one signal curve are mixed",
+    "if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes())", "pass")
+bug("heun-at-pure-noise", "Heun divides by a signal of zero", "if t_next >= 0 and a > 0:", "if t_next >= 0:")
+bug("dpm-at-pure-noise", "DPM-Solver++ takes the logarithm of a signal of zero", "if s2 > 0 and a > 0 else", "if s2 > 0 else")
 
 
 # ---------------------------------------------------------------- 06 guide
