@@ -448,20 +448,23 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        group, shapes = self.param_groups[1], {}
+        group = self.param_groups[1]
         params = [p for p in group["params"] if p.grad is not None]
-        buffers, grads = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params], [p.grad for p in params]
-        if params:
-            torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-            updates = torch._foreach_lerp(grads, buffers, self.momentum)
-        if params and group["weight_decay"]: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for p, u in zip(params, updates if params else ()):
+        if params: self._step_matrices(group, params)
+        return super().step(closure)                                     # AdamW passes over what has no gradient
+
+    def _step_matrices(self, group, params):
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        grads, shapes = [p.grad for p in params], {}
+        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        updates = torch._foreach_lerp(grads, buffers, self.momentum)
+        if group["weight_decay"]: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, u in zip(params, updates):
             shapes.setdefault(u.flatten(1).shape, []).append((p, u.flatten(1).to(self.dtype)))
-            p.grad = None                                                # AdamW passes over what has no gradient
+            p.grad = None
         for shape, pairs in shapes.items():
             for (p, _), w in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
                 p.add_(w.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
-        return super().step(closure)
 
 def make_optimizer(model, config): # TrainConfig -> torch.optim.Optimizer
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
