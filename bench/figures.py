@@ -12,14 +12,15 @@ import matplotlib.pyplot as plt
 
 from diffnb.evaluate import load_statistics
 from diffnb.schedule import gaussian_loss_floor, make_schedule
-from diffnb.train import read_config, read_metrics
+from diffnb.train import read_config, read_metrics, timestep_probabilities
 
 
 def curve(run, statistics, out):
     config, m = read_config(run)["config"], read_metrics(run)
     schedule = make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
     spectrum, _ = load_statistics(statistics)
-    floor = gaussian_loss_floor(spectrum, schedule, config.prediction).mean().item()
+    by_timestep = gaussian_loss_floor(spectrum, schedule, config.prediction)
+    floor = (by_timestep * timestep_probabilities(config.T, config.logit_normal)).sum().item()
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     ax.plot(m["images"], m["loss"], marker=".", ms=3, lw=1, label="training loss")
     ax.axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {floor:.4f}")
