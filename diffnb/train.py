@@ -911,7 +911,9 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     if saved := last_checkpoint(run, net, set_aside=ranks.rank == 0):
         tensors, meta = saved
         state.restore(tensors, meta["step"], meta["seconds"], meta.get("processor_seconds", 0.0))
-        if ranks.rank: state.meter.sums[:2 * BINS] = 0                           # the half-filled row is counted once, by rank 0
+        if ranks.rank: # the half-filled row, and the time spent by all, are counted once, by rank 0
+            state.meter.sums[:2 * BINS] = 0
+            state.processor_seconds = 0.0
         if progress: print(f"continuing {run} at step {state.step} of {total}{_change_of_plan(config, data, meta, state.step, total)}")
     network = ready(state, device, ranks)
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
@@ -920,6 +922,8 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     start, logged = time.perf_counter() - state.seconds, (state.step, time.perf_counter())
     processor_start = time.process_time() - state.processor_seconds              # of all threads; a paused process uses none
 
+    def spent(): # processor time of all ranks, also before an interruption
+        return ranks.sum(torch.tensor(time.process_time() - processor_start, dtype=torch.float64)).item()
     def due(every): # has a multiple of `every` epochs been passed in this step?
         return math.floor(state.step * config.batch_size / len(data) / every) > math.floor((state.step - 1) * config.batch_size / len(data) / every)
     def log():
@@ -927,7 +931,7 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
         row, now = state.meter.read(ranks), time.perf_counter()
         row |= {"step": state.step, "epoch": state.step * config.batch_size / len(data), "images": state.step * config.batch_size,
                 "lr": lr_at(state.step - 1, total, config.lr, config.warmup, config.decay_share), "seconds": now - start,
-                "processor_seconds": ranks.sum(torch.tensor(time.process_time() - processor_start, dtype=torch.float64)).item(),
+                "processor_seconds": spent(),
                 "images_per_s": (state.step - logged[0]) * config.batch_size / (now - logged[1])}
         logged = state.step, now
         _check_finite(row, run)
@@ -938,7 +942,8 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
         return bool(on_log and on_log(run))
     def save():
         if not state.meter.total(ranks).isfinite().all(): _check_finite(state.meter.read(ranks), run)
-        state.seconds, state.processor_seconds, tensors = time.perf_counter() - start, time.process_time() - processor_start, state.tensors(ranks)
+        state.seconds, state.processor_seconds = time.perf_counter() - start, spent()
+        tensors = state.tensors(ranks)
         if ranks.rank: return
         watch.store(tensors, {"step": state.step, "seconds": state.seconds, "processor_seconds": state.processor_seconds, "config": asdict(config), "model": net, "data": {
             "classes": list(data.classes), "native_size": data.native_size}}, config.keep)

@@ -14,6 +14,8 @@ from diffnb.train import Alone, TrainConfig, checkpoints, load_model, read_metri
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
                    sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")                                       # 20 steps
+timed = {"seconds", "processor_seconds", "images_per_s"}
+muon = replace(tiny, optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "
             "--device cpu").split()
 
@@ -37,14 +39,20 @@ def script(folder):
     torch.set_num_threads(1)
     done = {}; load_data("digits")                                            # read once, for all that are forked
     train(tiny, folder / "alone", sampler=ddim, progress=False)
-    def go(run, shard=False, on_log=None, **change):
+    train(muon, folder / "muon_alone", sampler=ddim, progress=False)
+    def go(run, shard=False, on_log=None, config=tiny, **change):
         ranks = Ranks(shard, "cpu")
-        with ranks.guard(): train(replace(tiny, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
+        with ranks.guard(): train(replace(config, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
     for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(accumulate=2)), ("divided", 2, True, {}), ("divided_last", 2, True, dict(channels_last=True))):
         done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
     done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
     done["resumed"] = fork(2, lambda rank: go(folder / "resumed", shard=True))[0]
+    done["muon_begun"] = fork(2, lambda rank: go(folder / "muon_two", on_log=stop_early, config=muon))[0]
+    done["muon_two"] = fork(2, lambda rank: go(folder / "muon_two", config=muon))[0]
+    done["muon_divided"] = fork(2, lambda rank: go(folder / "muon_divided", True, config=muon))[0]
+    done["two_begun"] = fork(2, lambda rank: go(folder / "ended_alone", on_log=stop_early))[0]
+    train(tiny, folder / "ended_alone", sampler=ddim, progress=False)
     def die(run):
         if read_metrics(run)["step"][-1] == 20: os.kill(os.getpid(), signal.SIGKILL)       # the last checkpoint, of step 19, holds a row half filled
     done["dies"], done["dies_seconds"] = fork(2, lambda rank: go(folder / "dies", on_log=die))
@@ -86,7 +94,7 @@ def test_any_number_of_ranks_gives_the_same_run(ranks, name):
     assert set(done[name]) == {0}, said[-2000:]
     a, b = read_metrics(folder / "alone"), read_metrics(folder / name)
     assert (a["step"] == b["step"]).all() and len(a["step"]) == 4
-    for column in a.keys() - {"seconds", "images_per_s"}: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
     (x, meta), (y, meta_b) = (read_tensors(checkpoints(folder / run)[-1]) for run in ("alone", name))
     assert x.keys() == y.keys() and meta["step"] == meta_b["step"] == 20
     assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith("ema.")) < 1e-4
@@ -102,6 +110,34 @@ def test_a_run_may_change_its_ranks(ranks):
     assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith(("ema.", "exp_avg."))) < 1e-4
 
 
+def test_two_ranks_with_muon_are_one_process_with_muon(ranks):
+    "Stopped and continued on the way, with two averages; gradients are summed in another order, and Muon's iteration keeps that small."
+    folder, done, said = ranks
+    assert done["muon_begun"] == done["muon_two"] == [0, 0], said[-2000:]
+    a, b = read_metrics(folder / "muon_alone"), read_metrics(folder / "muon_two")
+    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-4, rtol=1e-3, equal_nan=True), column
+    x, y = (read_tensors(checkpoints(folder / run)[-1])[0] for run in ("muon_alone", "muon_two"))
+    assert x.keys() == y.keys() and {"ema", "ema2", "momentum_buffer", "exp_avg"} < {k.split(".")[0] for k in x}
+    assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith(("ema.", "ema2.", "momentum_buffer."))) < 1e-3
+
+
+def test_muon_is_not_divided(ranks):
+    folder, done, said = ranks
+    assert done["muon_divided"] == [1, 1] and "works on whole matrices, and shard divides them" in said
+    assert not (folder / "muon_divided").exists()
+
+
+def test_processor_time_is_that_of_all_ranks_and_goes_on_with_fewer(ranks):
+    folder, done, said = ranks
+    assert done["two_begun"] == [0, 0], said[-2000:]
+    for name in ("two", "resumed", "ended_alone"):
+        spent = read_metrics(folder / name)["processor_seconds"]
+        assert len(spent) == 4 and (np.diff(spent) > 0).all(), (name, spent)
+    kept = {m["step"]: m["processor_seconds"] for m in (read_tensors(c)[1] for c in checkpoints(folder / "ended_alone"))}
+    spent = read_metrics(folder / "ended_alone")["processor_seconds"]
+    assert spent[1] <= kept[10] < spent[2] and spent[3] <= kept[20]     # a checkpoint counts for all, too
+
+
 def test_a_rank_that_dies_ends_the_job_soon_and_says_so(ranks):
     folder, done, said = ranks
     assert done["dies"] == [-9, 1] and done["dies_seconds"] < 60 and "rank 1 of 2 has lost another rank" in said
@@ -113,7 +149,7 @@ def test_a_row_that_spans_a_death_counts_each_image_once(ranks):
     assert [read_tensors(c)[1]["step"] for c in checkpoints(folder / "dies")] == [10, 19]
     a, b = read_metrics(folder / "alone"), read_metrics(folder / "mended")
     assert (a["step"] == b["step"]).all()
-    for column in a.keys() - {"seconds", "images_per_s"}: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
 
 
 def test_ranks_do_not_read_what_an_earlier_start_has_left():

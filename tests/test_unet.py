@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from diffnb.data import DiffnbError
-from diffnb.unet import Attention, ResBlock, TimeEmbedding, UNet, count_parameters, timestep_embedding
+from diffnb.unet import (Attention, ResBlock, TimeEmbedding, UNet, count_parameters, dot_product_attention, fold,
+                         timestep_embedding, unfold)
 
 SMALL = dict(image_size=16, base_channels=16, channel_mult=(1, 2), norm_groups=8)
 
@@ -225,6 +226,127 @@ def test_count_parameters_counts_frozen_weights_too():
     n = count_parameters(model)
     model.conv_in.requires_grad_(False)
     assert count_parameters(model) == n > 0
+
+
+# ---- patches
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("patch", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 5), (4, 4)])
+def test_fold_and_unfold_are_inverse(channels, patch, tiles):
+    h, w = tiles[0] * patch, tiles[1] * patch
+    x = torch.randn(2, channels, h, w)
+    folded = fold(x, patch)
+    assert folded.shape == (2, channels * patch**2, *tiles) and torch.equal(unfold(folded, patch), x)
+    y = torch.randn_like(folded)
+    assert torch.equal(fold(unfold(y, patch), patch), y)
+    for i, j in ((0, 0), (tiles[0] - 1, tiles[1] - 1)):       # one position holds one square: channel, row, column
+        square = x[:, :, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch]
+        assert torch.equal(folded[:, :, i, j], square.flatten(1))
+
+
+@pytest.mark.parametrize("size, patch", [(32, 3), (8, 16), (28, 8)])
+def test_patches_must_tile_the_image(size, patch):
+    words = f"patch_size={patch} does not divide image_size={size}"
+    with torch.device("meta"), pytest.raises(DiffnbError, match=words): UNet(size, patch_size=patch)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(patch_size=0), "patch_size"), (dict(patch_size=65), "patch_size"), (dict(patch_size=2.0), "patch_size"),
+    (dict(patch_size=None), "patch_size"), (dict(patch_size=True), "patch_size"),
+    (dict(image_size=24, patch_size=4), "image_size=24 (6 patches of 4) cannot be halved 2 times"),
+    (dict(patch_size=2, attention=(32,)), "works at 16, 8, 4"),
+])
+def test_patches_that_cannot_work(change, words):
+    with torch.device("meta"), pytest.raises(DiffnbError) as e: UNet(**change)
+    assert words in str(e.value)
+
+
+def test_inputs_must_be_made_of_patches():
+    model = UNet(**SMALL, patch_size=4)
+    assert model(torch.zeros(1, 3, 8, 24), 5).shape == (1, 3, 8, 24)
+    with pytest.raises(DiffnbError, match="divisible by 8"): model(torch.zeros(1, 3, 12, 16), 5)
+
+
+def test_levels_and_attention_count_patches():
+    with torch.device("meta"): big, small = UNet(128, patch_size=4), UNet(32)
+    assert {k: v for k, v in big.config.items() if k not in ("image_size", "patch_size")} == \
+           {k: v for k, v in small.config.items() if k not in ("image_size", "patch_size")}
+    assert big.config["attention"] == [16] and big.conv_in.in_channels == big.conv_out.out_channels == 48
+
+
+def test_patches_keep_the_work_of_larger_images():
+    from diffnb.scale import count_flops
+    with torch.device("meta"):
+        plain = UNet(16)
+        patched = [UNet(size, patch_size=patch) for size, patch in ((32, 2), (64, 4), (128, 8))]
+        whole = UNet(64)
+    for model in patched:
+        assert 1 < count_flops(model) / count_flops(plain) < 1.25
+        extra = (model.config["patch_size"] ** 2 - 1) * 3 * 64 * 9 * 2 + 3 * (model.config["patch_size"] ** 2 - 1)
+        assert count_parameters(model) - count_parameters(plain) == extra  # only the outermost convolutions are wider
+    assert count_flops(whole) > 5 * count_flops(patched[1])
+
+
+def test_every_pixel_of_a_patch_is_heard_and_answered():
+    torch.manual_seed(0)
+    model = randomise(UNet(**SMALL, patch_size=2))
+    x, t, _ = inputs(model.config, batch=1)
+    y = model(x, t)
+    for i, j in ((4, 6), (5, 6), (4, 7), (5, 7)):
+        changed = x.clone()
+        changed[0, 1, i, j] += 1
+        assert not torch.allclose(model(changed, t), y, atol=1e-4)
+    assert len({round(v, 4) for v in y[0, 1, 4:6, 6:8].flatten().tolist()}) == 4
+
+
+def test_patched_unet_learns_a_step_and_rebuilds_through_json():
+    torch.manual_seed(0)
+    model = UNet(**SMALL, patch_size=2, num_classes=3)
+    opt = torch.optim.Adam(model.parameters(), 1e-2)
+    x, t, y = inputs(model.config)
+    losses = []
+    for step in range(6):
+        opt.zero_grad()
+        loss = (model(x, t, y) - x).square().mean()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0] and all(p.grad is not None for p in model.parameters())
+    again = UNet(**json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    assert again.config["patch_size"] == 2 and torch.equal(again.eval()(x, t, y), model.eval()(x, t, y))
+
+
+# ---- attention, written out on a CPU
+
+@pytest.mark.parametrize("tokens", [1, 4, 64, 256, 1024, 1025])
+@pytest.mark.parametrize("heads, width", [(1, 32), (4, 8)])
+def test_dot_product_attention_is_pytorchs(tokens, heads, width):
+    g = torch.Generator().manual_seed(tokens)
+    q, k, v = torch.randn(3, 1, heads, tokens, width, generator=g)
+    both = []
+    for f in (dot_product_attention, nn.functional.scaled_dot_product_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = f(*leaves)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        both.append([out.detach(), *[x.grad for x in leaves]])
+    for ours, theirs in zip(*both): assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dot_product_attention_in_bf16(autocast):
+    "As far from float32 as PyTorch's own is: a few of its roundings of 1/256."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 64, 8, generator=g).bfloat16()
+    exact, grads = nn.functional.scaled_dot_product_attention(*x.float()), []
+    for f in (dot_product_attention, nn.functional.scaled_dot_product_attention):
+        leaves = [y.clone().requires_grad_() for y in x]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = f(*leaves)
+        assert out.dtype == torch.bfloat16 and (out.float() - exact).abs().max() < 0.02
+        out.float().square().sum().backward()
+        grads.append([y.grad.float() for y in leaves])
+    for ours, theirs in zip(*grads): assert (ours - theirs).abs().max() < 0.03 * max(1, theirs.abs().max())
 
 
 # ---- complaints
