@@ -415,7 +415,7 @@ def _longest(f): # the decay of the longest average; None if one is over a share
     if c.ema_half_lives is None: return c.ema_decay
     return None if min(c.ema_half_lives) < 1 else 0.5 ** (c.batch_size / max(c.ema_half_lives))
 def _horizons(f): # in words
-    lives = [f"the last {h:.3g} of the run" if h < 1 else f"the last {h:,.0f} images" for h in f.config.ema_half_lives]
+    lives = [f"the last {100 * h:.3g}% of the run" if h < 1 else f"the last {h:,.0f} images" for h in f.config.ema_half_lives]
     return ", ".join(f"{h} ({name})" for h, name in zip(lives, make_averages(torch.nn.Module(), f.config)))
 @looks_for("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
