@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .data import DiffnbError
-from .schedule import NoiseSchedule, cosine_schedule, linear_schedule
+from .schedule import PREDICTIONS, NoiseSchedule, _check_prediction, cosine_schedule, flow_schedule, linear_schedule
 from .unet import UNet, _choice, _number, _numbers
 
 # %% ../nbs/tools/interchange.ipynb #c006
@@ -46,6 +46,9 @@ def key_map(model): # our UNet
 # %% ../nbs/tools/interchange.ipynb #c011
 def _their_settings(c):
     "UNet2DModel's arguments for our configuration `c`."
+    if c["patch_size"] > 1:
+        raise DiffnbError(f"patch_size={c['patch_size']}: diffusers' UNet2DModel works on pixels, not on patches of them. "
+                          "Only diffnb can run this one.")
     if not (c["mid_norm"] or c["film"]):
         raise DiffnbError("mid_norm=False: diffusers has no such model with film=False. Only diffnb can run this one.")
     attends = [c["image_size"] // 2**i in c["attention"] for i in range(len(c["channel_mult"]))]
@@ -170,16 +173,39 @@ def unet_to_diffusers(model # our UNet
 
 # %% ../nbs/tools/interchange.ipynb #c029
 _predictions = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_flow_note = {"_unet_timesteps": "index"}  # the network takes t = 0 ... T-1, not T * sigma; diffusers keeps names with _
 
-def to_diffusers(model,            # our UNet
-                 schedule,         # the NoiseSchedule it was trained with
-                 prediction="eps", # what it predicts: "eps", "x0" or "v"
-                ):                 # (UNet2DModel, DDIMScheduler)
-    "The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes."
-    _choice("prediction", prediction, tuple(_predictions))
+def _check_sayable(schedule, prediction):
+    "Raises DiffnbError for a schedule or a prediction that no scheduler of diffusers has."
+    _choice("prediction", prediction, PREDICTIONS)
+    _check_prediction(schedule, prediction)
+    if schedule.straight and prediction != "velocity":
+        raise DiffnbError(f"prediction={prediction!r} on the flow schedule: diffusers' FlowMatchEulerDiscreteScheduler only "
+                          "takes a velocity. Sample this model with diffnb, or train one with prediction='velocity'.")
+    if not schedule.straight and (schedule.alpha_bar + schedule.s**2 - 1).abs().max() > 1e-9:
+        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has no scheduler for it.")
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
         raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
                           "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
+
+def _flow_shift(schedule):
+    "The number for which `schedule` is flow_schedule(T).shift(number)."
+    u, s = 1 / schedule.T, schedule.s[0].item()
+    shift = float(f"{s * (1 - u) / (u * (1 - s)):.12g}")
+    if (flow_schedule(schedule.T).shift(shift).s - schedule.s).abs().max() > 1e-9:
+        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has no scheduler for it.")
+    return shift
+
+def to_diffusers(model,            # our UNet
+                 schedule,         # the NoiseSchedule it was trained with
+                 prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
+                ):                 # (UNet2DModel, DDIMScheduler); of a flow, (UNet2DModel, FlowMatchEulerDiscreteScheduler)
+    """The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes.
+    A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError."""
+    _check_sayable(schedule, prediction)
+    if schedule.straight:
+        settings = dict(num_train_timesteps=schedule.T, shift=_flow_shift(schedule), **_flow_note)
+        return unet_to_diffusers(model), _diffusers().FlowMatchEulerDiscreteScheduler(**settings)
     before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar[:-1]])
     betas = (1 - schedule.alpha_bar / before).tolist()
     unet = unet_to_diffusers(model)
@@ -187,26 +213,65 @@ def to_diffusers(model,            # our UNet
         num_train_timesteps=schedule.T, trained_betas=betas, prediction_type=_predictions[prediction],
         timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=True)
 
+
 # %% ../nbs/tools/interchange.ipynb #c032
+def _how_to_sample(model, schedule):
+    "README.md of a flow model's folder."
+    c, T, steps = model.config, schedule.T, min(50, schedule.T)
+    classes, null = ("", "") if c["num_classes"] is None else (
+        ", class_labels=y", f"y = torch.arange(4) % {c['num_classes']}  # the classes; {c['num_classes']} stands for none\n")
+    size = f"{c['in_channels']}, {c['image_size']}, {c['image_size']}"
+    return f"""# A flow model, written by diffnb
+
+diffusers has no pipeline for it, and `DDIMPipeline` would exchange the scheduler for one that does not fit. Run this here:
+
+```python
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained(".", subfolder="unet").eval()
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(".", subfolder="scheduler")
+u = np.linspace(1, 1 / {steps}, {steps})  # {steps} steps
+scheduler.set_timesteps(sigmas=u, timesteps={T} * u - 1)
+x = torch.randn(4, {size})
+{null}with torch.no_grad():
+    for t in scheduler.timesteps: x = scheduler.step(unet(x, t{classes}).sample, t, x).prev_sample
+images = (x.clamp(-1, 1) + 1) / 2
+```
+
+`set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; the timesteps that the scheduler
+chooses when it is given a number of steps are T * sigma, which means something else to this network. A number of steps that divides {T}
+visits timesteps that were trained. diffnb's own sampler also clips its estimate of the image to [-1, 1] at every step; with `clip=False`
+it takes these steps.
+"""
+
 def save_diffusers(model,            # our UNet
                    schedule,         # the NoiseSchedule it was trained with
                    folder,           # where; must not exist yet, or be empty
-                   prediction="eps", # what it predicts: "eps", "x0" or "v"
+                   prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
+                   say=print,        # is told how to sample a flow model
                   ):                 # the folder
     """Writes what `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without classes;
-    the network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`."""
+    the network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`. A flow has no
+    pipeline in diffusers: its folder holds unet/, scheduler/ and a README.md with the code that samples it."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one.")
     unet, scheduler = to_diffusers(model, schedule, prediction)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
+        if schedule.straight:
+            for name, one in (("unet", unet), ("scheduler", scheduler)): one.save_pretrained(part / name)
+            (part / "README.md").write_text(_how_to_sample(model, schedule), encoding="utf-8")
+        else: _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
         part.replace(folder)
     except OSError as e:
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
+    if schedule.straight: say("diffusers has no pipeline for flow models; README.md in the folder has the code that samples this one")
     return folder
+
 
 # %% ../nbs/tools/interchange.ipynb #c039
 def _read_json(path):
@@ -235,8 +300,26 @@ def _read_weights(folder):
 # %% ../nbs/tools/interchange.ipynb #c041
 _schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep"))
 
+_flow_fixed = dict(use_dynamic_shifting=False, invert_sigmas=False, shift_terminal=None, use_karras_sigmas=False,
+                   use_exponential_sigmas=False, use_beta_sigmas=False, stochastic_sampling=False)
+_flow_idle = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")  # of dynamic shifting
+
+def _read_flow(config):
+    "(NoiseSchedule, \"velocity\") from the settings of a FlowMatchEulerDiscreteScheduler that we wrote."
+    for name, value in config.items():
+        if name.startswith("_") or name in ("num_train_timesteps", "shift", *_flow_idle): continue
+        if name not in _flow_fixed: raise _unsupported(name, value, "not a setting of the flow that diffnb knows.")
+        if value is not (ok := _flow_fixed[name]): raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}.")
+    if any(config.get(k) != v for k, v in _flow_note.items()):
+        raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on T * sigma, "
+                          "ours on the number of the timestep, and it would answer for another noise level than it is asked.")
+    schedule = flow_schedule(_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000))
+    shift = _number("shift", config.get("shift", 1.0), 1e-6, 1e6, float)
+    return schedule if shift == 1 else schedule.shift(shift), "velocity"
+
 def _read_schedule(config):
     "(NoiseSchedule, prediction) from a scheduler's settings."
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler": return _read_flow(config)
     _choice("_class_name", config.get("_class_name"), _schedulers)
     name = _choice("prediction_type", config.get("prediction_type", "epsilon"), tuple(_predictions.values()))
     T = _number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000)

@@ -1,5 +1,5 @@
 "The doctor: each finding against a run with that fault planted, and a healthy run in which all are silent."
-import json, math, os, re, shutil, time
+import json, math, os, re, shutil, time, warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from diffnb.data import DiffnbError, addressed, load_data, save_grid, to_float, to_uint8
-from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, examine, findings, gather, live_dashboard, mirror_test, spikes, trend, verdict, watch)
+from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, draw, examine, findings, gather, live_dashboard, mirror_test, spikes, trend, verdict, watch)
 from diffnb.sample import ddim
 from diffnb.schedule import gaussian_loss_floor
-from diffnb.train import BINS, TrainConfig, checkpoints, columns, lr_at, read_config, read_metrics, read_tensors, train, write_tensors
+from diffnb.train import (BINS, TrainConfig, checkpoints, columns, draw_timesteps, lr_at, make_averages, read_config, read_metrics,
+                          read_tensors, timestep_probabilities, train, write_tensors)
 
 BASE = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
                    log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
@@ -91,6 +92,235 @@ def test_no_prefix_of_the_healthy_metrics_alarms(patient):
 def test_other_healthy_runs(change, tmp_path):
     train(replace(BASE, **change), tmp_path / "run", sampler=ddim, progress=False)
     assert examine(tmp_path / "run").problems == []
+
+
+# --- the flow, drawn timesteps, a rate that stays, averages of several horizons, Muon, patches ---------------------
+
+FLOW = replace(BASE, schedule="flow", prediction="velocity", T=100, logit_normal=(0.0, 1.0), optimizer="muon", weight_decay=0.1,
+               decay_share=0.3, ema_half_lives=(0.05, 640.0), patch_size=2, lr=1e-2, epochs=20.0)
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    run = tmp_path_factory.mktemp("flow") / "run"
+    train(FLOW, run, sampler=ddim, progress=False)
+    return run
+
+
+def test_a_healthy_flow_has_no_problems(flow, tmp_path):
+    report = examine(flow)
+    assert report.problems == []
+    assert {"above-floor", "no-ema", "lr-not-decayed", "noise-never-pure"} <= {x.id for x in report.findings}
+    assert "flow schedule, predicting velocity" in report.summary and "logit-normal" in report.summary
+    for name in FIGURES:                                                         # with every word that a reader may see
+        drawn = draw(name, report.facts)
+        assert name == "scores" or drawn and "nan" not in drawn[1]
+    assert "nan" not in report.markdown() and report.write(tmp_path / "out").is_file()
+
+
+def test_the_live_doctor_is_silent_in_a_healthy_flow(flow):
+    facts = gather(flow, live=True)
+    full, facts.floor = facts.metrics, gaussian_loss_floor(load_data("digits").images, facts.schedule, "velocity")
+    for n in range(1, len(full["step"]) + 1):
+        facts.metrics = {k: v[:n] for k, v in full.items()}
+        assert [x.id for x in findings(facts) if x.severity != "good"] == [], n
+
+
+@pytest.mark.parametrize("logit_normal", [None, (0.0, 1.0), (-1.5, 0.5)])
+def test_the_floor_is_that_of_the_timesteps_drawn(logit_normal, patient):
+    facts = gather(patient(config=dict(logit_normal=logit_normal)), deep=False)
+    floor, T = facts.floor, facts.config.T
+    t = draw_timesteps(4_000_000, T, torch.Generator().manual_seed(0), logit_normal)
+    assert facts.floor_mean == pytest.approx(floor[t].mean().item(), rel=5e-3)
+    for i, expected in enumerate(bin_floor(facts)):
+        drawn = t[t * BINS // T == i]
+        if len(drawn) > 1000: assert expected == pytest.approx(floor[drawn].mean().item(), rel=2e-2), i
+    if logit_normal: assert abs(facts.floor_mean / floor.mean().item() - 1) > 0.1      # or the test would prove nothing
+
+
+def test_a_bin_that_is_never_drawn_has_no_floor(patient):
+    config = dict(logit_normal=[-4.0, 0.1])
+    silent = {f"loss_bin_{i}": np.nan for i in range(1, BINS)} | {"loss": 0.1, "loss_bin_0": 0.1}
+    run = patient(config=config, rows=rows(**silent))
+    facts = gather(run, deep=False)
+    assert np.isfinite(bin_floor(facts)[0]) and np.isnan(bin_floor(facts)[1:]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                           # no mean of empty slices either
+        report = examine(run)
+        for name in ("bins", "loss", "schedule", "ema", "lr"): assert "nan" not in draw(name, report.facts)[1]
+    assert "bin-above-floor" not in {x.id for x in report.problems}
+    silent = {f"loss_bin_{i}": np.nan for i in range(9)} | {"loss": 0.001, "loss_bin_9": 0.001}
+    words = examine(patient(config=dict(logit_normal=[4.0, 0.1]), rows=rows(**silent))).markdown()
+    assert "nan" not in words
+
+
+def test_the_excess_of_a_bin_counts_as_often_as_it_is_drawn(patient):
+    "A tail that is met once in a thousand times cannot be most of the loss."
+    bad = rows(loss_bin_0=lambda y: y + 3, loss_bin_9=lambda y: y + 3)
+    assert "bin-above-floor" in alarms(patient(rows=bad))
+    assert "bin-above-floor" not in alarms(patient(config=dict(logit_normal=[0.0, 0.6]), rows=bad))
+
+
+def test_losses_are_measured_at_the_timesteps_drawn(patient):
+    facts = gather(patient(config=dict(logit_normal=[-1.0, 0.7])))
+    t, p = facts.losses["t"], timestep_probabilities(1000, (-1.0, 0.7)).numpy()
+    assert abs(t.mean() - (np.arange(1000) * p).sum()) < 5 and len(t) == 299 and t.min() >= 0 and t.max() < 1000
+    assert facts.losses["train"].mean() == pytest.approx(examine(patient(config=dict(logit_normal=[-1.0, 0.7]))).facts.losses["train"].mean())
+
+
+def test_the_floor_of_an_enlarged_set_is_weighted_too(patient):
+    run = patient(config=dict(image_size=16, logit_normal=[-1.0, 0.7]), data=dict(image_size=16))
+    facts = gather(run, deep=False)
+    small = gaussian_loss_floor(facts.native_spectrum, facts.schedule)
+    p = timestep_probabilities(1000, (-1.0, 0.7))
+    evidence = next(x.evidence for x in findings(facts) if x.id == "upscaled")
+    assert f"{(small * p).sum():.4f} at 8" in evidence and f"{(facts.floor * p).sum():.4f} at 16" in evidence
+
+
+def flow_patient(patient, **config):
+    return patient(config=dict(schedule="flow", prediction="velocity", **config), rows=rows(loss=0.2))
+
+
+def test_the_flow_ends_at_noise(patient):
+    report = examine(flow_patient(patient), deep=False)
+    assert not {"zero-snr-eps", "noise-never-pure"} & {x.id for x in report.problems}
+    assert "0.00% of the signal" in next(x.evidence for x in report.findings if x.id == "noise-never-pure")
+    alt = draw("schedule", report.facts)[1]
+    assert "0.00%" in alt
+    facts = gather(flow_patient(patient, T=5, sample_steps=5), deep=False)       # few timesteps, and still pure noise
+    lines = draw("schedule", facts)[0].axes[0].get_lines()
+    assert np.allclose(lines[0].get_ydata() + lines[1].get_ydata(), 1)           # a + s, not a^2 + s^2
+    assert "noise-never-pure" not in {x.id for x in findings(facts) if x.severity != "good"}
+
+
+def test_eps_on_the_flow_is_named_where_a_folder_claims_it(patient):
+    run = patient(config=dict(schedule="flow", prediction="eps"), rows=rows(loss=0.2))
+    x = next(x for x in examine(run, deep=False).problems if x.id == "zero-snr-eps")
+    assert x.severity == "critical" and "velocity" in x.advice
+
+
+def stays(m, total=281, share=0.3, peak=4e-3): return np.array([lr_at(int(s) - 1, total, peak, 500, share) for s in m["step"]])
+
+
+def test_a_rate_that_stays_is_no_alarm_before_its_decay(patient):
+    "Half of a run with a constant rate: nothing is wrong, and the report says what to do."
+    def half(m):
+        m["lr"] = stays(m, 562)
+        return m
+    run = patient(config=dict(decay_share=0.3, epochs=24.0), rows=half)
+    report = examine(run, deep=False)
+    assert report.problems == []
+    told = next(x for x in report.findings if x.id == "lr-not-decayed").evidence
+    assert "393" in told and "decay" in told and "extend" in told.lower()        # of 562 steps, 70% at the peak
+    assert "393" in verdict(report.facts, report.findings)[2] and "Do not stop" in report.summary
+    os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)                      # it stands still: to be said, with both ways on
+    x = next(x for x in examine(run, deep=False).problems if x.id == "stopped-early")
+    assert x.severity == "minor" and "diffnb resume" in x.advice and "--epochs" in x.advice
+    now = float(re.search(r"--epochs ([\d.]+)", x.advice)[1])                    # does that begin the decay now?
+    total = math.ceil(now * 1498 / 64)
+    assert total < 562 and lr_at(281 - 2, total, 4e-3, 500, 0.3) == 4e-3 and lr_at(281 + 3, total, 4e-3, 500, 0.3) < 4e-3
+
+
+def test_a_flat_loss_at_a_rate_that_stays_is_no_alarm(patient):
+    def flat(m):
+        m = {k: v[:40] for k, v in m.items()}
+        return {**m, "loss": np.r_[m["loss"][:20], 0.09 + 0.0003 * np.sin(2.4 * np.arange(20))], "lr": stays(m, 1405)}
+    report = examine(patient(config=dict(decay_share=0.3, epochs=60.0), rows=flat), deep=False)
+    assert "plateau" not in {x.id for x in report.problems}
+    assert "decay" in next(x.evidence for x in report.findings if x.id == "plateau")
+    assert "plateau" in alarms(patient(config=dict(epochs=60.0), rows=flat))
+
+
+@pytest.mark.parametrize("share, alarm", [(0.3, False), (0.05, False), (1.0, False), (0.01, True), (1e-6, True)])
+def test_the_end_of_a_linear_decay(share, alarm, patient):
+    "Of 281 steps, five per cent are fourteen: the last still has 7% of the peak, and that is the plan. Three are no decay."
+    def at_the_end(m):
+        m["lr"] = stays(m, share=share)
+        return m
+    run = patient(config=dict(decay_share=share), rows=at_the_end)
+    assert alarms(run) == ({"lr-not-decayed"} if alarm else set())
+    assert ("You may stop" in examine(run, deep=False).summary) != alarm
+    if alarm: assert "decay_share" in next(x.advice for x in examine(run, deep=False).problems)
+
+
+def test_a_rate_that_never_fell_although_a_decay_was_planned(patient):
+    assert alarms(patient(config=dict(decay_share=0.3), rows=rows(lr=4e-3))) == {"lr-not-decayed"}
+
+
+def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
+    short = replace(BASE, decay_share=0.5, epochs=2.0, log_every=4, sample_every=1e6, checkpoint_every=0.5, keep=9)
+    train(short, tmp_path / "run", progress=False)
+    early = shutil.copytree(tmp_path / "run", tmp_path / "early")
+    for p in checkpoints(early)[1:]: p.unlink()                                  # at a quarter, in the constant part
+    for run, expected in ((early, False), (tmp_path / "run", True)):
+        train(replace(short, epochs=4.0), run, progress=False)
+        problems = {x.id: x for x in examine(run, deep=False).problems}
+        assert ("lr-jump" in problems) == expected
+    assert "before the decay" in problems["lr-jump"].advice
+
+
+def test_the_planned_rate_is_drawn_with_its_decay(flow):
+    line = draw("lr", gather(flow, deep=False))[0].axes[0].get_lines()[1]
+    steps, planned = line.get_data()
+    facts = gather(flow, deep=False)
+    assert np.allclose(planned, [lr_at(int(s), facts.total, 1e-2, 500, 0.3) for s in steps])
+
+
+@pytest.mark.parametrize("half_lives, decay, alarm", [
+    ([0.05], 0.0, None), ([0.001], 0.0, None), ([0.05, 100.0], 0.5, None), ([10_000.0], 0.0, None), ([6.4], 0.9999, "no-ema"),
+    ([6.4, 5000.0], 0.0, None), ([6.4, 100.0], 0.9999, "no-ema")])
+def test_averages_with_half_lives(half_lives, decay, alarm, patient):
+    "ema_decay is not used beside ema_half_lives, so it is not judged; a share of the run fits any length."
+    run = patient(config=dict(ema_half_lives=half_lives, ema_decay=decay))
+    found = {x.id: x for x in examine(run, deep=False).findings}
+    assert {x for x in ("no-ema", "ema-short") if x in found and found[x].severity != "good"} == ({alarm} if alarm else set())
+    assert "10,000 steps" not in found["no-ema"].evidence
+    if alarm: assert "ema_half_lives" in found[alarm].evidence and "ema_decay is" not in found[alarm].evidence
+
+
+def test_a_short_average_of_images_in_a_long_run(patient):
+    long = dict(epochs=2000.0)                                                   # 46,813 steps; 1,000 images are 16 of them
+    assert "ema-short" in alarms(patient(config=dict(ema_half_lives=[1000.0], **long)))
+    assert "ema-short" not in alarms(patient(config=dict(ema_half_lives=[1000.0, 0.1], **long)))
+    assert "ema-short" not in alarms(patient(config=dict(ema_half_lives=[1000.0, 1e6], ema_decay=0.95, **long)))
+
+
+@pytest.mark.parametrize("config", [dict(), dict(ema_decay=0.99), dict(ema_half_lives=[0.1]), dict(ema_half_lives=[0.05, 640.0])])
+def test_the_weights_in_the_average_are_those_of_training(config, patient):
+    "The picture against an average of numbers made by the class that training uses."
+    facts = gather(patient(config=config), deep=False)
+    axes = draw("ema", facts)[0].axes[0]
+    for (name, ema), line in zip(make_averages(torch.nn.Linear(1, 1, bias=False), facts.config).items(), axes.get_lines(), strict=True):
+        shares = []
+        for chosen in (facts.total - 1, facts.total - 20, facts.total // 2):     # how much of this step is in the end
+            model = torch.nn.Linear(1, 1, bias=False)
+            ema.model.weight.data.zero_()
+            for step in range(facts.total):
+                model.weight.data.fill_(float(step == chosen))
+                ema.update(model, step)
+            shares.append(ema.model.weight.item())
+        y = line.get_ydata()[[facts.total - 1, facts.total - 20, facts.total // 2]]
+        assert np.allclose(y / y[0], np.array(shares) / shares[0], atol=2e-3), name
+
+
+def test_an_average_that_is_worse_names_the_others(flow, tmp_path):
+    run = shutil.copytree(flow, tmp_path / "run")
+    def forget(tensors, meta):
+        g = addressed("forget")
+        for k, v in tensors.items():
+            if k.startswith("ema.") and v.ndim > 1: v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
+    x = next(x for x in examine(edit_checkpoint(run, forget)).problems if x.id == "ema-worse")
+    assert "ema2" in x.advice
+
+
+def test_muon_is_judged_by_its_own_measure(patient):
+    "Its steps are as long as the rate says, whatever the norm; so a bound that is often met decides little. No rate is too high for a finding."
+    muon = dict(optimizer="muon", lr=0.05, weight_decay=0.1)
+    report = examine(patient(config=muon, rows=rows(clipped=0.6, lr=lambda y: y * 12.5)), deep=False)
+    assert report.problems == []
+    assert "60%" in next(x.evidence for x in report.findings if x.id == "clipping")
+    told = next(x for x in examine(patient(config=muon | dict(warmup=0)), deep=False).problems if x.id == "no-warmup")
+    assert "Adam" not in told.evidence
 
 
 # --- planted faults ------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from diffnb.data import DiffnbError, ImageData, addressed, load_data
 from diffnb.evaluate import (Features, Moments, Score, evaluate, evaluate_run, frechet_distance, inception_features, jackknife_error, kid,
                              load_statistics, loss_by_timestep, make_features, nearest, panel, precision_recall, read_images, score_against_n,
                              write_statistics)
-from diffnb.sample import ddim
-from diffnb.schedule import cosine_schedule, gaussian_loss_floor, image_spectrum, linear_schedule
-from diffnb.train import TrainConfig, train
+from diffnb.sample import ddim, sample_batches
+from diffnb.schedule import cosine_schedule, flow_schedule, gaussian_loss_floor, image_spectrum, linear_schedule
+from diffnb.train import TrainConfig, load_model, train
 
 
 def cloud(n, d, key, scale=1.0, shift=0.0): return torch.randn(n, d, generator=addressed("cloud", key)) * scale + shift
@@ -213,16 +213,17 @@ def test_score_falls_with_n_towards_the_floor():
 
 # --- what the loss can tell --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_loss_by_timestep_of_the_best_gaussian_denoiser_is_the_floor(prediction, digits):
-    schedule = cosine_schedule()
+@pytest.mark.parametrize("schedule, prediction", [(cosine_schedule(), "eps"), (cosine_schedule(), "x0"), (cosine_schedule(), "v"),
+                                                  *((flow_schedule(), p) for p in ("x0", "v", "velocity")), (flow_schedule().shift(2), "velocity")],
+                         ids=["eps", "x0", "v", "flow-x0", "flow-v", "flow-velocity", "shifted-velocity"])
+def test_loss_by_timestep_of_the_best_gaussian_denoiser_is_the_floor(schedule, prediction, digits):
     flat = digits.images.float().flatten(1) / 127.5 - 1
     mean, (values, axes) = flat.mean(0), torch.linalg.eigh(torch.cov(flat.T, correction=0))
     def model(x_t, t, y):
         a, s = schedule.signal_noise(int(t[0]))
         x0 = mean + (x_t.flatten(1) - a * mean) @ axes * (a * values / (a ** 2 * values + s ** 2)) @ axes.T
         eps = (x_t.flatten(1) - a * x0) / s
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[prediction].view_as(x_t)
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "velocity": eps - x0}[prediction].view_as(x_t)
     ts, losses = loss_by_timestep(model, schedule, digits.images, prediction=prediction, timesteps=[100, 500, 900])
     assert ts == [100, 500, 900] and losses == pytest.approx(gaussian_loss_floor(digits.images, schedule, prediction)[ts].numpy(), rel=0.05)
 
@@ -395,6 +396,26 @@ def test_guided_samples_are_kept_apart(run, tmp_path):
     for w in (1.0, 3.0): evaluate_run(run, n=70, steps=2, guidance=w, device="cpu", out=tmp_path, progress=False)
     assert sorted(p.name.partition("ddim2")[2] for p in (tmp_path / "evaluation").iterdir()) == ["", "_w3"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["guidance"] == 3
+
+def test_the_commands_on_a_flow_with_muon_patches_and_averages(tmp_path, capsys):
+    from diffnb.cli import main
+    config = TrainConfig(base_channels=16, channel_mult=(1, 1), blocks=1, norm_groups=8, attention=(), epochs=0.5, device="cpu", schedule="flow",
+                         prediction="velocity", T=20, sample_steps=10, patch_size=2, logit_normal=(0.0, 1.0), optimizer="muon", weight_decay=0.1,
+                         decay_share=0.5, ema_half_lives=(0.2, 200.0), log_every=1)
+    train(config, tmp_path / "run", progress=False)
+    with pytest.warns(UserWarning):                                        # 40 images, 64 dimensions
+        assert main(["evaluate", str(tmp_path / "run"), "--n", "40", "--steps", "5", "--device", "cpu"]) == 0
+    told = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert told["score"]["n"] == 40 and told["steps"] == 5 and 0 < told["score"]["value"] < math.inf and 0 <= told["copied"] <= 1
+    assert "Fréchet distance" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "flow schedule, predicting velocity, timesteps drawn logit-normal" in out and "nan" not in out
+    images = read_images(next((tmp_path / "run/evaluation").iterdir()))[0]
+    trained = load_model(tmp_path / "run", device="cpu")
+    _, alone = next(sample_batches(trained.model, trained.schedule, trained.shape, [0], y=torch.arange(10), steps=5,
+                                    prediction="velocity", progress=False))
+    assert trained.schedule == flow_schedule(20) and (images[0].int() - alone[0].int()).abs().max() <= 1
 
 def test_pngs_an_npz_and_references_of_either_kind_give_one_score(tmp_path, digits, test_digits):
     (tmp_path / "pngs").mkdir(); (tmp_path / "real").mkdir()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffnb.data import DiffnbError
 from diffnb.interchange import from_diffusers, key_map, save_diffusers, to_diffusers, unet_from_diffusers, unet_to_diffusers
-from diffnb.schedule import cosine_schedule, linear_schedule, sigmoid_schedule
+from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule, sigmoid_schedule
 from diffnb.unet import UNet
 
 SMALL = dict(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8)
@@ -179,6 +179,142 @@ def test_mode_follows(model):
 
 def test_key_map_covers_every_tensor(model):
     assert set(key_map(model)) == set(unet_to_diffusers(model).state_dict())
+
+
+# ---- the flow
+
+def flow_folder(path, T=1000, shift=1.0, **settings):
+    "A saved flow model, and what it was made from."
+    model, schedule = randomise(UNet(**SMALL | settings)), flow_schedule(T)
+    if shift != 1: schedule = schedule.shift(shift)
+    return save_diffusers(model, schedule, path, "velocity", say=lambda _: None), model, schedule
+
+
+def their_flow(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False).eval()
+    return unet, FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+
+
+@torch.no_grad()
+def their_walk(unet, scheduler, x):
+    "What their own step() makes of x, at whatever timesteps the scheduler was set to."
+    for t in scheduler.timesteps: x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("T, shift", [(1000, 1.0), (1000, 3.0), (50, 0.5), (100, 1.7), (2, 1.0)])
+def test_flow_round_trip(tmp_path, T, shift):
+    folder, model, schedule = flow_folder(tmp_path / "m", T, shift, num_classes=3, head_dim=8)
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "scheduler", "unet"]      # a pipeline would be DDIM's
+    again, its_schedule, prediction = from_diffusers(folder)
+    x, t = batch()
+    t = t.clamp(max=T - 1)
+    assert prediction == "velocity" and again.config == model.config and not again.training and its_schedule.straight
+    assert torch.equal(again(x, t, torch.tensor([0, 3])), model(x, t, torch.tensor([0, 3])))
+    assert (its_schedule.s - schedule.s).abs().max() < 1e-14 and (its_schedule.a - schedule.a).abs().max() < 1e-14
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_flow_survives_a_reader_who_saves_it_again(tmp_path):
+    folder, model, schedule = flow_folder(tmp_path / "m", shift=2.0)
+    unet, scheduler = their_flow(folder)
+    unet.save_pretrained(tmp_path / "again/unet")
+    scheduler.save_pretrained(tmp_path / "again/scheduler")
+    assert from_diffusers(tmp_path / "again")[1] == from_diffusers(folder)[1]
+
+
+@pytest.mark.parametrize("T, shift, steps, spacing", [(1000, 1.0, 10, "trailing"), (1000, 3.0, 10, "trailing"), (100, 1.0, 7, "trailing"),
+                                                      (100, 0.5, 20, "linspace"), (1000, 2.0, 1, "trailing"), (50, 2.0, 50, "trailing")])
+def test_flow_trajectory_is_that_of_their_steps(tmp_path, T, shift, steps, spacing):
+    from diffnb.sample import ddim
+    folder, model, schedule = flow_folder(tmp_path / "m", T, shift)
+    unet, scheduler = their_flow(folder)
+    ts, x_T = schedule.timesteps(steps, spacing), batch(4)[0]
+    scheduler.set_timesteps(sigmas=[(t + 1) / T for t in ts], timesteps=ts)
+    assert scheduler.timesteps.tolist() == ts
+    assert (scheduler.sigmas[:-1].double() - schedule.s[ts]).abs().max() < 1e-6 and scheduler.sigmas[-1] == 0
+    seen = []
+    with torch.no_grad():
+        ours = ddim(model, schedule, x_T.shape, steps, prediction="velocity", clip=False, x_T=x_T, spacing=spacing,
+                    callback=lambda t, t_next, x, x0: seen.append(x))
+    x = x_T
+    for t, mine in zip(scheduler.timesteps, seen):
+        with torch.no_grad(): x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        assert (x - mine).abs().max() < 1e-4 * max(1, mine.abs().max())                        # after every step
+    assert ours.std() > 0.1 and torch.allclose(ours, x, atol=1e-4, rtol=1e-4)
+
+
+def test_flow_needs_our_timesteps(tmp_path):
+    "What the README warns of: the timesteps that their scheduler chooses by itself are not ours."
+    folder, model, schedule = flow_folder(tmp_path / "m", T=50, shift=3.0)
+    (unet, scheduler), x_T = their_flow(folder), batch(4)[0]
+    scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)], timesteps=schedule.timesteps(10))
+    right = their_walk(unet, scheduler, x_T)
+    scheduler.set_timesteps(10)
+    assert (their_walk(unet, scheduler, x_T) - right).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("T, shift, classes", [(1000, 1.0, None), (100, 2.0, 3)])
+def test_flow_readme_can_be_run(tmp_path, monkeypatch, T, shift, classes):
+    "The code in the folder, run there, draws what our sampler draws."
+    from diffnb.sample import ddim
+    folder, model, schedule = flow_folder(tmp_path / "m", T, shift, num_classes=classes)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(folder)
+    torch.manual_seed(5)
+    exec(text.split("```python\n")[1].split("```")[0], values := {})
+    torch.manual_seed(5)
+    x_T = torch.randn(4, 3, 8, 8)
+    y = None if classes is None else torch.arange(4) % classes
+    with torch.no_grad(): ours = ddim(model, schedule, x_T.shape, 50, y=y, prediction="velocity", clip=False, x_T=x_T)
+    assert torch.allclose(values["images"], (ours.clamp(-1, 1) + 1) / 2, atol=1e-3) and values["images"].std() > 0.05
+    assert "DDIMPipeline" in text and str(tmp_path) not in text
+
+
+def test_flow_says_how_to_sample(tmp_path, model, capsys):
+    save_diffusers(model, flow_schedule(), tmp_path / "m", "velocity")
+    assert "README.md" in capsys.readouterr().out
+    save_diffusers(model, linear_schedule(), tmp_path / "other")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule, prediction, words", [
+    (flow_schedule(), "eps", "velocity"), (flow_schedule(), "x0", "velocity"), (flow_schedule().shift(2), "v", "velocity"),
+    (linear_schedule(), "velocity", "flow"), (linear_schedule().zero_terminal_snr(), "velocity", "flow"),
+    (NoiseSchedule(linear_schedule().alpha_bar, linear_schedule().s * 0.9), "eps", "variance preserving"),
+    (NoiseSchedule((1 - flow_schedule(50).s ** 2) ** 2, flow_schedule(50).s ** 2), "velocity", "shift")], ids=range(7))
+def test_what_diffusers_cannot_say(tmp_path, model, schedule, prediction, words):
+    with pytest.raises(DiffnbError, match=words): save_diffusers(model, schedule, tmp_path / "m", prediction)
+    assert not list(tmp_path.iterdir())
+
+
+def test_patches_stay_here(tmp_path):
+    model = randomise(UNet(**SMALL, patch_size=2))
+    for schedule, prediction in ((linear_schedule(), "eps"), (flow_schedule(), "velocity")):
+        with pytest.raises(DiffnbError, match="patch_size=2"): save_diffusers(model, schedule, tmp_path / "m", prediction)
+    with pytest.raises(DiffnbError, match="patch_size=2"): unet_to_diffusers(model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [
+    dict(use_dynamic_shifting=True), dict(use_karras_sigmas=True), dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True),
+    dict(stochastic_sampling=True), dict(invert_sigmas=True), dict(shift_terminal=0.1), dict(shift=0), dict(shift="3"), dict(shift=float("nan")),
+    dict(num_train_timesteps=1), dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(prediction_type="epsilon"),
+    dict(future_setting=1)], ids=str)
+def test_unsupported_flow_settings_are_named(tmp_path, change):
+    folder = flow_folder(tmp_path / "m")[0]
+    edit(folder / "scheduler/scheduler_config.json", **change)
+    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    assert next(iter(change)) in str(e.value)
+
+
+def test_flow_trained_elsewhere_is_refused(tmp_path):
+    "Their networks take T * sigma where ours take t: they would run, a step beside what they learned."
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    folder = flow_folder(tmp_path / "m")[0]
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    with pytest.raises(DiffnbError, match="T \\* sigma"): from_diffusers(folder)
 
 
 # ---- refused
