@@ -1,7 +1,8 @@
 "The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no Inception is needed; the digits stand in."
-import importlib, json, math, shutil, sys, time
+import importlib, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
 
@@ -26,7 +27,8 @@ def common(script): return script("common")
 
 @pytest.fixture
 def tiny(common):
-    return common.TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32, device="cpu", precision="float32", sample_steps=2)
+    return common.TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32, device="cpu", precision="float32", sample_steps=2,
+                              ema_half_lives=common.HALF_LIVES)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common.plan_of(tiny, whole, 0.1)
     plan = json.loads((whole / "plan.json").read_text()); steps = 60
-    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5); plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6; plan["config"] |= {"log_every": 5, "ema_decay": 0.8}
+    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5); plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6; plan["config"]["log_every"] = 5
     (whole / "plan.json").write_text(json.dumps({**plan, "steps": steps, "seconds_per_grid": 0}))           # the same length on every machine
     shutil.copytree(whole, parts)
     assert common.train_for(tiny, whole, 0.1, time.perf_counter() + 600, progress=False).step == steps
@@ -63,11 +65,14 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     with pytest.raises(common.DiffnbError, match="total_minutes"): common.train_for(tiny, parts, 9, 0)
 
 
-def test_the_plan_fits_the_time_and_the_horizons_the_plan(common, tiny):
+def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
     config, plan = common.planned(tiny, 0.2)
     assert plan["steps"] * plan["seconds_per_step"] <= 12 and math.ceil(config.epochs * 1498 / 32) == plan["steps"]
-    assert 1 / (1 - config.ema_decay) == pytest.approx(max(2, 0.05 * plan["steps"]))
-    assert 1 / (1 - common.TwoAverages(torch.nn.Linear(1, 1), config.ema_decay).slow.decay) == pytest.approx(2 * max(2, 0.05 * plan["steps"]))
+    averages = common.diffnb.train.make_averages(torch.nn.Linear(1, 1), config)
+    assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
+    for memory, ema in zip((0.05, 0.1), averages.values()):                             # half of the weight: ln 2 of what is remembered
+        last = range(round((1 - memory * math.log(2)) * 10_000), 10_000)
+        assert math.prod(ema.decay_at(step) for step in last) == pytest.approx(0.5, abs=0.01)
 
 
 def test_shards_come_together_bit_for_bit(common, tmp_path):
@@ -180,3 +185,218 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
     for w in (1.0, 2.0): assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (8, 3, 8, 8)
     assert set(seen) == {4}
     assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
+
+
+def forged_pilot(name, frechet, error): # as pilots.py writes it
+    x0 = {str(level): error * (1 + level / 10) for level in (6, 4, 2, 0, -2, -4)}
+    scores = {w: {"frechet": f, "named_right": f / 10} for w, f in zip(("w1", "w2"), frechet)}
+    return {"name": name, "change": {"lr": 1e-3}, "config": {}, "seconds_per_step": 1.0, "images_per_second": 64.0,
+            "parameters": 7, "gflop_an_image": 4.5, "steps": 10, "images": 640, "minutes": 13.0, "core_minutes": 12.5,
+            "losses": [[10, 0.1]], "n": 1000, "sampler": "dpmpp_2m", "sampler_steps": 15, "device": "a processor",
+            "torch": "2", "python": "3",
+            "ema": {"x0_error": x0, **scores, "namer_on_real": 0.8}, "ema2": {"x0_error": x0}}
+
+
+def test_pilots_become_a_table_and_a_figure(script, common, tmp_path, capsys):
+    figures, folder = script("figures"), tmp_path / "pilots"
+    common.save_json(folder / "speed.json", {"muon-1e-3": {"seconds_per_step": 1.0}})   # not a result
+    common.save_json(folder / "muon-1e-3.json", forged_pilot("muon-1e-3", (3.0, 2.0), 0.02))
+    with pytest.raises(common.DiffnbError, match="flow-muon-3e-3"):
+        figures.pilots(folder, tmp_path, tmp_path / "pilots.json")
+    common.save_json(folder / "flow-muon-3e-3.json", forged_pilot("flow-muon-3e-3", (2.5, 2.2), 0.01))
+    figures.pilots(folder, tmp_path / "images", tmp_path / "pilots.json")
+    best, other = common.read_json(tmp_path / "pilots.json")
+    assert (best["name"], other["name"]) == ("flow-muon-3e-3", "muon-1e-3") and other["change"] == {"lr": 1e-3}
+    assert other["gflop"] == 640 * 4.5 and other["images"] == 640 and other["core_minutes"] == 12.5
+    assert other["frechet"] == {"w1": 3.0, "w2": 2.0} and other["named_right"] == {"w1": 0.3, "w2": 0.2}
+    assert set(other["x0_error"]) == {"ema", "ema2"} and other["x0_error"]["ema"]["-4"] == pytest.approx(0.012)
+    assert "15 steps of dpmpp_2m" in other["protocol"] and "0.8000" in other["protocol"]
+    assert other["device"] == "a processor"
+    assert (tmp_path / "images" / "cifar10_pilots.png").stat().st_size > 10_000
+
+
+def test_the_figure_reads_what_the_pilots_write(script): # the keys of a forged result, in the script that writes them
+    source = (FOLDER / "pilots.py").read_text()
+    assert script("figures").REFERENCE in script("pilots").PILOTS
+    for key in ("core_minutes", "gflop_an_image", "images", "x0_error", "namer_on_real", "named_right"):
+        assert f'"{key}"' in source
+
+
+# ---- the long run
+
+@pytest.fixture
+def long(script, monkeypatch, tmp_path):
+    "long.py on the digits, and a function that runs it with a command line, until SIGTERM stops it at a given step."
+    module = script("long")
+    settings = dict(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1,
+                    batch_size=32, lr=2e-3, warmup=5, ema_half_lives=(0.05, 0.1, 0.02), log_every=4,
+                    precision="float32", schedule="flow", prediction="velocity", optimizer="muon")
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    def arguments(out, *more):
+        monkeypatch.setattr(sys, "argv", ["long.py", "--out", str(out), "--device", "cpu", *map(str, more)])
+        return module.parsed()
+    def go(out, *more, until=10**9):
+        def stop(run):
+            if module.read_metrics(run)["step"][-1] >= until: os.kill(os.getpid(), signal.SIGTERM)
+        train = module.diffnb.train.train
+        monkeypatch.setattr(module, "train", lambda *args, **named: train(*args, **{"on_log": stop, **named}))
+        return module.train_long(arguments(out, *more))
+    return SimpleNamespace(module=module, arguments=arguments, go=go, settings=tmp_path / "settings.json")
+
+
+def events(out): return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:the loss leapt")
+def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
+    out = tmp_path / "long"
+    with pytest.raises(common.DiffnbError, match="--config"): long.go(out)
+    assert long.go(out, "--config", long.settings, until=20).step == 20
+    assert long.go(out, until=30).step == 32                            # resumed; rows come every 4 steps
+    plan = common.read_json(out / "plan.json")
+    assert plan["decay_from"] is None and plan["config"]["epochs"] == 1e5
+    steps_in_20_minutes = 20 * 60 / plan["processor_seconds_per_step"]
+    assert plan["config"]["checkpoint_every"] * 1498 / 32 == pytest.approx(steps_in_20_minutes)
+    assert plan["config"]["sample_every"] == pytest.approx(3 * plan["config"]["checkpoint_every"])
+
+    total = math.ceil(32 / 0.75)                                                        # three quarters are done
+    assert long.go(out, "--finish", until=36).step == 36
+    assert long.go(out).step == total == common.read_json(out / "plan.json")["steps"]   # the end stays chosen
+    m = common.diffnb.train.read_metrics(out / "run")
+    for step, lr in zip(m["step"][1:], m["lr"][1:]):                    # after the warm-up; the rate of that update
+        assert lr == pytest.approx(2e-3 * min(1, (total - step + 1) / (0.25 * total)))
+    assert (m["lr"][(m["step"] > 5) & (m["step"] <= 32)] == 2e-3).all() and m["lr"][-1] < 2e-3 / 10
+    assert [(e["event"], e["step"]) for e in events(out)] == [
+        ("started", 0), ("stopped", 20), ("resumed", 20), ("stopped", 32), ("resumed", 32), ("stopped", 36),
+        ("resumed", 36), ("finished", total)]
+    assert all(e["commit"] and e["time"].endswith("+00:00") for e in events(out))
+    assert events(out)[1]["reason"] == "SIGTERM" and events(out)[-1]["core_hours"] > 0
+
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(long.settings.read_text()), "lr": 1.0}))
+    with pytest.raises(common.DiffnbError, match="lr=0.002"): long.go(out, "--config", other)
+
+
+def test_a_stop_of_the_long_run_changes_nothing(long, tmp_path):
+    long.go(tmp_path / "whole", "--config", long.settings, until=24)
+    long.go(tmp_path / "parts", "--config", long.settings, until=12)
+    long.go(tmp_path / "parts", until=24)
+    a, b = (long.module.last_checkpoint(tmp_path / name / "run")[0] for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert {"ema", "ema2", "ema3"} <= {k.split(".")[0] for k in a}
+
+
+def test_a_failure_of_the_long_run_is_logged(long, tmp_path, monkeypatch):
+    def fail(*_, **__): raise RuntimeError("no more room")
+    monkeypatch.setattr(long.module, "train", fail)
+    with pytest.raises(RuntimeError):
+        long.module.train_long(long.arguments(tmp_path / "long", "--config", long.settings))
+    last = events(tmp_path / "long")[-1]
+    assert last["event"] == "failed" and "no more room" in last["reason"]
+
+
+def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
+    out, kept, new = tmp_path / "long", tmp_path / "kept", tmp_path / "new"
+    long.go(out, "--config", long.settings, until=20)
+    tensors, meta = common.last_checkpoint(out / "run")
+    paths = long.module.write_snapshot(out / "run", kept)
+    single = sum(v.nbytes for k, v in tensors.items() if k.startswith("model."))
+    assert [p.name for p in paths] == ["ema.safetensors", "ema2.safetensors", "ema3.safetensors"]
+    for path in paths:
+        model = common.load_model(path, "cpu")
+        assert model.step == 20 and path.stat().st_size < 0.6 * single
+        for k, v in model.model.state_dict().items(): assert torch.equal(v, tensors[f"{path.stem}.{k}"].half().float())
+
+    a = long.arguments(new, "--config", long.settings, "--resume-from", kept)
+    config = long.module.planned_config(a)
+    begun, facts = common.last_checkpoint(new / "run")
+    assert facts["step"] == 20 and facts["processor_seconds"] == meta["processor_seconds"]
+    for name, source in (("ema", "ema"), ("ema2", "ema2"), ("ema3", "ema3"), ("model", "ema3")): # ema3 forgets soonest
+        given = {k: v.half().float() for k, v in tensors.items() if k.startswith(source + ".")}
+        assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
+    assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
+    assert config.epochs == 1e5 and long.go(new, until=28).step == 28
+    assert list(common.diffnb.train.read_metrics(new / "run")["step"]) == [24, 28]
+    assert [(e["event"], e["step"]) for e in events(new)] == [
+        ("began from weights", 20), ("resumed", 20), ("stopped", 28)]
+    with pytest.raises(common.DiffnbError, match="exists"): long.module.planned_config(a)
+
+
+def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_path, monkeypatch, capsys):
+    module, out, computed = long.module, tmp_path / "long", []
+    def network(x):
+        computed.append(len(x))
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255
+    def open_features(a):
+        a.sample_batch = 8
+        return importlib.import_module("diffnb.evaluate").Features(network, "quarters", 4), 10
+    def random(seed): return torch.rand(80, 4, generator=torch.Generator().manual_seed(seed))
+    real = {"train": module.Real(random(0)), "test": module.Real(random(1))}
+    monkeypatch.setattr(module, "open_features", open_features)
+    monkeypatch.setattr(module, "real_images", lambda *_: real)
+    def score(): return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2))
+    with pytest.raises(common.DiffnbError, match="no checkpoint"): score()
+
+    long.go(out, "--config", long.settings, until=12)
+    with monkeypatch.context() as m:
+        m.setattr(module, "distances", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError): score()
+    assert sum(computed) == 40 and not (out / "scores.json").exists()
+    long.go(out, until=20)                                                              # training has moved on
+    row = score()
+    assert row["step"] == 12 and sum(computed) == 60                                    # the 40 were not computed again
+    assert score()["step"] == 20 and sum(computed) == 120
+    assert score()["step"] == 20 and sum(computed) == 120                               # done already
+    rows = common.read_json(out / "scores.json")
+    assert [r["step"] for r in rows] == [12, 20] and rows[0] == row
+    assert row["images"] == 12 * 32 and row["epochs"] == pytest.approx(12 * 32 / 1498) and row["core_hours"] > 0
+    assert {"weights", "sampler", "sampler_steps", "precision", "protocol", "commit", "device", "torch"} <= set(row)
+    for kind, n, w in (("unguided", 40, 1), ("guided", 20, 2)):
+        assert (row[kind]["n"], row[kind]["w"]) == (n, w)
+        for split in ("train", "test"):
+            for found in (row[kind]["distances"], row[kind]["floor"]):
+                assert {"frechet", "error", "kid", "kid_std"} <= set(found[split])
+            assert row[kind]["floor"][split]["n"] == n
+    grids = sorted(p.name.split("_")[1] for p in (out / "grids").glob("*core-hours_ema_w[12].png"))
+    assert grids == ["000000012"] * 2 + ["000000020"] * 2
+    assert all([p.name for p in folder.iterdir()] == ["weights.safetensors"] for folder in (out / "scores").iterdir())
+    module.tell(row)
+    assert "core-hours" in capsys.readouterr().out and [e["event"] for e in events(out)].count("scored") == 2
+
+
+def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_path, monkeypatch):
+    score, evaluate, seen = script("score"), importlib.import_module("diffnb.evaluate"), []
+    def network(x):
+        if len(seen) == 3: seen.append(0); raise KeyboardInterrupt
+        seen.append(len(x))
+        return x.float().mean((2, 3))
+    monkeypatch.setattr(score, "load_data", lambda name, size, split, root: load_data("digits", split=split))
+    features, load_data = evaluate.Features(network, "means", 1), common.load_data
+    with pytest.raises(KeyboardInterrupt): score.real_images(8, features, cache=tmp_path, batch=500)
+    real = score.real_images(8, features, cache=tmp_path, batch=500)
+    assert seen == [500, 500, 498, 0, 299] and [p.name for p in tmp_path.iterdir()] == ["real_8_all.safetensors"]
+    images = load_data("digits").images
+    assert torch.equal(real["train"].features, images.float().mean((2, 3)))
+    assert score.features_in_parts(features, images, tmp_path / "x", each=40).equal(real["train"].features)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
+    def git(*args): return subprocess.run(["git", "-C", FOLDER, *args], capture_output=True, text=True).stdout.strip()
+    if not git("ls-tree", "HEAD", "long.py"): pytest.skip("not a git checkout that has long.py")
+    out, python = tmp_path / "long", [sys.executable]
+    if ranks > 1: python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    job = subprocess.Popen([*python, FOLDER / "long.py", "--out", out, "--config", long.settings, "--device", "cpu"],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (out / "run" / "metrics.csv").exists() or len(long.module.read_metrics(out / "run")["step"]) < 1:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=120)[0]
+    finally: job.kill()
+    assert job.returncode == 143 or ranks > 1, said[-3000:]
+    assert [e["event"] for e in events(out)] == ["started", "stopped"] and events(out)[0]["ranks"] == ranks
+    assert events(out)[0]["commit"] == (out / "source" / "COMMIT").read_text() == git("rev-parse", "HEAD")
+    assert (out / "source" / "bench" / "cifar10" / "long.py").exists() and long.module.steps_done(out / "run") > 0
