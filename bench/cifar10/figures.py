@@ -18,7 +18,7 @@ import numpy as np
 
 from diffnb.evaluate import load_statistics
 from diffnb.schedule import gaussian_loss_floor, make_schedule
-from diffnb.train import read_config, read_metrics
+from diffnb.train import read_config, read_metrics, timestep_probabilities
 
 UNIT = "Fréchet distance (768-d)"
 NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "ours": "diffnb", "diffusers": "diffusers' example", "ddpm-pytorch": "denoising-diffusion-pytorch"}
@@ -42,7 +42,8 @@ def curve(run, size, to):
     config, m = read_config(Path(run) / "run")["config"], read_metrics(Path(run) / "run")
     schedule = make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
     spectrum, _ = load_statistics("cifar10_32" if size == 32 else "cifar10_64_bicubic")
-    best = gaussian_loss_floor(spectrum, schedule, config.prediction).mean().item()
+    by_timestep = gaussian_loss_floor(spectrum, schedule, config.prediction)
+    best = (by_timestep * timestep_probabilities(config.T, config.logit_normal)).sum().item()
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     axes[0].plot(m["images"], m["loss"], lw=1, label="training loss"); axes[0].axhline(best, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {best:.4f}")
     axes[0].set(xlabel="images seen", ylabel=f"loss ({config.prediction}, mean squared error)", yscale="log"); axes[0].legend(fontsize=8)
