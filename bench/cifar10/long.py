@@ -1,112 +1,134 @@
 """One long run on a processor: start it, stop it, resume it for days, score it on the way, and end it with a decay.
 
-    python bench/cifar10/long.py --out runs/long --config runs/pilots/NAME.json   # start; any JSON file of TrainConfig settings will do
-    python bench/cifar10/long.py --out runs/long                                  # resume
-    python bench/cifar10/long.py --out runs/long --finish                         # let the last quarter begin now; resume without --finish
-    python bench/cifar10/long.py --out runs/long --score                          # 10,000 samples of the newest checkpoint; repeat it after a stop
-    python bench/cifar10/long.py --out runs/long --snapshot FOLDER                # all averages in half precision, to be committed
-    python bench/cifar10/long.py --out runs/new --config FILE --resume-from FOLDER     # a run whose folder was lost, from such a snapshot
+    long.py --out runs/long --config FILE.json    # start; FILE: settings of a TrainConfig, or a result of pilots.py
+    long.py --out runs/long                       # resume
+    long.py --out runs/long --finish              # let the last quarter begin now; after a stop, resume as before
+    long.py --out runs/long --reference           # features of the real images, once; --cache keeps them elsewhere
+    long.py --out runs/long --score               # score the newest checkpoint; after a stop, repeat the command
+    long.py --out runs/long --snapshot FOLDER     # all averages in half precision, to be committed
+    long.py --out runs/new --config FILE.json --resume-from FOLDER    # when the folder was lost: from such a snapshot
 
-The first start copies the committed sources to OUT/source, and every training process runs from that copy, so that later edits change nothing.
-The learning rate stays constant until --finish; then it falls to zero over the last quarter of the run. SIGTERM leaves a checkpoint.
-OMP_NUM_THREADS sets the threads of a process; `torchrun --nproc-per-node 2 bench/cifar10/long.py ...` trains with two processes instead.
+The first start copies the committed sources to OUT/source, and every training process runs from that copy, so later
+edits change nothing. The learning rate stays constant until --finish; then it falls to zero over the last quarter of
+the run. SIGTERM leaves a checkpoint. OMP_NUM_THREADS sets the threads of a process; two processes train together under
+`torchrun --nproc-per-node 2 bench/cifar10/long.py ...`. OUT/log.jsonl tells what happened when.
 """
 from score import *
 
-import io, math, shutil, subprocess, tarfile
+import io, math, subprocess, tarfile
 from datetime import datetime, timezone
 
 from diffnb.data import save_grid
+from diffnb.evaluate import read_images
 from diffnb.sample import sample_to
 from diffnb.scale import Ranks
-from diffnb.train import MOMENTS, read_config, read_metrics, training_now
+from diffnb.train import pick_precision, read_config, read_metrics, training_now
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
 DECAY_SHARE = 0.25     # of the whole run
 EXIT = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+ROOT = HERE.parent.parent
+RULES = PROTOCOL + "; weights in half precision; floor: as many real images of the other split"
 
 
 # ---- the copy of the sources
 
-def freeze(root, source):
-    "Copy the committed package and scripts of the checkout `root` to the folder `source`, with the hash in source/COMMIT."
-    def git(*args): return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True).stdout
-    parts = ("diffnb", "bench/cifar10")
-    try:
-        commit, archive = git("rev-parse", "HEAD").decode().strip(), git("archive", "HEAD", *parts)
-        changed = git("status", "--porcelain", "--", *parts).decode()
+def git(*args): # -> bytes
+    try: return subprocess.run(["git", "-C", str(ROOT), *args], check=True, capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError) as e:
-        raise DiffnbError(f"{root} is not a git checkout, so its sources cannot be copied with their commit hash ({e})") from e
-    if changed: print(f"not committed, so not in the copy:\n{changed}", flush=True)
+        raise DiffnbError(f"{ROOT} is not a git checkout ({e}): the run needs one, to copy the sources and name "
+                          "their commit") from e
+
+def freeze(source, parts=("diffnb", "bench/cifar10")):
+    "Copy the committed package and scripts of this checkout to `source`; COMMIT, written last, holds the hash."
+    commit, archive = git("rev-parse", "HEAD").decode().strip(), git("archive", "HEAD", *parts)
+    if changed := git("status", "--porcelain", "--", *parts).decode():
+        print(f"not committed, so not in the copy:\n{changed}", flush=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar: tar.extractall(source, filter="data")
     write_whole(source / "COMMIT", commit)
 
 def run_frozen(out):
     "Replace this process by one that runs the copy in OUT/source, unless it does already."
     source = out.resolve() / "source"
-    if HERE.parent.parent == source: return
-    if not (source / "COMMIT").exists() and os.environ.get("RANK", "0") == "0": freeze(HERE.parent.parent, source)
+    if ROOT == source: return
+    if not (source / "COMMIT").exists() and os.environ.get("RANK", "0") == "0": freeze(source)
     while not (source / "COMMIT").exists(): time.sleep(0.1)              # rank 0 is copying
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(source / "bench/cifar10/long.py"), *sys.argv[1:]])
 
-def commit_of(root=HERE.parent.parent): # the hash in COMMIT, or of the checkout; "unknown" outside git
-    if (root / "COMMIT").exists(): return (root / "COMMIT").read_text()
-    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def commit_of(): # the hash in COMMIT, or of the checkout; "unknown" outside git
+    if (ROOT / "COMMIT").exists(): return (ROOT / "COMMIT").read_text()
+    try: return git("describe", "--always", "--dirty", "--abbrev=40").decode().strip()
+    except DiffnbError: return "unknown"
 
 
-# ---- the plan and the log
+# ---- the log and the plan
 
 def log(out, event, step, **facts):
     "Append one line to OUT/log.jsonl."
-    row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "step": step, "commit": commit_of(), **facts}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"event": event, "time": now, "step": step, "commit": commit_of(), **facts}) + "\n")
 
 def steps_done(run): # 0 before the first checkpoint
     saved = checkpoints(run)
     return int(saved[-1].stem.removeprefix("step_")) if saved else 0
 
+def settings_of(path): # JSON file -> TrainConfig
+    "The settings in a file, with what a run without a set end needs."
+    values = read_json(path)
+    config = make_config(values.get("config", values))                   # a result of pilots.py has them under "config"
+    return replace(config, epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
+
 def begin_plan(a): # -> dict
-    "The settings of --config, with what a run without a set end needs."
     if not a.config: raise DiffnbError(f"{a.out} holds no long run yet: name its settings with --config FILE.json")
-    settings = read_json(a.config)
-    config = make_config(settings.get("config", settings))               # a result of pilots.py has them under "config"
-    return {"config": asdict(replace(config, epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)), "decay_from": None}
+    return {"config": asdict(settings_of(a.config)), "decay_from": None}
+
+def check_same(a, plan):
+    "A --config given again must be the one that the run began with."
+    begun, told = asdict(make_config(plan["config"])), asdict(settings_of(a.config))
+    for k, v in told.items():
+        if k not in free_to_change and begun[k] != v:
+            raise DiffnbError(f"{a.out} was begun with {k}={begun[k]!r}, and {a.config} says {v!r}: "
+                              "leave --config out to resume, or choose another --out")
+
+def end_now(plan, run): # -> plan
+    "Choose the number of epochs so that the decay, the last quarter, begins at the newest checkpoint."
+    found = last_checkpoint(run)
+    if found is None: raise DiffnbError(f"{run} has no checkpoint yet: there is nothing to finish")
+    step, c, n = found[1]["step"], plan["config"], read_config(run)["data"]["images"]
+    total = math.ceil(step / (1 - DECAY_SHARE))
+    return {"config": {**c, "epochs": (total - 0.5) * c["batch_size"] / n}, "decay_from": step, "steps": total}
 
 def seconds_per_step(config, run): # of processor time, all threads and ranks together
     "From the run's own log, once it has two rows; until then from a few steps that are thrown away."
     if (run / "metrics.csv").exists():
         m = read_metrics(run)
-        if len(m["step"]) > 1: return (m["processor_seconds"][-1] - m["processor_seconds"][0]) / (m["step"][-1] - m["step"][0])
+        if len(m["step"]) > 1: return np.ptp(m["processor_seconds"]) / np.ptp(m["step"])
     config, data, net = resolve(config)
     return time_steps(config, data, net, 3, 1)[0] * torch.get_num_threads()
 
-def end_now(plan, run):
-    "Choose the number of epochs so that the decay, the last quarter, begins at the newest checkpoint."
-    found = last_checkpoint(run)
-    if found is None: raise DiffnbError(f"{run} has no checkpoint yet, so there is nothing to finish")
-    step, c, n = found[1]["step"], plan["config"], read_config(run)["data"]["images"]
-    total = math.ceil(step / (1 - DECAY_SHARE))
-    return {"config": {**c, "epochs": (total - 0.5) * c["batch_size"] / n}, "decay_from": step, "steps": total}
-
 def write_plan(a):
-    "Bring OUT/plan.json up to date: begin it, set the end, and set how many epochs lie between checkpoints and between grids."
+    "Bring OUT/plan.json up to date: settings, end, and how many epochs lie between checkpoints and between grids."
     path, run = a.out / "plan.json", a.out / "run"
-    if who := training_now(run): raise DiffnbError(f"{who} is training in {run}: stop it first (on SIGTERM it leaves a checkpoint)")
+    if who := training_now(run):
+        raise DiffnbError(f"{who} is training in {run}: stop it first (on SIGTERM it leaves a checkpoint)")
     plan = read_json(path) if path.exists() else begin_plan(a)
+    if a.config: check_same(a, plan)
     if a.finish and plan["decay_from"] is None: plan = end_now(plan, run)
-    config = replace(make_config(plan["config"]), device=a.device, data_root=a.data_root)
+    config = here(a, plan)
     if a.resume_from: begin_from(a, config)
     seconds, n = seconds_per_step(config, run), len(load_data(config.data, config.image_size, root=a.data_root))
     for name, minutes in (("checkpoint_every", a.checkpoint_minutes), ("sample_every", a.grid_minutes)):
-        plan["config"][name] = minutes * 60 / seconds * config.batch_size / n
-    save_json(path, {**plan, "processor_seconds_per_step": seconds})
+        plan["config"][name] = float(minutes * 60 / seconds * config.batch_size / n)
+    save_json(path, {**plan, "processor_seconds_per_step": float(seconds)})
 
-def planned_config(a, rank=0): # -> TrainConfig
+def here(a, plan): return replace(make_config(plan["config"]), device=a.device, data_root=a.data_root) # -> TrainConfig
+
+def planned_config(a, rank=0): # -> TrainConfig, the same for all ranks
     if rank == 0: write_plan(a)
-    return replace(make_config(read_json(a.out / "plan.json")["config"]), device=a.device, data_root=a.data_root)
+    return here(a, read_json(a.out / "plan.json"))
 
 
 # ---- training
@@ -122,9 +144,12 @@ def train_long(a, ranks=Alone()): # -> TrainState
     config, run = ranks.first(lambda: planned_config(a, ranks.rank)), a.out / "run"
     def note(*args, **facts): ranks.rank or log(a.out, *args, **facts)
     before = steps_done(run)
-    note("resumed" if before else "started", before, ranks=ranks.world, threads=torch.get_num_threads(), **machine(a.device))
+    note("resumed" if before else "started", before, ranks=ranks.world, threads=torch.get_num_threads(),
+         **machine(a.device))
     try: state = train(config, run, sampler=dpmpp_2m, progress=sys.stderr.isatty(), ranks=ranks)
-    except BaseException as e: note("failed", steps_done(run), reason=f"{type(e).__name__}: {e}"); raise
+    except BaseException as e:
+        note("failed", steps_done(run), reason=f"{type(e).__name__}: {e}")
+        raise
     note("stopped" if state.stopped_by else "finished", state.step, reason=state.stopped_by,
          core_hours=state.processor_seconds / 3600)
     return state
@@ -132,57 +157,177 @@ def train_long(a, ranks=Alone()): # -> TrainState
 
 # ---- weights in half precision
 
-def write_snapshot(run, folder): # -> paths
-    "Every average of the newest checkpoint, as FOLDER/ema.safetensors, ema2.safetensors, …; load_model reads each of them."
-    tensors, meta = last_checkpoint(run)
-    names = sorted({k.split(".")[0] for k in tensors if k.startswith("ema")})
-    return [write_tensors(Path(folder) / f"{name}.safetensors", *half(tensors, meta, name)) for name in names]
+def averages_in(tensors): return sorted({k.split(".")[0] for k in tensors if k.startswith("ema")})
 
-def half(tensors, meta, weights): # -> (tensors, meta), as diffnb.train.save_weights writes them, with the time spent
-    kept = {f"ema.{k.removeprefix(weights + '.')}": v.half() for k, v in tensors.items() if k.startswith(weights + ".")}
+def half(tensors, meta, weights): # -> (tensors, meta)
+    "One average of a checkpoint, as diffnb.train.save_weights writes it, with the time spent."
+    prefix = weights + "."
+    kept = {f"ema.{k.removeprefix(prefix)}": v.half() for k, v in tensors.items() if k.startswith(prefix)}
+    if not kept: raise DiffnbError(f"no {weights!r} among the weights, only {', '.join(averages_in(tensors))}")
     facts = {k: meta[k] for k in ("step", "config", "model", "seconds", "processor_seconds") if k in meta}
     return kept, {**facts, "data": {"classes": meta["data"]["classes"]}}
 
+def write_snapshot(run, folder): # -> paths
+    "Every average of the newest checkpoint: FOLDER/ema.safetensors, ema2.safetensors, …, each for load_model."
+    if (found := last_checkpoint(run)) is None: raise DiffnbError(f"{run} has no checkpoint yet")
+    names = averages_in(found[0])
+    return [write_tensors(Path(folder) / f"{name}.safetensors", *half(*found, name)) for name in names]
+
 def read_snapshot(source): # file, or folder of write_snapshot -> ({"ema": tensors, …}, meta)
     paths = sorted(Path(source).glob("ema*.safetensors")) if Path(source).is_dir() else [Path(source)]
-    if not paths: raise DiffnbError(f"{source} holds no ema.safetensors: name a folder of --snapshot, or a weights file")
+    if not paths: raise DiffnbError(f"no ema.safetensors in {source}: name a folder of --snapshot, or a weights file")
     read = [read_tensors(p) for p in paths]
-    if len({meta["step"] for _, meta in read}) > 1: raise DiffnbError(f"the averages in {source} are of different steps")
+    if len({meta["step"] for _, meta in read}) > 1:
+        raise DiffnbError(f"the averages in {source} are of different steps")
     names = [p.stem for p in paths] if len(paths) > 1 else ["ema"]
-    return {n: {k.removeprefix("ema."): v for k, v in t.items()} for n, (t, _) in zip(names, read)}, read[0][1]
+    averages = [{k.removeprefix("ema."): v for k, v in tensors.items()} for tensors, _ in read]
+    return dict(zip(names, averages)), read[0][1]
+
+def weights_like(tensors, given, half_lives): # -> tensors
+    "A checkpoint's weights replaced: averages by their own (else the first), the model by that of the shortest memory."
+    names = averages_in(tensors)
+    source = {name: given.get(name, given["ema"]) for name in names}
+    lives = dict(zip(names, half_lives or [1]))
+    source["model"] = source[min(lives, key=lives.get)]
+    split = {k: k.split(".", 1) for k in tensors}
+    return {k: source[split[k][0]][split[k][1]].to(v.dtype) for k, v in tensors.items() if split[k][0] in source}
 
 def begin_from(a, config):
-    """Make OUT/run with a single checkpoint that holds the weights of a snapshot and no state of the optimiser, which so begins afresh.
-    A first step gives the folder its shape; the model gets the average with the shortest memory."""
+    """Make OUT/run with one checkpoint: a snapshot's weights, and no state of the optimiser, which so begins afresh.
+    A single step of training, thrown away, gives the folder and the checkpoint their shape."""
     run, fresh = a.out / "run", a.out / "run.new"
-    if run.exists(): raise DiffnbError(f"{run} exists already: leave --resume-from out to go on with it, or choose another --out")
+    if run.exists():
+        raise DiffnbError(f"{run} exists: leave --resume-from out to go on with it, or choose another --out")
     given, meta = read_snapshot(a.resume_from)
     shutil.rmtree(fresh, ignore_errors=True)
     train(replace(config, log_every=1), fresh, on_log=lambda run: True, progress=False)
     tensors, facts = last_checkpoint(fresh)
-    if meta["model"] != facts["model"]: raise DiffnbError(f"{a.resume_from} holds another model than {a.config} describes")
-    lives = dict(zip(sorted(n for n in {k.split(".")[0] for k in tensors} if n.startswith("ema")), config.ema_half_lives or [1]))
-    source = {n: given.get(n, given["ema"]) for n in lives}
-    source["model"] = source[min(lives, key=lives.get)]
-    new = {k: source[k.split(".")[0]][k.split(".", 1)[1]].to(v.dtype) for k, v in tensors.items() if k.split(".")[0] in source}
-    spent = {k: meta.get(k, 0.0) for k in ("seconds", "processor_seconds")}
+    if meta["model"] != facts["model"]:
+        raise DiffnbError(f"{a.resume_from} holds another model than the settings describe")
+    tensors = weights_like(tensors, given, config.ema_half_lives) | {"meter": torch.zeros_like(tensors["meter"])}
     for old in (*checkpoints(fresh), fresh / "metrics.csv"): old.unlink()
-    write_tensors(fresh / f"checkpoints/step_{meta['step']:09d}.safetensors", {**new, "meter": torch.zeros_like(tensors["meter"])},
-                  {**facts, **spent, "step": meta["step"]})
+    facts |= {"step": meta["step"], **{k: meta.get(k, 0.0) for k in ("seconds", "processor_seconds")}}
+    write_tensors(fresh / f"checkpoints/step_{meta['step']:09d}.safetensors", tensors, facts)
     fresh.rename(run)
     log(a.out, "began from weights", meta["step"], source=str(a.resume_from), averages=sorted(given))
 
 
-def main():
-    p = scoring_arguments(arguments(__doc__))
-    p.add_argument("--config", type=Path, help="settings to begin with: JSON of a TrainConfig, or a result of pilots.py")
-    p.add_argument("--finish", action="store_true", help="let the decay begin at the newest checkpoint, and train to the end")
+# ---- scores
+
+def begin_score(a, done): # names of finished rows -> folder with weights.safetensors
+    """A folder for one row, with the weights to score. Of the newest checkpoint, unless a file is named or a call with
+    these settings was interrupted: then the weights that it had begun with."""
+    settings, scores = f"{a.steps}steps_n{a.n}_w{a.guidance:g}n{a.n_guided}", a.out / "scores"
+    if a.score != "newest": found, label = read_tensors(a.score), Path(a.score).stem
+    else:
+        begun = sorted(p.parent for p in scores.glob(f"step_*_{a.weights}_{settings}/weights.safetensors"))
+        if begun := [p for p in begun if p.name not in done]: return begun[-1]
+        found, label = last_checkpoint(a.out / "run"), a.weights
+    if found is None: raise DiffnbError(f"{a.out / 'run'} has no checkpoint yet")
+    tensors, meta = half(*found, a.weights)
+    folder = scores / f"step_{meta['step']:09d}_{label}_{settings}"
+    path = folder / "weights.safetensors"
+    if not path.exists(): write_tensors(path, tensors, meta)
+    return folder
+
+def draw_to(folder, m, a, n, w, precision): # -> uint8 (n, C, H, W)
+    "Samples 0 … n-1 as PNGs in `folder`; those that are there are not drawn again."
+    guide = {} if w == 1 else {"guide": partial(guided, w=w)}
+    sample_to(folder, m.model, m.schedule, m.shape, n, y=torch.arange(n) % len(m.classes), sampler=dpmpp_2m,
+              steps=a.steps, prediction=m.config.prediction, device=a.device, precision=precision,
+              batch_size=a.sample_batch, progress=sys.stderr.isatty(), **guide)
+    return read_images(folder, n)[0]
+
+def reference(a, size, features, batch): # -> {"train": Real, "test": Real}
+    "Real images, and their statistics in a file small enough to commit."
+    real = real_images(size, features, a.data_root, a.cache, a.real, batch)
+    path = a.cache / f"cifar10_{size}_inception768.safetensors"
+    if not path.exists() and not a.real: print(write_statistics(real, size, path, **machine(a.device)), flush=True)
+    return real
+
+def floors_for(a, size, real, n): # as score.floors, computed once
+    path = a.cache / f"floor_{size}_{a.real or 'all'}_n{n}.json"
+    if not path.exists(): save_json(path, floors(real, n))
+    return read_json(path)
+
+class Scoring:
+    "What both kinds of samples, without and with guidance, are drawn from and measured with."
+    def __init__(self, a, folder):
+        a.device, path = str(pick_device(a.device)), folder / "weights.safetensors"
+        self.a, self.folder, self.m = a, folder, load_model(path, a.device)
+        self.hours, self.size = read_tensors(path)[1].get("processor_seconds", math.nan) / 3600, self.m.shape[-1]
+        self.precision = pick_precision("auto", pick_device(a.device), self.m.config)
+        self.features, self.batch = open_features(a)
+        self.real = reference(a, self.size, self.features, self.batch)
+
+    def measure(self, n, w): # -> dict
+        "Draw with guidance w, save the first hundred as a grid (a column for each class), and measure."
+        a, step = self.a, self.m.step
+        images = draw_to(self.folder / f"w{w:g}", self.m, a, n, w, self.precision)
+        grid = a.out / "grids" / f"step_{step:09d}_{self.hours:.2f}core-hours_{a.weights}_w{w:g}.png"
+        save_grid(images[:100], grid, cols=10, scale=max(1, 64 // self.size))
+        f = features_in_parts(self.features, images, self.folder / f"w{w:g}.features", self.batch)
+        found = distances(f.to(self.features.device), self.real)
+        return {"w": w, "n": n, "distances": found, "floor": floors_for(a, self.size, self.real, n)}
+
+    def row(self):
+        a, m = self.a, self.m
+        n = len(load_data(m.config.data, self.size, root=a.data_root))
+        facts = {"name": self.folder.name, "step": m.step, "images": m.step * m.config.batch_size,
+                 "epochs": m.step * m.config.batch_size / n, "core_hours": self.hours, "weights": a.weights}
+        return {**facts, "unguided": self.measure(a.n, 1.0), "guided": self.measure(a.n_guided, a.guidance),
+                "sampler": "dpmpp_2m", "sampler_steps": a.steps, "precision": self.precision, "protocol": RULES,
+                "commit": commit_of(), **machine(a.device)}
+
+def score_long(a): # -> the row
+    "Append a row to OUT/scores.json. Whatever interrupts it, the next call goes on with the same weights."
+    path = a.out / "scores.json"
+    rows = read_json(path) if path.exists() else []
+    folder = begin_score(a, {r["name"] for r in rows})
+    if found := [r for r in rows if r["name"] == folder.name]: return found[0]
+    row = Scoring(a, folder).row()
+    save_json(path, rows + [row])
+    log(a.out, "scored", row["step"], weights=a.weights)
+    for left in folder.iterdir(): # samples and their features go, the weights stay
+        if left.is_dir(): shutil.rmtree(left)
+    return row
+
+def tell(row): # a line for each kind of samples and each split
+    for r in (row["unguided"], row["guided"]):
+        print(f"step {row['step']:,}, {row['core_hours']:.2f} core-hours, {row['weights']}, w {r['w']:g}, n {r['n']:,}")
+        for split, d in r["distances"].items():
+            floor = r["floor"][split]
+            print(f"  to {split:5} Fréchet distance {d['frechet']:.3f} (real images: {floor['frechet']:.3f}), "
+                  f"KID {d['kid']:.5f} ({floor['kid']:.5f})", flush=True)
+
+
+def parsed(): # -> the command's arguments
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="folder of the run")
+    p.add_argument("--data-root", help="folder with cifar-10-batches-py; default: $DIFFNB_DATA, or ./data")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--config", type=Path, help="to begin with: settings of a TrainConfig, or a result of pilots.py")
+    p.add_argument("--finish", action="store_true", help="let the decay begin at the newest checkpoint")
+    p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin from a --snapshot, or a weights file")
     p.add_argument("--snapshot", type=Path, metavar="FOLDER", help="write all averages there in half precision")
-    p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin a new folder from a snapshot, or from one weights file")
     p.add_argument("--checkpoint-minutes", type=float, default=20, help="of processor time between checkpoints")
     p.add_argument("--grid-minutes", type=float, default=60, help="of processor time between sample grids")
-    a = p.parse_args()
-    if a.snapshot: return print(*(f"{p} {p.stat().st_size:,} bytes" for p in write_snapshot(a.out / "run", a.snapshot)), sep="\n")
+    p.add_argument("--reference", action="store_true", help="only compute what --score needs of the real images")
+    p.add_argument("--score", nargs="?", const="newest", metavar="WEIGHTS", help="of the newest checkpoint, or a file")
+    p.add_argument("--weights", default="ema", help="which average is scored: ema, ema2, …")
+    p.add_argument("--steps", type=int, default=18, help="of DPM-Solver++(2M)")
+    p.add_argument("--n", type=int, default=10_000, help="samples without guidance")
+    p.add_argument("--n-guided", type=int, default=2000, help="samples with it")
+    p.add_argument("--guidance", type=float, default=2.0)
+    a = scoring_arguments(p).parse_args()
+    a.cache = a.cache or a.out / "cache"
+    return a
+
+def main():
+    a = parsed()
+    if a.reference: return list(reference(a, 32, *open_features(a)))
+    if a.score: return tell(score_long(a))
+    if a.snapshot: return print(*write_snapshot(a.out / "run", a.snapshot), sep="\n")
     run_frozen(a.out)
     with ranks_of(a.device) as ranks: state = train_long(a, ranks)
     sys.exit(EXIT[state.stopped_by])

@@ -5,7 +5,7 @@ the two side by side. Its arithmetic is float32 without TF32, whatever else the 
 """
 from common import *
 
-import warnings
+import shutil, warnings
 from collections import OrderedDict
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3, InceptionA, InceptionC
 
-from diffnb.data import addressed, resize
+from diffnb.data import ImageData, addressed, resize
 from diffnb.evaluate import Features, Moments, frechet_distance, jackknife_error, kid
 from diffnb.guide import guided
 from diffnb.sample import dpmpp_2m, sample_batches
@@ -83,16 +83,33 @@ class Real:
     def __init__(self, features): self.features, self.moments = features, Moments(features.split(4096))
     def __len__(self): return len(self.features)
 
+def features_in_parts(features, images, folder, batch=256, each=500): # ImageData, or uint8 (N, C, H, W) -> (N, dim)
+    "Features, in files of `each` images in `folder`: after an interruption, what is there is not computed again."
+    parts = []
+    for i in range(0, len(images), each):
+        path, n = folder / f"{i:06d}.safetensors", min(each, len(images) - i)
+        part = read_tensors(path)[0]["features"] if path.exists() else ()
+        if len(part) != n:
+            x = images.take(slice(i, i + n)) if isinstance(images, ImageData) else images[i:i + n]
+            part = features(x, batch).cpu()
+            write_tensors(path, {"features": part}, {"network": features.name, "dim": features.dim})
+        parts.append(part)
+    return torch.cat(parts)
+
 def real_images(size, features, root=None, cache=None, limit=None, batch=256): # -> {"train": Real, "test": Real}
     "Features of both splits in the size asked for; kept in the folder `cache`. `limit`: only so many of each, for a rehearsal."
-    path = cache and Path(cache) / f"real_{size}_{limit or 'all'}.safetensors"
+    name = f"real_{size}_{limit or 'all'}"
+    path = cache and Path(cache) / f"{name}.safetensors"
     if path and path.exists(): return {k: Real(v.to(features.device)) for k, v in read_tensors(path)[0].items()}
     found = {}
     for split in ("train", "test"):
-        data = load_data("cifar10", size, split=split, root=root).to(features.device)
-        found[split] = features(replace(data, images=data.images[:limit], labels=None), batch)
-    if path: write_tensors(path, found, {"size": size, "network": features.name, "dim": features.dim})
-    return {k: Real(v) for k, v in found.items()}
+        data = load_data("cifar10", size, split=split, root=root)
+        data = replace(data, images=data.images[:limit], labels=None)
+        found[split] = features_in_parts(features, data, path.with_name(f"{name}.parts") / split, batch) if path else features(data, batch)
+    if path:
+        write_tensors(path, found, {"size": size, "network": features.name, "dim": features.dim})
+        shutil.rmtree(path.with_name(f"{name}.parts"))
+    return {k: Real(v.to(features.device)) for k, v in found.items()}
 
 def write_statistics(real, size, path, **facts):
     "Mean and covariance (its upper triangle) of both splits: small enough to commit, enough for a Fréchet distance without any real image."
@@ -133,6 +150,15 @@ def floor(real): # what a perfect model could reach: real images against real im
     a, b = real["train"].features[order].chunk(2)
     against = {"test": {"n": len(real["test"]), **distances(real["test"].features, {"train": real["train"]})["train"]}, "half of train": {"n": len(a), **distances(a, {"rest": Real(b)})["rest"]}}
     return {"of real images to train": against["test"], "of half of train to its other half": against["half of train"]}
+
+def floors(real, n): # {split: Real} -> {split: dict}
+    "What a perfect model could reach with n samples: n real images of the other split against all of this one."
+    found = {}
+    for split, other in (("train", "test"), ("test", "train")):
+        order = torch.randperm(len(real[other]), generator=addressed(0, "floor"))[:n]
+        f = real[other].features[order.to(real[other].features.device)]
+        found[split] = {"n": len(f), **distances(f, {split: real[split]})[split]}
+    return found
 
 def draw(model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu", precision="float32", end=None): # -> uint8 (n, C, H, W), or None: out of time
     "Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the same shapes and compiles once."
