@@ -1,7 +1,8 @@
 "The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no Inception is needed; the digits stand in."
-import importlib, json, math, shutil, sys, time
+import importlib, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
 
@@ -180,3 +181,176 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
     for w in (1.0, 2.0): assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (8, 3, 8, 8)
     assert set(seen) == {4}
     assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
+
+
+# ---- the long run
+
+@pytest.fixture
+def long(script, monkeypatch, tmp_path):
+    "long.py on the digits, and a function that runs it with a command line; the run stops after so many steps, by SIGTERM."
+    module = script("long")
+    settings = dict(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1,
+                    batch_size=32, lr=2e-3, warmup=5, ema_half_lives=(0.05, 0.1, 0.02), log_every=4, precision="float32",
+                    schedule="flow", prediction="velocity", optimizer="muon")
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    def arguments(out, *more):
+        monkeypatch.setattr(sys, "argv", ["long.py", "--out", str(out), "--device", "cpu", *map(str, more)])
+        return module.parsed()
+    def go(out, *more, until=10**9):
+        def stop(run):
+            if module.read_metrics(run)["step"][-1] >= until: os.kill(os.getpid(), signal.SIGTERM)
+        train = module.diffnb.train.train
+        monkeypatch.setattr(module, "train", lambda *args, **named: train(*args, **{"on_log": stop, **named}))
+        return module.train_long(arguments(out, *more))
+    return SimpleNamespace(module=module, arguments=arguments, go=go, settings=tmp_path / "settings.json")
+
+
+def events(out): return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:the loss leapt")
+def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
+    out = tmp_path / "long"
+    with pytest.raises(common.DiffnbError, match="--config"): long.go(out)
+    assert long.go(out, "--config", long.settings, until=20).step == 20
+    assert long.go(out, until=30).step == 32                                            # resumed; rows come every 4 steps
+    plan = common.read_json(out / "plan.json")
+    assert plan["decay_from"] is None and plan["config"]["epochs"] == 1e5
+    steps_in_20_minutes = 20 * 60 / plan["processor_seconds_per_step"]
+    assert plan["config"]["checkpoint_every"] * 1498 / 32 == pytest.approx(steps_in_20_minutes)
+    assert plan["config"]["sample_every"] == pytest.approx(3 * plan["config"]["checkpoint_every"])
+
+    total = math.ceil(32 / 0.75)                                                        # three quarters are done
+    assert long.go(out, "--finish", until=36).step == 36
+    assert long.go(out).step == total == common.read_json(out / "plan.json")["steps"]   # the end stays chosen
+    m = common.diffnb.train.read_metrics(out / "run")
+    for step, lr in zip(m["step"][1:], m["lr"][1:]):                                    # after the warm-up; the rate of that update
+        assert lr == pytest.approx(2e-3 * min(1, (total - step + 1) / (0.25 * total)))
+    assert (m["lr"][(m["step"] > 5) & (m["step"] <= 32)] == 2e-3).all() and m["lr"][-1] < 2e-3 / 10
+    assert [(e["event"], e["step"]) for e in events(out)] == [
+        ("started", 0), ("stopped", 20), ("resumed", 20), ("stopped", 32), ("resumed", 32), ("stopped", 36),
+        ("resumed", 36), ("finished", total)]
+    assert all(e["commit"] and e["time"].endswith("+00:00") for e in events(out))
+    assert events(out)[1]["reason"] == "SIGTERM" and events(out)[-1]["core_hours"] > 0
+
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(long.settings.read_text()), "lr": 1.0}))
+    with pytest.raises(common.DiffnbError, match="lr=0.002"): long.go(out, "--config", other)
+
+
+def test_a_stop_of_the_long_run_changes_nothing(long, tmp_path):
+    long.go(tmp_path / "whole", "--config", long.settings, until=24)
+    long.go(tmp_path / "parts", "--config", long.settings, until=12)
+    long.go(tmp_path / "parts", until=24)
+    a, b = (long.module.last_checkpoint(tmp_path / name / "run")[0] for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert {"ema", "ema2", "ema3"} <= {k.split(".")[0] for k in a}
+
+
+def test_a_failure_of_the_long_run_is_logged(long, tmp_path, monkeypatch):
+    def fail(*_, **__): raise RuntimeError("no more room")
+    monkeypatch.setattr(long.module, "train", fail)
+    with pytest.raises(RuntimeError):
+        long.module.train_long(long.arguments(tmp_path / "long", "--config", long.settings))
+    assert events(tmp_path / "long")[-1]["event"] == "failed" and "no more room" in events(tmp_path / "long")[-1]["reason"]
+
+
+def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
+    out, kept, new = tmp_path / "long", tmp_path / "kept", tmp_path / "new"
+    long.go(out, "--config", long.settings, until=20)
+    tensors, meta = common.last_checkpoint(out / "run")
+    paths = long.module.write_snapshot(out / "run", kept)
+    assert [p.name for p in paths] == ["ema.safetensors", "ema2.safetensors", "ema3.safetensors"]
+    for path in paths:
+        model = common.load_model(path, "cpu")
+        assert model.step == 20 and path.stat().st_size < 0.6 * sum(v.nbytes for k, v in tensors.items() if k.startswith('model.'))
+        assert all(torch.equal(v, tensors[f"{path.stem}.{k}"].half().float()) for k, v in model.model.state_dict().items())
+
+    a = long.arguments(new, "--config", long.settings, "--resume-from", kept)
+    config = long.module.planned_config(a)
+    begun, facts = common.last_checkpoint(new / "run")
+    assert facts["step"] == 20 and facts["processor_seconds"] == meta["processor_seconds"]
+    for name, source in (("ema", "ema"), ("ema2", "ema2"), ("ema3", "ema3"), ("model", "ema3")):    # ema3 forgets soonest
+        given = {k: v.half().float() for k, v in tensors.items() if k.startswith(source + ".")}
+        assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
+    assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
+    assert config.epochs == 1e5 and long.go(new, until=28).step == 28
+    assert list(common.diffnb.train.read_metrics(new / "run")["step"]) == [24, 28]
+    assert [(e["event"], e["step"]) for e in events(new)] == [("began from weights", 20), ("resumed", 20), ("stopped", 28)]
+    with pytest.raises(common.DiffnbError, match="exists"): long.module.planned_config(a)
+
+
+def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_path, monkeypatch, capsys):
+    module, out, computed = long.module, tmp_path / "long", []
+    def network(x):
+        computed.append(len(x))
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255
+    def open_features(a):
+        a.sample_batch = 8
+        return importlib.import_module("diffnb.evaluate").Features(network, "quarters", 4), 10
+    real = {s: module.Real(torch.rand(80, 4, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(("train", "test"))}
+    monkeypatch.setattr(module, "open_features", open_features)
+    monkeypatch.setattr(module, "real_images", lambda *_: real)
+    def score(): return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2))
+    with pytest.raises(common.DiffnbError, match="no checkpoint"): score()
+
+    long.go(out, "--config", long.settings, until=12)
+    with monkeypatch.context() as m:
+        m.setattr(module, "distances", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError): score()
+    assert sum(computed) == 40 and not (out / "scores.json").exists()
+    long.go(out, until=20)                                                              # training has moved on
+    row = score()
+    assert row["step"] == 12 and sum(computed) == 60                                    # the 40 were not computed again
+    assert score()["step"] == 20 and sum(computed) == 120
+    assert score()["step"] == 20 and sum(computed) == 120                               # done already
+    rows = common.read_json(out / "scores.json")
+    assert [r["step"] for r in rows] == [12, 20] and rows[0] == row
+    assert row["images"] == 12 * 32 and row["epochs"] == pytest.approx(12 * 32 / 1498) and row["core_hours"] > 0
+    assert {"weights", "sampler", "sampler_steps", "precision", "protocol", "commit", "device", "torch"} <= set(row)
+    for kind, n, w in (("unguided", 40, 1), ("guided", 20, 2)):
+        assert (row[kind]["n"], row[kind]["w"]) == (n, w)
+        for split in ("train", "test"):
+            assert {"frechet", "error", "kid", "kid_std"} <= set(row[kind]["distances"][split]) & set(row[kind]["floor"][split])
+            assert row[kind]["floor"][split]["n"] == n
+    assert sorted(p.name.split("_")[1] for p in (out / "grids").glob("*core-hours_ema_w[12].png")) == ["000000012"] * 2 + ["000000020"] * 2
+    assert all([p.name for p in folder.iterdir()] == ["weights.safetensors"] for folder in (out / "scores").iterdir())
+    module.tell(row)
+    assert "core-hours" in capsys.readouterr().out and [e["event"] for e in events(out)].count("scored") == 2
+
+
+def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_path, monkeypatch):
+    score, evaluate, seen = script("score"), importlib.import_module("diffnb.evaluate"), []
+    def network(x):
+        if len(seen) == 3: seen.append(0); raise KeyboardInterrupt
+        seen.append(len(x))
+        return x.float().mean((2, 3))
+    monkeypatch.setattr(score, "load_data", lambda name, size, split, root: load_data("digits", split=split))
+    features, load_data = evaluate.Features(network, "means", 1), common.load_data
+    with pytest.raises(KeyboardInterrupt): score.real_images(8, features, cache=tmp_path, batch=500)
+    real = score.real_images(8, features, cache=tmp_path, batch=500)
+    assert seen == [500, 500, 498, 0, 299] and [p.name for p in tmp_path.iterdir()] == ["real_8_all.safetensors"]
+    images = load_data("digits").images
+    assert torch.equal(real["train"].features, images.float().mean((2, 3)))
+    assert score.features_in_parts(features, images, tmp_path / "x", each=40).equal(real["train"].features)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
+    def git(*args): return subprocess.run(["git", "-C", FOLDER, *args], capture_output=True, text=True).stdout.strip()
+    if not git("ls-tree", "HEAD", "long.py"): pytest.skip("not a git checkout that has long.py")
+    out, python = tmp_path / "long", [sys.executable]
+    if ranks > 1: python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    job = subprocess.Popen([*python, FOLDER / "long.py", "--out", out, "--config", long.settings, "--device", "cpu"],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (out / "run" / "metrics.csv").exists() or len(long.module.read_metrics(out / "run")["step"]) < 1:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=120)[0]
+    finally: job.kill()
+    assert job.returncode == 143 or ranks > 1, said[-3000:]
+    assert [e["event"] for e in events(out)] == ["started", "stopped"] and events(out)[0]["ranks"] == ranks
+    assert events(out)[0]["commit"] == (out / "source" / "COMMIT").read_text() == git("rev-parse", "HEAD")
+    assert (out / "source" / "bench" / "cifar10" / "long.py").exists() and long.module.steps_done(out / "run") > 0
