@@ -27,7 +27,8 @@ def common(script): return script("common")
 
 @pytest.fixture
 def tiny(common):
-    return common.TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32, device="cpu", precision="float32", sample_steps=2)
+    return common.TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32, device="cpu", precision="float32", sample_steps=2,
+                              ema_half_lives=common.HALF_LIVES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common.plan_of(tiny, whole, 0.1)
     plan = json.loads((whole / "plan.json").read_text()); steps = 60
-    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5); plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6; plan["config"] |= {"log_every": 5, "ema_decay": 0.8}
+    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5); plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6; plan["config"]["log_every"] = 5
     (whole / "plan.json").write_text(json.dumps({**plan, "steps": steps, "seconds_per_grid": 0}))           # the same length on every machine
     shutil.copytree(whole, parts)
     assert common.train_for(tiny, whole, 0.1, time.perf_counter() + 600, progress=False).step == steps
@@ -64,11 +65,14 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     with pytest.raises(common.DiffnbError, match="total_minutes"): common.train_for(tiny, parts, 9, 0)
 
 
-def test_the_plan_fits_the_time_and_the_horizons_the_plan(common, tiny):
+def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
     config, plan = common.planned(tiny, 0.2)
     assert plan["steps"] * plan["seconds_per_step"] <= 12 and math.ceil(config.epochs * 1498 / 32) == plan["steps"]
-    assert 1 / (1 - config.ema_decay) == pytest.approx(max(2, 0.05 * plan["steps"]))
-    assert 1 / (1 - common.TwoAverages(torch.nn.Linear(1, 1), config.ema_decay).slow.decay) == pytest.approx(2 * max(2, 0.05 * plan["steps"]))
+    averages = common.diffnb.train.make_averages(torch.nn.Linear(1, 1), config)
+    assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
+    for memory, ema in zip((0.05, 0.1), averages.values()):                             # half of the weight: ln 2 of what is remembered
+        last = range(round((1 - memory * math.log(2)) * 10_000), 10_000)
+        assert math.prod(ema.decay_at(step) for step in last) == pytest.approx(0.5, abs=0.01)
 
 
 def test_shards_come_together_bit_for_bit(common, tmp_path):

@@ -25,7 +25,7 @@ class Variant:
     claim: str                                     # what is commonly said
     prediction: str                                # what we expect at this length, written before measuring
     change: dict = field(default_factory=dict)     # of BASE
-    weights: str = "ema"                           # what is scored: "ema", "ema2" (twice the horizon), "model" (no average)
+    weights: str = "ema"                           # what is scored: "ema", "ema2" (twice the half-life), "model" (no average)
 
 VARIANTS = [
     Variant("baseline", "the recipe of common.py", "—"),
@@ -62,14 +62,14 @@ def trained(config, seconds): # -> (TrainState, schedule, facts)
     config, plan = planned(config, seconds / 60, reserve=0)
     config, data, net = resolve(config)
     device, schedule, losses = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr), []
-    with two_horizons(): state = new_state(net, config, device)
+    state = new_state(net, config, device)
     network, data = ready(state, device), data.to(device)
     start = time.perf_counter()
     for step in train_steps(state, data, schedule, plan["steps"], config.precision, network):
         if step % config.log_every == 0 or step == plan["steps"]: losses.append([step, state.meter.read()["loss"]])
     return state, schedule, {**plan, "seconds": time.perf_counter() - start, "images": step * config.batch_size, "losses": losses, "config": asdict(config)}
 
-def models(state): return {"ema": state.ema.model, "ema2": state.ema.slow.model, "model": state.model.eval()}
+def models(state): return {name: ema.model for name, ema in state.averages.items()} | {"model": state.model.eval()}
 
 def run(v, seed, seconds, a, features, batch, real, done):
     "Train and score one variant; those that change only what is scored share its run."

@@ -3,7 +3,6 @@ import time
 START = time.perf_counter()                        # before the other imports: a command's minutes count from its beginning
 
 import argparse, json, os, platform, sys
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,8 +15,13 @@ import diffnb.train
 from diffnb.data import DiffnbError, load_data, write_whole
 from diffnb.sample import ddim
 from diffnb.scale import time_steps
-from diffnb.train import (EMA, Alone, TrainConfig, TrainState, checkpoints, free_to_change, last_checkpoint, load_model, load_weights, make_config,
+from diffnb.train import (Alone, TrainConfig, checkpoints, free_to_change, last_checkpoint, load_model, make_config,
                           pick_device, read_tensors, resolve, train, write_tensors)
+
+# Half-lives of the averages "ema" and "ema2", as shares of the run: half of an average's weight lies on the last 3.5% or
+# 7% of the steps. An exponential average that remembers 5% or 10% of a run has these (ln 2 times its memory). Karras et
+# al. 2024, section 3: the best lengths are of that order.
+HALF_LIVES = (0.035, 0.07)
 
 # Where each choice comes from; ablations.py tries most of them.
 RECIPE = TrainConfig(
@@ -26,50 +30,18 @@ RECIPE = TrainConfig(
     prediction="v",                      # Salimans & Ho 2022, section 4; its plain loss weighs x0 by SNR + 1
     label_dropout=0.1,                   # Ho & Salimans 2022, section 4: 0.1 and 0.2 do equally well
     batch_size=256, lr=5e-4, warmup=500, # Karras et al. 2022, table 7: 1e-3 at batch 512, so about 7e-4 by the square root rule; a little less
+    ema_half_lives=HALF_LIVES,
     grad_clip=1.0,                       # Ho et al. 2020, in the code
     dropout=0.0)                         # 0.1 in Ho et al. 2020 and 0.13 in Karras et al. 2022, for runs that see every image thousands of times
 SIZES = {32: RECIPE, 64: replace(RECIPE, image_size=64, shift=2.0)} # Hoogeboom et al. 2023, section 3.1: twice the side, a quarter of the SNR
-HORIZON = 0.05       # memory of the first EMA, as a share of the steps; the second has twice that, which is about what diffnb's warm-up of the
-                     # EMA would leave of any longer one: a ninth of the steps done. Karras et al. 2024, section 3: the best lengths are of that order
 RESERVE = 0.06       # share of the time for sample grids, checkpoints, and compiling again after a restart
 LARGEST = 16 * 2**20 # bytes of a shard
-
-
-# ---- two averages in one run
-
-class TwoAverages(EMA):
-    "An EMA that keeps a second one, `slow`, with twice its horizon."
-    def __init__(self, model, decay, fused=True):
-        super().__init__(model, decay, fused)
-        self.slow = EMA(model, (1 + decay) / 2, fused)
-
-    def update(self, model, step):
-        super().update(model, step); self.slow.update(model, step)
-
-class TwoHorizons(TrainState):
-    "A TrainState with both averages; checkpoints hold the second as ema2.*, where load_model(weights='ema2') finds it."
-    def __init__(self, model, config):
-        super().__init__(model, config)
-        self.ema = TwoAverages(model, config.ema_decay, config.fused)
-
-    def tensors(self, ranks=Alone()):
-        return super().tensors(ranks) | {f"ema2.{k}": v for k, v in self.ema.slow.model.state_dict().items()}
-
-    def restore(self, tensors, step, seconds):
-        super().restore(tensors, step, seconds); load_weights(self.ema.slow.model, tensors, "ema2.")
-
-@contextmanager
-def two_horizons():
-    "diffnb's `train` makes its state itself and has no place to hand one in; so the class is exchanged meanwhile."
-    before, diffnb.train.TrainState = diffnb.train.TrainState, TwoHorizons
-    try: yield
-    finally: diffnb.train.TrainState = before
 
 
 # ---- training against a clock
 
 def planned(config, total_minutes, reserve=RESERVE):
-    "(config with as many steps as fit into the time, with its EMA; facts). Speed is measured on a copy that is thrown away."
+    "(config with as many steps as fit into the time; facts). Speed is measured on a copy that is thrown away."
     config, data, net = resolve(config)
     measured = (30, 5) if pick_device(config.device).type == "cuda" else (3, 1)
     seconds, whole = time_steps(config, data, net, *measured)[0], 60 * total_minutes
@@ -77,7 +49,8 @@ def planned(config, total_minutes, reserve=RESERVE):
     grids = min(8, max(1, int(0.1 * whole / grid))) if reserve else 0  # on a slow machine fewer of them, perhaps only the last
     steps = max(10, int(((1 - reserve) * whole - grids * grid) / seconds))
     epochs = (steps - 0.5) * config.batch_size / len(data)             # rounded up to whole steps by `train`
-    config = replace(config, ema_decay=1 - 1 / max(2, HORIZON * steps), epochs=epochs, sample_every=epochs / max(1, grids), checkpoint_every=epochs / 10, keep=2, log_every=max(1, min(50, round(2 / seconds))))
+    config = replace(config, epochs=epochs, sample_every=epochs / max(1, grids), checkpoint_every=epochs / 10, keep=2,
+                     log_every=max(1, min(50, round(2 / seconds))))
     return config, {"steps": steps, "seconds_per_step": seconds, "seconds_per_grid": grid}
 
 def plan_of(asked, out, total_minutes): # -> TrainConfig
@@ -99,8 +72,7 @@ def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at whic
     out, config = Path(out), plan_of(asked, out, total_minutes)
     # a grid may have begun; a checkpoint and the weights have to be written yet
     stop = end - min(20, 0.1 * (end - time.perf_counter())) - read_json(out / "plan.json")["seconds_per_grid"]
-    with two_horizons():
-        state = train(config, out / "run", sampler=ddim, on_log=lambda run: time.perf_counter() > stop, progress=progress)
+    state = train(config, out / "run", sampler=ddim, on_log=lambda run: time.perf_counter() > stop, progress=progress)
     for weights in ("ema", "ema2"): write_shards(*weights_of(out / "run", weights), out / "weights" / weights)
     return state
 

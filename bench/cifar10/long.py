@@ -16,6 +16,7 @@ the run. SIGTERM leaves a checkpoint. OMP_NUM_THREADS sets the threads of a proc
 from score import *
 
 import io, math, subprocess, tarfile
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 from diffnb.data import save_grid
