@@ -18,9 +18,9 @@ from diffnb.scale import time_steps
 from diffnb.train import (Alone, TrainConfig, checkpoints, free_to_change, last_checkpoint, load_model, make_config,
                           pick_device, read_tensors, resolve, train, write_tensors)
 
-# Half-lives of the averages "ema" and "ema2", as shares of the run: half of an average's weight lies on the last 3.5% or
-# 7% of the steps. An exponential average that remembers 5% or 10% of a run has these (ln 2 times its memory). Karras et
-# al. 2024, section 3: the best lengths are of that order.
+# Half-lives of the averages "ema" and "ema2", as shares of the run: half of an average's weight lies on the last 3.5%
+# or 7% of the steps. An exponential average that remembers 5% or 10% of a run has these (ln 2 times its memory).
+# Karras et al. 2024, section 3: the best lengths are of that order.
 HALF_LIVES = (0.035, 0.07)
 
 # Where each choice comes from; ablations.py tries most of them.

@@ -59,7 +59,7 @@ def run_frozen(out):
 
 def commit_of(): # the hash in COMMIT, or of the checkout; "unknown" outside git
     if (ROOT / "COMMIT").exists(): return (ROOT / "COMMIT").read_text()
-    try: return git("describe", "--always", "--dirty", "--abbrev=40").decode().strip()
+    try: return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").decode().strip()
     except DiffnbError: return "unknown"
 
 

@@ -99,16 +99,16 @@ def features_in_parts(features, images, folder, batch=256, each=500): # ImageDat
 def real_images(size, features, root=None, cache=None, limit=None, batch=256): # -> {"train": Real, "test": Real}
     "Features of both splits in the size asked for; kept in the folder `cache`. `limit`: only so many of each, for a rehearsal."
     name = f"real_{size}_{limit or 'all'}"
-    path = cache and Path(cache) / f"{name}.safetensors"
+    path, parts = cache and Path(cache) / f"{name}.safetensors", cache and Path(cache) / f"{name}.parts"
     if path and path.exists(): return {k: Real(v.to(features.device)) for k, v in read_tensors(path)[0].items()}
     found = {}
     for split in ("train", "test"):
         data = load_data("cifar10", size, split=split, root=root)
         data = replace(data, images=data.images[:limit], labels=None)
-        found[split] = features_in_parts(features, data, path.with_name(f"{name}.parts") / split, batch) if path else features(data, batch)
+        found[split] = features_in_parts(features, data, parts / split, batch) if path else features(data, batch)
     if path:
         write_tensors(path, found, {"size": size, "network": features.name, "dim": features.dim})
-        shutil.rmtree(path.with_name(f"{name}.parts"))
+        shutil.rmtree(parts)
     return {k: Real(v.to(features.device)) for k, v in found.items()}
 
 def write_statistics(real, size, path, **facts):
