@@ -187,15 +187,50 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
     assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
 
 
+def forged_pilot(name, frechet, error): # as pilots.py writes it
+    x0 = {str(level): error * (1 + level / 10) for level in (6, 4, 2, 0, -2, -4)}
+    scores = {w: {"frechet": f, "named_right": f / 10} for w, f in zip(("w1", "w2"), frechet)}
+    return {"name": name, "change": {"lr": 1e-3}, "config": {}, "seconds_per_step": 1.0, "images_per_second": 64.0,
+            "parameters": 7, "gflop_an_image": 4.5, "steps": 10, "images": 640, "minutes": 13.0, "core_minutes": 12.5,
+            "losses": [[10, 0.1]], "n": 1000, "sampler": "dpmpp_2m", "sampler_steps": 15, "device": "a processor",
+            "torch": "2", "python": "3",
+            "ema": {"x0_error": x0, **scores, "namer_on_real": 0.8}, "ema2": {"x0_error": x0}}
+
+
+def test_pilots_become_a_table_and_a_figure(script, common, tmp_path, capsys):
+    figures, folder = script("figures"), tmp_path / "pilots"
+    common.save_json(folder / "speed.json", {"muon-1e-3": {"seconds_per_step": 1.0}})   # not a result
+    common.save_json(folder / "muon-1e-3.json", forged_pilot("muon-1e-3", (3.0, 2.0), 0.02))
+    with pytest.raises(common.DiffnbError, match="flow-muon-3e-3"):
+        figures.pilots(folder, tmp_path, tmp_path / "pilots.json")
+    common.save_json(folder / "flow-muon-3e-3.json", forged_pilot("flow-muon-3e-3", (2.5, 2.2), 0.01))
+    figures.pilots(folder, tmp_path / "images", tmp_path / "pilots.json")
+    best, other = common.read_json(tmp_path / "pilots.json")
+    assert (best["name"], other["name"]) == ("flow-muon-3e-3", "muon-1e-3") and other["change"] == {"lr": 1e-3}
+    assert other["gflop"] == 640 * 4.5 and other["images"] == 640 and other["core_minutes"] == 12.5
+    assert other["frechet"] == {"w1": 3.0, "w2": 2.0} and other["named_right"] == {"w1": 0.3, "w2": 0.2}
+    assert set(other["x0_error"]) == {"ema", "ema2"} and other["x0_error"]["ema"]["-4"] == pytest.approx(0.012)
+    assert "15 steps of dpmpp_2m" in other["protocol"] and "0.8000" in other["protocol"]
+    assert other["device"] == "a processor"
+    assert (tmp_path / "images" / "cifar10_pilots.png").stat().st_size > 10_000
+
+
+def test_the_figure_reads_what_the_pilots_write(script): # the keys of a forged result, in the script that writes them
+    source = (FOLDER / "pilots.py").read_text()
+    assert script("figures").REFERENCE in script("pilots").PILOTS
+    for key in ("core_minutes", "gflop_an_image", "images", "x0_error", "namer_on_real", "named_right"):
+        assert f'"{key}"' in source
+
+
 # ---- the long run
 
 @pytest.fixture
 def long(script, monkeypatch, tmp_path):
-    "long.py on the digits, and a function that runs it with a command line; the run stops after so many steps, by SIGTERM."
+    "long.py on the digits, and a function that runs it with a command line, until SIGTERM stops it at a given step."
     module = script("long")
     settings = dict(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1,
-                    batch_size=32, lr=2e-3, warmup=5, ema_half_lives=(0.05, 0.1, 0.02), log_every=4, precision="float32",
-                    schedule="flow", prediction="velocity", optimizer="muon")
+                    batch_size=32, lr=2e-3, warmup=5, ema_half_lives=(0.05, 0.1, 0.02), log_every=4,
+                    precision="float32", schedule="flow", prediction="velocity", optimizer="muon")
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     def arguments(out, *more):
         monkeypatch.setattr(sys, "argv", ["long.py", "--out", str(out), "--device", "cpu", *map(str, more)])
@@ -217,7 +252,7 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     out = tmp_path / "long"
     with pytest.raises(common.DiffnbError, match="--config"): long.go(out)
     assert long.go(out, "--config", long.settings, until=20).step == 20
-    assert long.go(out, until=30).step == 32                                            # resumed; rows come every 4 steps
+    assert long.go(out, until=30).step == 32                            # resumed; rows come every 4 steps
     plan = common.read_json(out / "plan.json")
     assert plan["decay_from"] is None and plan["config"]["epochs"] == 1e5
     steps_in_20_minutes = 20 * 60 / plan["processor_seconds_per_step"]
@@ -228,7 +263,7 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     assert long.go(out, "--finish", until=36).step == 36
     assert long.go(out).step == total == common.read_json(out / "plan.json")["steps"]   # the end stays chosen
     m = common.diffnb.train.read_metrics(out / "run")
-    for step, lr in zip(m["step"][1:], m["lr"][1:]):                                    # after the warm-up; the rate of that update
+    for step, lr in zip(m["step"][1:], m["lr"][1:]):                    # after the warm-up; the rate of that update
         assert lr == pytest.approx(2e-3 * min(1, (total - step + 1) / (0.25 * total)))
     assert (m["lr"][(m["step"] > 5) & (m["step"] <= 32)] == 2e-3).all() and m["lr"][-1] < 2e-3 / 10
     assert [(e["event"], e["step"]) for e in events(out)] == [
@@ -256,7 +291,8 @@ def test_a_failure_of_the_long_run_is_logged(long, tmp_path, monkeypatch):
     monkeypatch.setattr(long.module, "train", fail)
     with pytest.raises(RuntimeError):
         long.module.train_long(long.arguments(tmp_path / "long", "--config", long.settings))
-    assert events(tmp_path / "long")[-1]["event"] == "failed" and "no more room" in events(tmp_path / "long")[-1]["reason"]
+    last = events(tmp_path / "long")[-1]
+    assert last["event"] == "failed" and "no more room" in last["reason"]
 
 
 def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
@@ -264,23 +300,25 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
     long.go(out, "--config", long.settings, until=20)
     tensors, meta = common.last_checkpoint(out / "run")
     paths = long.module.write_snapshot(out / "run", kept)
+    single = sum(v.nbytes for k, v in tensors.items() if k.startswith("model."))
     assert [p.name for p in paths] == ["ema.safetensors", "ema2.safetensors", "ema3.safetensors"]
     for path in paths:
         model = common.load_model(path, "cpu")
-        assert model.step == 20 and path.stat().st_size < 0.6 * sum(v.nbytes for k, v in tensors.items() if k.startswith('model.'))
-        assert all(torch.equal(v, tensors[f"{path.stem}.{k}"].half().float()) for k, v in model.model.state_dict().items())
+        assert model.step == 20 and path.stat().st_size < 0.6 * single
+        for k, v in model.model.state_dict().items(): assert torch.equal(v, tensors[f"{path.stem}.{k}"].half().float())
 
     a = long.arguments(new, "--config", long.settings, "--resume-from", kept)
     config = long.module.planned_config(a)
     begun, facts = common.last_checkpoint(new / "run")
     assert facts["step"] == 20 and facts["processor_seconds"] == meta["processor_seconds"]
-    for name, source in (("ema", "ema"), ("ema2", "ema2"), ("ema3", "ema3"), ("model", "ema3")):    # ema3 forgets soonest
+    for name, source in (("ema", "ema"), ("ema2", "ema2"), ("ema3", "ema3"), ("model", "ema3")): # ema3 forgets soonest
         given = {k: v.half().float() for k, v in tensors.items() if k.startswith(source + ".")}
         assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
     assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
     assert config.epochs == 1e5 and long.go(new, until=28).step == 28
     assert list(common.diffnb.train.read_metrics(new / "run")["step"]) == [24, 28]
-    assert [(e["event"], e["step"]) for e in events(new)] == [("began from weights", 20), ("resumed", 20), ("stopped", 28)]
+    assert [(e["event"], e["step"]) for e in events(new)] == [
+        ("began from weights", 20), ("resumed", 20), ("stopped", 28)]
     with pytest.raises(common.DiffnbError, match="exists"): long.module.planned_config(a)
 
 
@@ -292,7 +330,8 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
     def open_features(a):
         a.sample_batch = 8
         return importlib.import_module("diffnb.evaluate").Features(network, "quarters", 4), 10
-    real = {s: module.Real(torch.rand(80, 4, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(("train", "test"))}
+    def random(seed): return torch.rand(80, 4, generator=torch.Generator().manual_seed(seed))
+    real = {"train": module.Real(random(0)), "test": module.Real(random(1))}
     monkeypatch.setattr(module, "open_features", open_features)
     monkeypatch.setattr(module, "real_images", lambda *_: real)
     def score(): return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2))
@@ -315,9 +354,11 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
     for kind, n, w in (("unguided", 40, 1), ("guided", 20, 2)):
         assert (row[kind]["n"], row[kind]["w"]) == (n, w)
         for split in ("train", "test"):
-            assert {"frechet", "error", "kid", "kid_std"} <= set(row[kind]["distances"][split]) & set(row[kind]["floor"][split])
+            for found in (row[kind]["distances"], row[kind]["floor"]):
+                assert {"frechet", "error", "kid", "kid_std"} <= set(found[split])
             assert row[kind]["floor"][split]["n"] == n
-    assert sorted(p.name.split("_")[1] for p in (out / "grids").glob("*core-hours_ema_w[12].png")) == ["000000012"] * 2 + ["000000020"] * 2
+    grids = sorted(p.name.split("_")[1] for p in (out / "grids").glob("*core-hours_ema_w[12].png"))
+    assert grids == ["000000012"] * 2 + ["000000020"] * 2
     assert all([p.name for p in folder.iterdir()] == ["weights.safetensors"] for folder in (out / "scores").iterdir())
     module.tell(row)
     assert "core-hours" in capsys.readouterr().out and [e["event"] for e in events(out)].count("scored") == 2
@@ -346,7 +387,8 @@ def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
     out, python = tmp_path / "long", [sys.executable]
     if ranks > 1: python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     job = subprocess.Popen([*python, FOLDER / "long.py", "--out", out, "--config", long.settings, "--device", "cpu"],
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not (out / "run" / "metrics.csv").exists() or len(long.module.read_metrics(out / "run")["step"]) < 1:
             assert job.poll() is None, job.communicate()[0]

@@ -1,9 +1,11 @@
 """The figures of the course and the README, from the results alone: no model, no GPU.
 
     python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --ablations runs/ablations --others runs/others --to images
+    python bench/cifar10/figures.py --pilots runs/pilots
 
 Draws what is there: cifar10_curve_SIZE.png (loss with the Gaussian floor), cifar10_samplers.png (distance against network calls), cifar10_guidance.png,
-cifar10_sizes.png (32 against 64 pixels), cifar10_ablations.png and .md, cifar10_others.png (distance against minutes).
+cifar10_sizes.png (32 against 64 pixels), cifar10_ablations.png and .md, cifar10_others.png (distance against minutes),
+cifar10_pilots.png with bench/cifar10/pilots.json (all that was measured of them).
 """
 from common import *
 
@@ -129,14 +131,81 @@ def others(folder, to):
     ax.set(xlabel="minutes of training", ylabel=UNIT + ", to train", yscale="log"); ax.legend(fontsize=7); fig.suptitle(f"{told(rows)}, {rows[0]['sampler_steps']} DDIM steps", fontsize=8); save(fig, to, "cifar10_others.png")
 
 
+# ---- pilots
+
+REFERENCE = "flow-muon-3e-3" # the pilot with which the others are compared
+
+def pilot_protocol(r): # of a result of pilots.py -> str
+    return (f"{r['n']:,} samples, image k from noise addressed by (seed 0, k), class k mod 10, "
+            f"{r['sampler_steps']} steps of {r['sampler']}, network in bf16; 768-d features of Inception-v3 2015-12-05 "
+            "in bf16, against all test images; named right: by a linear classifier on these features of 10,000 real "
+            f"training images, which names a share {r['ema']['namer_on_real']:.4f} of the test images right; "
+            "x0 error: mean squared error, pixels in [-1, 1], of the first 1,000 test images at log SNR (natural, of power); "
+            "GFLOP: forward and backward")
+
+def pilot_row(r): # a result of pilots.py -> dict
+    averages = {k: v["x0_error"] for k, v in r.items() if isinstance(v, dict) and "x0_error" in v}
+    scores = {what: {w: r["ema"][w][what] for w in ("w1", "w2")} for what in ("frechet", "named_right")}
+    kept = ("name", "change", "images", "gflop_an_image", "parameters", "core_minutes", "device", "n")
+    return {**{k: r[k] for k in kept}, "gflop": r["images"] * r["gflop_an_image"], "x0_error": averages, **scores,
+            "protocol": pilot_protocol(r)}
+
+def pilot_rows(folder): # -> list of dicts, the smallest distance without guidance first
+    read = [(p, read_json(p)) for p in sorted(Path(folder).glob("*.json"))]
+    rows = [pilot_row(r) for p, r in read if r.get("name") == p.stem and "w1" in r.get("ema", {})]
+    if REFERENCE not in {r["name"] for r in rows}:
+        raise DiffnbError(f"{folder} has no result of {REFERENCE}, with which the others are compared")
+    return sorted(rows, key=lambda r: r["frechet"]["w1"])
+
+def pilot_bars(ax, rows): # distance without and with guidance
+    y = np.arange(len(rows))
+    for i, (w, label) in enumerate((("w1", "without guidance"), ("w2", "guidance 2"))):
+        values = [r["frechet"][w] for r in rows]
+        bars = ax.barh(y + 0.4 * i - 0.2, values, 0.38, color=f"C{i}", label=label)
+        names = [f"{v:.2f}, {r['named_right'][w]:.0%}" for v, r in zip(values, rows)]
+        ax.bar_label(bars, names, padding=3, fontsize=8)
+    ax.set_yticks(y, [r["name"] for r in rows], fontsize=9)
+    ax.set_xlabel(f"{UNIT} to test, and share named right", fontsize=9)
+    ax.set_xlim(0, 1.35 * max(v for r in rows for v in r["frechet"].values()))
+    ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+def pilot_errors(ax, rows): # change of the x0 error, per cent; returns the image for a colour bar
+    reference = next(r for r in rows if r["name"] == REFERENCE)["x0_error"]["ema"]
+    levels = sorted(reference, key=float)
+    change = np.array([[100 * (r["x0_error"]["ema"][k] / reference[k] - 1) for k in levels] for r in rows])
+    most = max(5, np.percentile(np.abs(change), 90))                     # one bad pilot must not pale the others
+    picture = ax.imshow(change, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    for (i, j), v in np.ndenumerate(change):
+        color = "white" if abs(v) > 0.7 * most else "black"
+        ax.text(j, i, f"{v:+.0f}", ha="center", va="center", fontsize=8, color=color)
+    ax.set_xticks(range(len(levels)), levels, fontsize=9)
+    ax.set_xlabel("log SNR, natural (noisy left, clean right)", fontsize=9)
+    ax.set(yticks=range(len(rows)), yticklabels=[""] * len(rows))
+    return picture
+
+def pilots(folder, to, table):
+    rows = pilot_rows(folder)
+    print(save_json(table, rows))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 1.6 + 0.42 * len(rows)), layout="constrained")
+    pilot_bars(left, rows)
+    left.set_ylim(len(rows) - 0.5, -0.5)                                 # the rows of both halves are level
+    fig.colorbar(pilot_errors(right, rows), ax=right, label=f"x0 error against {REFERENCE}, %", shrink=0.8)
+    minutes = sorted({round(r["core_minutes"]) for r in rows})
+    spent = f"{minutes[0]}" if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
+    fig.suptitle(f"{rows[0]['device']}, {spent} core-minutes each; n = {rows[0]['n']:,}", fontsize=9)
+    save(fig, to, "cifar10_pilots.png")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("run32", "run64", "ablations", "others"): p.add_argument(f"--{name}", type=Path)
+    for name in ("run32", "run64", "ablations", "others", "pilots"): p.add_argument(f"--{name}", type=Path)
     p.add_argument("--to", type=Path, default=HERE.parent.parent / "images")
+    p.add_argument("--pilots-json", type=Path, default=HERE / "pilots.json", help="the table of --pilots")
     a = p.parse_args()
     if a.run32: curve(a.run32, 32, a.to); samplers(a.run32, a.to); guidance(a.run32, a.to)
     if a.run64: curve(a.run64, 64, a.to); sizes(a.run64, a.to)
     if a.ablations: ablations(a.ablations, a.to)
     if a.others: others(a.others, a.to)
+    if a.pilots: pilots(a.pilots, a.to, a.pilots_json)
 
 if __name__ == "__main__": run_main(main)
