@@ -2,7 +2,7 @@
 
     python bench/cifar10/pilots.py --speed                                  # on an idle machine: how many steps of each fit into the time
     python bench/cifar10/pilots.py --only flow-muon-3e-3 small-adamw-1e-3   # train and score; what is done is not done again
-    python bench/cifar10/pilots.py --table                                  # bench/cifar10/pilots.json, and its figure
+    python bench/cifar10/figures.py --pilots runs/pilots                    # bench/cifar10/pilots.json, and its figure
 
 A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so many steps as an idle machine does in
 that time; a disturbance makes it longer and changes nothing else. The learning rate is constant for 30% and then falls to zero. Scored are
