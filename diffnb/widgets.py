@@ -249,19 +249,23 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
     if x0 is None: x0 = to_float(load_data("digits", split="test").images[:1])
     x_t = trained.schedule.add_noise(x0, draw_noise(x0.shape, addressed(seed, "attention"), "cpu"), t)
     weights, image = attention_weights(trained.model, x_t, torch.tensor([t]), y), to_uint8(x_t)[0]
-    side = round(next(iter(weights.values())).shape[1] ** 0.5); cell = image.shape[1] // side
+    if not weights: raise DiffnbError("this model has no attention layer to look into")
+    sides = {name: round(w.shape[1] ** 0.5) for name, w in weights.items()}
+    side = max(sides.values())                                            # rows and columns are those of the finest layer
     def draw(layer, row, column):
-        w = weights[layer][0, row * side + column].view(side, side)
+        n = sides[layer]
+        cell, row, column = image.shape[1] // n, row * n // side, column * n // side
+        w = weights[layer][0, row * n + column].view(n, n)
         shown = (w / w.max() * 255).byte()[None].repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-        far = divmod(int(w.argmax()), side)
+        far = divmod(int(w.argmax()), n)
         pair = [_marked(part, row, column, cell, 16) for part in (image, shown)]
         return torch.cat([pair[0], torch.full_like(pair[0][..., :16], 255), pair[1]], 2), \
-               f"{layer}, from row {row}, column {column}: most weight, {w.max():.0%}, on row {far[0]}, column {far[1]} (evenly spread: {1 / side**2:.0%})"
+               f"{layer}, from row {row}, column {column}: most weight, {w.max():.0%}, on row {far[0]}, column {far[1]} (evenly spread: {1 / n**2:.0%})"
     layers = list(weights)
     live = {"layer": layers, "row": range(side), "column": range(side)}
     stored = {"layer": layers[:: max(1, len(layers) // 3)][:3], "row": list(range(side)), "column": list(range(side))}
     return Interactive(draw, live, stored, "a noised image and where the network looks from the framed pixels; white is much weight", 272, smooth=False,
-                       more=lambda figure: _pixel_buttons(image, cell, figure))
+                       more=lambda figure: _pixel_buttons(image, image.shape[1] // side, figure))
 
 # %% ../nbs/tools/widgets.ipynb #c046
 def _until(metrics, step): return {k: v[metrics["step"] <= step] for k, v in metrics.items()}

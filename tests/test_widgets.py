@@ -1,0 +1,61 @@
+"Interactive figures of a flow model with patches: they draw what the samplers draw."
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffnb.data import DiffnbError, addressed, load_data, tile, to_float
+from diffnb.guide import guided
+from diffnb.sample import ddim
+from diffnb.schedule import cosine_schedule, flow_schedule
+from diffnb.train import Trained, TrainConfig
+from diffnb.unet import UNet
+from diffnb.widgets import attention_maps, dissolve, sampling, trajectory
+
+
+@pytest.fixture(scope="module")
+def flow():
+    model = UNet(8, 1, 16, (1, 2), blocks=1, attention=(4,), norm_groups=8, num_classes=10, patch_size=2)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters(): p.data.add_(0.1 * torch.randn(p.shape, generator=g))
+    config = TrainConfig(schedule="flow", prediction="velocity", T=50, patch_size=2, sample_steps=10)
+    return Trained(model.eval().requires_grad_(False), flow_schedule(50), config, tuple("0123456789"), 1)
+
+
+def test_an_image_dissolves_under_the_flow():
+    x0 = to_float(load_data("digits").images[:1])
+    figure = dissolve(x0, {"cosine": cosine_schedule(100), "flow": flow_schedule(100)})
+    assert figure.draw("flow", 99)[1].endswith("SNR 0, 0% of the image's amplitude left")
+    assert "50% of the image's amplitude" in figure.draw("flow", 49)[1]
+    assert figure.live["schedule"] == ["cosine", "flow"] and "flow, t = 50" in figure.frames()
+
+
+def test_a_walk_along_the_flow(flow):
+    walk = trajectory(flow, steps=5)
+    images = [walk.draw(step)[0] for step in range(1, 6)]
+    half = images[0].shape[2] // 2
+    assert (images[-1][..., :half - 1].int() - images[-1][..., half + 2:].int()).abs().max() <= 1   # at the end both are the same
+    assert "from t = 49" in walk.draw(1)[1] and "the clean image" in walk.draw(5)[1]
+
+
+@pytest.mark.parametrize("w", [1.0, 4.0])
+def test_sampling_is_guided_along_the_flow(flow, w):
+    y = torch.arange(10)
+    image, caption = sampling(flow, guidance=[1.0, 4.0], steps=5, eta=1.0).draw(guidance=w)
+    by_hand = ddim(guided(flow.model, y, w), flow.schedule, (10, 1, 8, 8), 5, 1.0, prediction="velocity", generator=addressed(0, "sampling"))
+    assert image.equal(tile(by_hand)) and f"guidance {w:g}" in caption and by_hand.isfinite().all()
+
+
+def test_where_a_patch_looks(flow):
+    maps = attention_maps(flow, t=20)
+    sides = {layer: maps.draw(layer, 0, 0)[0].shape for layer in maps.live["layer"]}
+    assert set(sides) and maps.live["row"] == range(4) and all(shape[1] == 128 for shape in sides.values())
+
+
+def test_layers_of_several_sizes_and_of_none(flow):
+    "The finest layer sets the grid; a coarser one shows the same place. A row of weights adds up to 1."
+    maps = attention_maps(flow, t=20)
+    assert "mid.attentions.0, from row 1, column 0" in maps.draw("mid.attentions.0", 3, 1)[1]
+    assert "from row 3, column 1" in maps.draw("down.0.attentions.0", 3, 1)[1]
+    with pytest.raises(DiffnbError, match="no attention"):
+        attention_maps(replace(flow, model=UNet(8, 1, 16, (1,), blocks=1, attention=(), norm_groups=8).eval()), t=20)
