@@ -140,15 +140,9 @@ def pilot_protocol(r): # of a result of pilots.py -> str
     return (f"{r['n']:,} samples, image k from noise addressed by (seed 0, k), class k mod 10, "
             f"{r['sampler_steps']} steps of {r['sampler']}, network in bf16; 768-d features of Inception-v3 2015-12-05 "
             "in bf16, against all test images; named right: by a linear classifier on these features of 10,000 real "
-<<<<<<< HEAD
-            f"training images, which names a share {r['ema']['namer_on_real']:.4f} of the test images right; x0 error: mean "
-            "squared error, pixels in [-1, 1], of the first 1,000 test images at log SNR (natural, of power); "
-            "GFLOP: forward and backward")
-=======
             f"training images, which names a share {r['ema']['namer_on_real']:.4f} of the test images right; "
             "x0 error: mean squared error, pixels in [-1, 1], of the first 1,000 test images at log SNR (natural, of "
             "power); GFLOP: forward and backward")
->>>>>>> wc
 
 def pilot_row(r): # a result of pilots.py -> dict
     averages = {k: v["x0_error"] for k, v in r.items() if isinstance(v, dict) and "x0_error" in v}
