@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .data import DiffnbError, addressed, load_data, resize, to_float, write_whole
 from .evaluate import load_statistics
 from .schedule import gaussian_loss_floor, image_spectrum, make_schedule
-from .train import (BINS, TrainConfig, checkpoints, diffusion_loss, load_weights, lr_at, make_averages, make_config, pick_device,
-                          plot_metrics, read_config, read_metrics, read_tensors, timestep_probabilities)
+from .train import (BINS, TrainConfig, checkpoints, diffusion_loss, load_weights, lr_at, make_averages,
+                          make_config, pick_device, plot_metrics, read_config, read_metrics, read_tensors,
+                          timestep_probabilities)
 from .unet import UNet, count_parameters
 
 # %% ../nbs/08_doctor.ipynb #c011
@@ -99,7 +100,8 @@ class Facts:
     schedule = property(lambda self: make_schedule(self.config.schedule, self.config.T, self.config.shift, self.config.zero_terminal_snr))
     size = property(lambda self: self.data["image_size"])
     native = property(lambda self: self.data["native_size"])
-    chances = property(lambda self: timestep_probabilities(self.config.T, self.config.logit_normal)) # of each timestep in training
+    @property
+    def chances(self): return timestep_probabilities(self.config.T, self.config.logit_normal) # of each timestep
     floor_mean = property(lambda self: None if self.floor is None else self.in_training(self.floor))
 
     def in_training(self, curve): # (T,), or one number -> its mean over the timesteps as training draws them
@@ -129,7 +131,7 @@ class Facts:
 
 # %% ../nbs/08_doctor.ipynb #c020
 def _config(run):
-    "config.json, also with the one clash that today's checks refuse (pure noise and eps), so that the report can name it."
+    "config.json, also with the one clash that today's checks refuse (eps at pure noise), so that the report names it."
     try: return read_config(run)
     except DiffnbError:
         try: facts = json.loads((Path(run) / "config.json").read_text()); values = facts["config"]
@@ -283,7 +285,7 @@ def _bin_above_floor(f):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)                            # a bin without any sample
         mean, error = np.nanmean(rows, 1), np.nanstd(rows, 1) / np.sqrt(np.maximum(np.isfinite(rows).sum(1), 1))
-    drawn = _by_bin(f, f.chances).numpy()                                          # what share of the images falls into each bin
+    drawn = _by_bin(f, f.chances).numpy()                                          # each bin's share of the images
     excess = drawn * (mean - floor) / np.nansum(drawn * mean)
     bad = [i for i in range(BINS) if excess[i] > EXCESS and mean[i] - 3 * error[i] > floor[i]]
     if not bad: return None
@@ -297,7 +299,7 @@ def _by_bin(facts, values): # float64 (T,) -> sums over each timestep bin, (BINS
     bins = torch.arange(facts.config.T) * BINS // facts.config.T
     return torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, values)
 
-def bin_floor(facts): # Facts -> (BINS,): the mean floor of the timesteps that training draws from a bin; nan where it draws none
+def bin_floor(facts): # Facts -> the mean floor of what training draws from each bin, (BINS,); nan where it draws none
     floor = torch.as_tensor(facts.floor, dtype=torch.float64)
     return (_by_bin(facts, facts.chances * floor) / _by_bin(facts, facts.chances)).numpy()
 
@@ -314,7 +316,8 @@ def _diverging(f):
 def _plateau(f):
     fit, rate = _slope(f), f.late()["lr"].mean() / f.config.lr
     if fit is None or rate < 0.3 or not -FLAT < fit[1] <= fit[2] < FLAT: return None
-    if f.holding: return f"Over the last third the loss changed by {fit[0]:+.1%}: flat, as it may be at a constant rate. Its decay lowers it once more."
+    if f.holding: return (f"Over the last third the loss changed by {fit[0]:+.1%}: flat, as it may be at a constant "
+                          "rate. The decay of the rate lowers it once more.")
     return Problem(f"Over the last third it changed by {fit[0]:+.1%} (95% interval {fit[1]:+.1%} to {fit[2]:+.1%}), with the learning rate at {rate:.0%} of its peak.",
                    "Do not stop because of it: compare scores of two checkpoints, and let the learning rate decay.",
                    "The decay usually lowers the loss once more; scores can improve while the loss stands still.", "loss")
@@ -335,13 +338,14 @@ def _not_finite(f):
                    "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c043
-DECAY_LEAST = 0.05 # share of the run; Hägele et al. (2024, arXiv:2405.18392) find 10% to 20% best, and 5% nearly as good
+DECAY_LEAST = 0.05 # share of the run; Hägele et al. (2024, arXiv:2405.18392) find 10% to 20% best, 5% nearly as good
 @looks_for("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
 def _no_warmup(f):
     steps = min(f.config.warmup, f.total // 10)
     if steps >= 5: return f"{steps} steps of warm-up."
     first = f" The first row's gradient norm is {f.metrics['grad_norm'][0]:.2f}, the last third's {f.late()['grad_norm'].mean():.2f}." if f.metrics else ""
-    return Problem(f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when the optimiser's averages have seen almost nothing.{first}",
+    return Problem(f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when the optimiser's averages "
+                   f"have seen almost nothing.{first}",
                    f"warmup={max(10, min(500, f.total // 20))}", "Costs nothing; protects the first steps, and more so the larger the rate.", "lr")
 def _decay_begins(f): return round((1 - f.config.decay_share) * f.total) # the step
 def _decayed(f): # did the rate end low, or where a linear decay of some length was planned to end?
@@ -351,14 +355,17 @@ def _decayed(f): # did the rate end low, or where a linear decay of some length 
 
 @looks_for("lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
 def _lr_not_decayed(f):
-    if f.holding: return (f"The rate is constant, as planned, and its decay begins at step {_decay_begins(f):,} of {f.total:,}. "
-                          "Before that step the run can be extended as if it had been planned so.")
+    if f.holding: return (f"The rate is constant, as planned, and its decay begins at step {_decay_begins(f):,} of "
+                          f"{f.total:,}. Before that step the run can be extended as if it had been planned so.")
     if f.step < f.total: return None
     rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.decay_share
     if _decayed(f): return f"All {f.total:,} steps are done, and the learning rate ended at {rate:.1%} of its peak."
-    short = "" if share is None or share >= DECAY_LEAST else f" Its decay was planned over {share * f.total:.0f} step(s)."
-    return Problem(f"All {f.total:,} steps are done, but the last row's learning rate is {rate:.0%} of the highest.{short}",
-                   "Continue for another tenth of the steps with a rate that falls to zero" + (", and next time with decay_share=0.2." if short else "."),
+    text = f"All {f.total:,} steps are done, but the last row's learning rate is {rate:.0%} of the highest."
+    advice = "Continue for another tenth of the steps with a rate that falls to zero."
+    if share is not None and share < DECAY_LEAST:
+        text += f" Its decay was planned over {share * f.total:.0f} step(s)."
+        advice += " Next time: decay_share=0.2."
+    return Problem(text, advice,
                    "Weights that still jump settle; usually the last few per cent of the loss.", "lr")
 @looks_for("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "04_train: Stop, resume, extend")
 def _lr_jump(f):
@@ -367,7 +374,8 @@ def _lr_jump(f):
     if not len(up): return None
     i = up[0]
     return Problem(f"From {rate[i]:.2e} at step {int(step[i])} to {rate[i + 1]:.2e} at step {int(step[i + 1])}: {len(up)} such jump(s) after the warm-up.",
-                   ("Plan the length at the start" if f.config.decay_share is None else "Extend from a checkpoint before the decay, where the rate is constant")
+                   ("Plan the length at the start" if f.config.decay_share is None else
+                    "Extend from a checkpoint before the decay, where the rate is constant")
                    + "; what was trained after the jump needs its own decay to zero.",
                    f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.", "lr")
 @looks_for("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
@@ -375,10 +383,12 @@ def _stopped_early(f):
     if f.step >= f.total: return None
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
     if f.age < 1800 + 10 * usual: return None                                      # it may be running
-    now = f.step * f.config.batch_size / f.data["images"] / (1 - f.config.decay_share) if f.holding else 0 # epochs whose decay begins at this step
+    advice, severity = f"diffnb resume {f.run}", None
+    if f.holding: # a run of `now` epochs would begin its decay at this step
+        now, severity = f.step * f.config.batch_size / f.data["images"] / (1 - f.config.decay_share), "minor"
+        advice += f", or with --epochs {now:.2f} to let the rate decay from here, or more epochs to extend"
     return Problem(f"Step {f.step:,} of {f.total:,} ({f.done:.0%}), learning rate at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, and no new row for {f.age / 3600:.1f} hours.",
-                   f"diffnb resume {f.run}" + (f", or with --epochs {now:.2f} to let the rate decay from here, or more epochs to extend" if now else ""),
-                   "What is missing is the decay of the rate, in which the weights settle.", "lr", "minor" if now else None)
+                   advice, "What is missing is the decay of the rate, in which the weights settle.", "lr", severity)
 
 # %% ../nbs/08_doctor.ipynb #c044
 CLIPPED, GROWTH = 0.3, 5 # clipping in a third of the steps is no longer the exception; a gradient norm 5 times as large is no noise
@@ -388,7 +398,8 @@ def _clipping(f):
     if not f.config.grad_clip or not np.isfinite(share) or len(late["step"]) < LEAST_ROWS or f.step < 2 * min(f.config.warmup, f.total // 10): return None
     text = f"In the second half {share:.0%} of the steps were clipped at {f.config.grad_clip:g}; the gradient norm is {np.median(late['grad_norm']):.2f} (median)."
     if share <= CLIPPED: return text
-    if f.config.optimizer == "muon": return f"{text} With Muon that matters less: its steps are as long as the rate says, whatever the norm."
+    if f.config.optimizer == "muon":
+        return f"{text} With Muon that matters less: its steps are as long as the rate says, whatever the norm."
     return Problem(text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
                    "The bound, not the learning rate, decides the length of most steps.", "grad")
 @looks_for("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
@@ -415,32 +426,36 @@ def _longest(f): # the decay of the longest average; None if one is over a share
     if c.ema_half_lives is None: return c.ema_decay
     return None if min(c.ema_half_lives) < 1 else 0.5 ** (c.batch_size / max(c.ema_half_lives))
 def _horizons(f): # in words
-    lives = [f"the last {100 * h:.3g}% of the run" if h < 1 else f"the last {h:,.0f} images" for h in f.config.ema_half_lives]
-    return ", ".join(f"{h} ({name})" for h, name in zip(lives, make_averages(torch.nn.Module(), f.config)))
+    lives = [f"{100 * h:.3g}% of the run" if h < 1 else f"{h:,.0f} images" for h in f.config.ema_half_lives]
+    return ", ".join(f"the last {h} ({name})" for h, name in zip(lives, make_averages(torch.nn.Module(), f.config)))
 @looks_for("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
     d, halves = _longest(f), f.config.ema_half_lives
     if d is None: return f"Half of each average's weight lies on {_horizons(f)}."
     span = 1 / (1 - d)
     if d < EMA_LEAST:
-        return Problem(f"{'ema_half_lives' if halves else 'ema_decay'} is {halves or f'{d:g}'}: the {'longest ' if halves else ''}average spans {span:.0f} step(s).",
-                       "ema_half_lives=0.1 (the last tenth of the run, however long it is)" if halves else "ema_decay=0.9999 (its warm-up fits it to short runs)",
+        advice = ("ema_half_lives=0.1 (a tenth of the run, however long it is)" if halves else
+                  "ema_decay=0.9999 (its warm-up fits it to short runs)")
+        which = f"ema_half_lives are {halves}: the longest" if halves else f"ema_decay is {d:g}: the"
+        return Problem(f"{which} average spans {span:.0f} step(s).", advice,
                        "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more than the loss does.", "ema")
     return f"EMA over {span:,.0f} steps" + (f"; its warm-up shortens that to a tenth of the steps done, so {f.total // 10:,} at the end." if span > f.total / 10 else ".")
 @looks_for("ema-short", "minor", "The average of the weights is short for so long a run", "04_train: An average of the weights", "config")
 def _ema_short(f):
     d = _longest(f)
     if d is None or d < EMA_LEAST or (span := 1 / (1 - d)) >= EMA_SHARE * f.total: return None
-    return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.",
-                   "ema_half_lives=0.1, the last tenth of the run" if f.config.ema_half_lives else "ema_decay=0.9999 or longer", "Smoother weights; measured only by training or by scores.", "ema")
+    advice = "ema_half_lives=0.1, a tenth of the run" if f.config.ema_half_lives else "ema_decay=0.9999 or longer"
+    return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", advice,
+                   "Smoother weights; measured only by training or by scores.", "ema")
 @looks_for("ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights", "losses")
 def _ema_worse(f):
     if not {"raw", "train"} <= f.losses.keys(): return None
     worse, t = _paired(f.losses["train"], f.losses["raw"]); n = len(f.losses["t"])
     text = f"On {n} training images with shared noise the EMA's loss is {worse:+.1%} against the last weights (t = {t:.1f})."
     if worse <= WORSE or t <= SURE: return text
-    others = [k for k in make_averages(torch.nn.Module(), f.config) if k != "ema"]
-    return Problem(text, f"Sample with the last weights for now{', or with ' + ' or '.join(others) if others else ''}; let the run go on, or shorten the average.", f"Up to {worse:.0%} of the loss, at once and free.", "bins")
+    others = ", or with ".join(["", *list(make_averages(torch.nn.Module(), f.config))[1:]])
+    return Problem(text, f"Sample with the last weights for now{others}; let the run go on, or shorten the average.",
+                   f"Up to {worse:.0%} of the loss, at once and free.", "bins")
 @looks_for("few-images", "moderate", "Few images seen for a model of this size", "04_train: The loop", "config")
 def _few_images(f):
     seen, parameters = f.total * f.config.batch_size, f.parameters; ratio = seen / parameters
@@ -534,7 +549,8 @@ PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's s
 @looks_for("zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?", "config")
 def _zero_snr_eps(f):
     if not (f.schedule.a[-1] == 0 and f.config.prediction == "eps"): return None
-    return Problem(f"No signal is left at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about the image.",
+    return Problem(f"No signal is left at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about "
+                   "the image.",
                    f"prediction='{'velocity' if f.schedule.straight else 'v'}', in a new run",
                    "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.", "schedule")
 @looks_for("noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules", "config")
@@ -659,11 +675,13 @@ def _fig_bins(f, ax):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)                            # a bin without any sample
         mean = [np.nanmean(late[f"loss_bin_{i}"]) for i in x]
-        measured = {name: [y[f.losses["t"] * BINS // f.config.T == i].mean() for i in x] for name, y in (f.losses or {}).items() if name != "t"}
+        in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.T == i].mean() for i in x]
+        measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
     ax.semilogy(x, mean, "o-", label="logged, last third")
     if f.floor is not None and torch.as_tensor(f.floor).ndim: ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian")
     for (name, y), mark in zip(measured.items(), "sv^"):
-        ax.semilogy(x, y, mark, ms=4, label={"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}[name])
+        told = {"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}[name]
+        ax.semilogy(x, y, mark, ms=4, label=told)
     ax.set(xlabel=f"timestep bin ({f.config.T // BINS} timesteps each)", ylabel="loss (MSE)"); ax.legend(fontsize=7)
     seen = [y for y in mean if np.isfinite(y)] or [math.inf]
     return f"Loss in ten timestep bins, from {seen[0]:.3g} at little noise to {seen[-1]:.3g} at most noise."
@@ -673,7 +691,8 @@ def _curve(f, ax, column, label, reference=None, name=""): # a column of the met
     return f"{label.capitalize()} against steps: {m[column][0]:.3g} in the first row, {np.median(f.late()[column]):.3g} in the last third (median)" + (f"; dashed, {name}." if reference else ".")
 def _fig_lr(f, ax):
     steps = np.arange(0, f.total, max(1, f.total // 300))
-    return _curve(f, ax, "lr", "learning rate", (steps, [lr_at(int(s), f.total, f.config.lr, f.config.warmup, f.config.decay_share) for s in steps]), "as configured")
+    planned = [lr_at(int(s), f.total, f.config.lr, f.config.warmup, f.config.decay_share) for s in steps]
+    return _curve(f, ax, "lr", "learning rate", (steps, planned), "as configured")
 def _fig_grad(f, ax):
     return _curve(f, ax, "grad_norm", "gradient norm before clipping", (f.metrics["step"], [f.config.grad_clip] * len(f.metrics["step"])), "the bound")
 def _fig_speed(f, ax): return _curve(f, ax, "images_per_s", "images per second")
@@ -688,7 +707,8 @@ def _fig_schedule(f, ax):
     return f"Amplitudes of signal and noise over the timesteps; at the last one {float(signal[-1]):.2%} of the signal is left."
 def _fig_ema(f, ax):
     step, halves = np.arange(f.total), []
-    for (name, average), style in zip(make_averages(torch.nn.Module(), f.config).items(), itertools.cycle(("-", "--", ":"))):
+    averages = make_averages(torch.nn.Module(), f.config).items()
+    for (name, average), style in zip(averages, itertools.cycle(("-", "--", ":"))):
         decay = np.array([average.decay_at(k) for k in range(f.total)])
         weight = (1 - decay) * np.append(np.cumprod(decay[:0:-1])[::-1], 1)
         ax.plot(step, weight / weight.max(), style, label=name)
@@ -727,8 +747,8 @@ def draw(name, facts): # of FIGURES, Facts -> (matplotlib Figure, alternative te
 
 # %% ../nbs/08_doctor.ipynb #c075
 def _good(f): # sentence 1: is the loss good?
-    loss, error = f.loss(); kind = f"{f.size}x{f.size}" + (f" enlarged from {f.native}" if f.size > f.native else "") + f", {f.config.schedule} schedule, predicting {f.config.prediction}" \
-        + (", timesteps drawn logit-normal" if f.config.logit_normal else "")
+    loss, error = f.loss(); kind = f"{f.size}x{f.size}" + (f" enlarged from {f.native}" if f.size > f.native else "") + f", {f.config.schedule} schedule, predicting {f.config.prediction}"
+    if f.config.logit_normal: kind += ", timesteps drawn logit-normal"
     now = f"The loss of the last third of the rows is {loss:.4f}" + (f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
     if f.floor is None: return f"{now}; whether that is good cannot be said without the Gaussian floor of these images ({kind}), because a loss means nothing by itself."
     change = 1 - loss / f.floor_mean
@@ -749,13 +769,17 @@ def _stop(f, found): # sentence 3: may I stop?
     worst = [x for x in found if x.severity == "critical"]
     if worst: return f"Stop, but do not keep it as it is: first mend the critical problem{'s' if worst[1:] else ''} below ({'; '.join(x.title.lower() for x in worst)})."
     if f.holding:
-        return f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate stays at its peak until step {_decay_begins(f):,}; let it decay, or extend the run before that step."
+        return (f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate "
+                f"stays at its peak until step {_decay_begins(f):,}; let it decay, or extend the run before that step.")
     if f.step < f.total:
         return f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate, at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, has still to decay."
     if any(x.id == "few-images" and x.severity != "good" for x in found):
         return f"All {f.total:,} steps are done, but the run was a short one, {f.total * f.config.batch_size / f.parameters:.2g} images for each parameter: a longer one will be better."
-    return f"You may stop: all {f.total:,} steps are done and the learning rate has decayed to {f.metrics['lr'][-1] / f.config.lr:.1%} of its peak." if _decayed(f) else \
-           f"All {f.total:,} steps are done, but the learning rate never decayed: let it decay before you stop."
+    if _decayed(f):
+        last = f.metrics["lr"][-1] / f.config.lr
+        return (f"You may stop: all {f.total:,} steps are done and the learning rate has decayed to {last:.1%} of its "
+                "peak.")
+    return f"All {f.total:,} steps are done, but the learning rate never decayed: let it decay before you stop."
 
 def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
     "Is my loss good, may I stop? The first three sentences answer; more follow if pictures were scored."
@@ -779,7 +803,8 @@ def _quality(f): # what can be expected of the pictures, with the numbers behind
 def _watch(f): # metrics to watch, with their usual range in this run
     late = f.late()
     yield f"loss: {f.loss()[0]:.4f}; single rows scatter by {np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, so smaller changes between two rows are no news"
-    if np.isfinite(late["loss_bin_0"]).any(): yield f"loss at little noise (bin 0): {np.nanmean(late['loss_bin_0']):.3f}; detail is learned there, and last"
+    if np.isfinite(late["loss_bin_0"]).any():
+        yield f"loss at little noise (bin 0): {np.nanmean(late['loss_bin_0']):.3f}; detail is learned there, and last"
     yield f"gradient norm: {np.nanquantile(late['grad_norm'], 0.05):.2g} to {np.nanquantile(late['grad_norm'], 0.95):.2g}; clipped {np.nanmean(late['clipped']):.1%}"
     yield f"images per second: {np.median(late['images_per_s']):,.0f}, {3 * f.flops * np.median(late['images_per_s']) / 1e12:.3g} TFLOP/s"
     if f.losses and "held-out" in f.losses: yield f"held-out loss of the EMA: {f.losses['held-out'].mean():.4f} (training images {f.losses['train'].mean():.4f})"

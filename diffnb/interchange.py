@@ -47,7 +47,7 @@ def key_map(model): # our UNet
 def _their_settings(c):
     "UNet2DModel's arguments for our configuration `c`."
     if c["patch_size"] > 1:
-        raise DiffnbError(f"patch_size={c['patch_size']}: diffusers' UNet2DModel works on pixels, not on patches of them. "
+        raise DiffnbError(f"patch_size={c['patch_size']}: diffusers' UNet2DModel works on pixels, not on patches. "
                           "Only diffnb can run this one.")
     if not (c["mid_norm"] or c["film"]):
         raise DiffnbError("mid_norm=False: diffusers has no such model with film=False. Only diffnb can run this one.")
@@ -173,17 +173,17 @@ def unet_to_diffusers(model # our UNet
 
 # %% ../nbs/tools/interchange.ipynb #c029
 _predictions = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_flow_note = {"_unet_timesteps": "index"}  # the network takes t = 0 ... T-1, not T * sigma; diffusers keeps names with _
+_flow_note = {"_unet_timesteps": "index"}  # it takes t = 0 ... T-1, not T * sigma; diffusers keeps names with _
 
 def _check_sayable(schedule, prediction):
     "Raises DiffnbError for a schedule or a prediction that no scheduler of diffusers has."
     _choice("prediction", prediction, PREDICTIONS)
     _check_prediction(schedule, prediction)
     if schedule.straight and prediction != "velocity":
-        raise DiffnbError(f"prediction={prediction!r} on the flow schedule: diffusers' FlowMatchEulerDiscreteScheduler only "
-                          "takes a velocity. Sample this model with diffnb, or train one with prediction='velocity'.")
+        raise DiffnbError(f"prediction={prediction!r} on the flow schedule: diffusers' FlowMatchEulerDiscreteScheduler "
+                          "only takes a velocity. Sample this one with diffnb, or train with prediction='velocity'.")
     if not schedule.straight and (schedule.alpha_bar + schedule.s**2 - 1).abs().max() > 1e-9:
-        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has no scheduler for it.")
+        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has none like it.")
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
         raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
                           "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
@@ -193,13 +193,13 @@ def _flow_shift(schedule):
     u, s = 1 / schedule.T, schedule.s[0].item()
     shift = float(f"{s * (1 - u) / (u * (1 - s)):.12g}")
     if (flow_schedule(schedule.T).shift(shift).s - schedule.s).abs().max() > 1e-9:
-        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has no scheduler for it.")
+        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has none like it.")
     return shift
 
 def to_diffusers(model,            # our UNet
                  schedule,         # the NoiseSchedule it was trained with
                  prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
-                ):                 # (UNet2DModel, DDIMScheduler); of a flow, (UNet2DModel, FlowMatchEulerDiscreteScheduler)
+                ):                 # (UNet2DModel, DDIMScheduler); for a flow a FlowMatchEulerDiscreteScheduler
     """The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes.
     A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError."""
     _check_sayable(schedule, prediction)
@@ -219,11 +219,12 @@ def _how_to_sample(model, schedule):
     "README.md of a flow model's folder."
     c, T, steps = model.config, schedule.T, min(50, schedule.T)
     classes, null = ("", "") if c["num_classes"] is None else (
-        ", class_labels=y", f"y = torch.arange(4) % {c['num_classes']}  # the classes; {c['num_classes']} stands for none\n")
+        ", class_labels=y", f"y = torch.arange(4) % {c['num_classes']}  # {c['num_classes']} stands for no class\n")
     size = f"{c['in_channels']}, {c['image_size']}, {c['image_size']}"
     return f"""# A flow model, written by diffnb
 
-diffusers has no pipeline for it, and `DDIMPipeline` would exchange the scheduler for one that does not fit. Run this here:
+diffusers has no pipeline for it, and `DDIMPipeline` would exchange the scheduler for one that does not fit.
+Run this here:
 
 ```python
 import numpy as np
@@ -240,10 +241,10 @@ x = torch.randn(4, {size})
 images = (x.clamp(-1, 1) + 1) / 2
 ```
 
-`set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; the timesteps that the scheduler
-chooses when it is given a number of steps are T * sigma, which means something else to this network. A number of steps that divides {T}
-visits timesteps that were trained. diffnb's own sampler also clips its estimate of the image to [-1, 1] at every step; with `clip=False`
-it takes these steps.
+`set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; the timesteps
+that the scheduler chooses when it is given a number of steps are T * sigma, which means something else to this network.
+A number of steps that divides {T} visits timesteps that were trained. diffnb's own sampler also clips its estimate of the
+image to [-1, 1] at every step; with `clip=False` it takes these steps.
 """
 
 def save_diffusers(model,            # our UNet
@@ -269,7 +270,7 @@ def save_diffusers(model,            # our UNet
     except OSError as e:
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
-    if schedule.straight: say("diffusers has no pipeline for flow models; README.md in the folder has the code that samples this one")
+    if schedule.straight: say("diffusers has no pipeline for flows: README.md in the folder has the code that samples it")
     return folder
 
 
@@ -302,7 +303,7 @@ _schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPM
 
 _flow_fixed = dict(use_dynamic_shifting=False, invert_sigmas=False, shift_terminal=None, use_karras_sigmas=False,
                    use_exponential_sigmas=False, use_beta_sigmas=False, stochastic_sampling=False)
-_flow_idle = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")  # of dynamic shifting
+_flow_idle = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")  # if dynamic
 
 def _read_flow(config):
     "(NoiseSchedule, \"velocity\") from the settings of a FlowMatchEulerDiscreteScheduler that we wrote."
@@ -311,8 +312,8 @@ def _read_flow(config):
         if name not in _flow_fixed: raise _unsupported(name, value, "not a setting of the flow that diffnb knows.")
         if value is not (ok := _flow_fixed[name]): raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}.")
     if any(config.get(k) != v for k, v in _flow_note.items()):
-        raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on T * sigma, "
-                          "ours on the number of the timestep, and it would answer for another noise level than it is asked.")
+        raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on "
+                          "T * sigma, ours on the number of the timestep; it would answer for another noise level.")
     schedule = flow_schedule(_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000))
     shift = _number("shift", config.get("shift", 1.0), 1e-6, 1e6, float)
     return schedule if shift == 1 else schedule.shift(shift), "velocity"

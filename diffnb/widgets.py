@@ -251,7 +251,7 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
     weights, image = attention_weights(trained.model, x_t, torch.tensor([t]), y), to_uint8(x_t)[0]
     if not weights: raise DiffnbError("this model has no attention layer to look into")
     sides = {name: round(w.shape[1] ** 0.5) for name, w in weights.items()}
-    side = max(sides.values())                                            # rows and columns are those of the finest layer
+    side = max(sides.values())                                            # rows and columns of the finest layer
     def draw(layer, row, column):
         n = sides[layer]
         cell, row, column = image.shape[1] // n, row * n // side, column * n // side
@@ -260,7 +260,8 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
         far = divmod(int(w.argmax()), n)
         pair = [_marked(part, row, column, cell, 16) for part in (image, shown)]
         return torch.cat([pair[0], torch.full_like(pair[0][..., :16], 255), pair[1]], 2), \
-               f"{layer}, from row {row}, column {column}: most weight, {w.max():.0%}, on row {far[0]}, column {far[1]} (evenly spread: {1 / n**2:.0%})"
+               f"{layer}, from row {row}, column {column}: most weight, {w.max():.0%}, on row {far[0]}, " \
+               f"column {far[1]} (evenly spread: {1 / n**2:.0%})"
     layers = list(weights)
     live = {"layer": layers, "row": range(side), "column": range(side)}
     stored = {"layer": layers[:: max(1, len(layers) // 3)][:3], "row": list(range(side)), "column": list(range(side))}

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from diffnb.data import DiffnbError, addressed, load_data, save_grid, to_float, to_uint8
-from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, draw, examine, findings, gather, live_dashboard, mirror_test, spikes, trend, verdict, watch)
+from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, draw, examine, findings, gather, live_dashboard,
+                           mirror_test, spikes, trend, verdict, watch)
 from diffnb.sample import ddim
 from diffnb.schedule import gaussian_loss_floor
-from diffnb.train import (BINS, TrainConfig, checkpoints, columns, draw_timesteps, lr_at, make_averages, read_config, read_metrics,
-                          read_tensors, timestep_probabilities, train, write_tensors)
+from diffnb.train import (BINS, TrainConfig, checkpoints, columns, draw_timesteps, lr_at, make_averages, read_config,
+                          read_metrics, read_tensors, timestep_probabilities, train, write_tensors)
 
 BASE = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
                    log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
@@ -96,8 +97,8 @@ def test_other_healthy_runs(change, tmp_path):
 
 # --- the flow, drawn timesteps, a rate that stays, averages of several horizons, Muon, patches ---------------------
 
-FLOW = replace(BASE, schedule="flow", prediction="velocity", T=100, logit_normal=(0.0, 1.0), optimizer="muon", weight_decay=0.1,
-               decay_share=0.3, ema_half_lives=(0.05, 640.0), patch_size=2, lr=1e-2, epochs=20.0)
+FLOW = replace(BASE, schedule="flow", prediction="velocity", T=100, logit_normal=(0.0, 1.0), optimizer="muon",
+               weight_decay=0.1, decay_share=0.3, ema_half_lives=(0.05, 640.0), patch_size=2, lr=1e-2, epochs=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,6 @@ def test_losses_are_measured_at_the_timesteps_drawn(patient):
     facts = gather(patient(config=dict(logit_normal=[-1.0, 0.7])))
     t, p = facts.losses["t"], timestep_probabilities(1000, (-1.0, 0.7)).numpy()
     assert abs(t.mean() - (np.arange(1000) * p).sum()) < 5 and len(t) == 299 and t.min() >= 0 and t.max() < 1000
-    assert facts.losses["train"].mean() == pytest.approx(examine(patient(config=dict(logit_normal=[-1.0, 0.7]))).facts.losses["train"].mean())
 
 
 def test_the_floor_of_an_enlarged_set_is_weighted_too(patient):
@@ -199,7 +199,9 @@ def test_eps_on_the_flow_is_named_where_a_folder_claims_it(patient):
     assert x.severity == "critical" and "velocity" in x.advice
 
 
-def stays(m, total=281, share=0.3, peak=4e-3): return np.array([lr_at(int(s) - 1, total, peak, 500, share) for s in m["step"]])
+def stays(m, total=281, share=0.3, peak=4e-3):
+    "A rate that stays at its peak, and falls in a line over the last share of the steps."
+    return np.array([lr_at(int(s) - 1, total, peak, 500, share) for s in m["step"]])
 
 
 def test_a_rate_that_stays_is_no_alarm_before_its_decay(patient):
@@ -213,12 +215,12 @@ def test_a_rate_that_stays_is_no_alarm_before_its_decay(patient):
     told = next(x for x in report.findings if x.id == "lr-not-decayed").evidence
     assert "393" in told and "decay" in told and "extend" in told.lower()        # of 562 steps, 70% at the peak
     assert "393" in verdict(report.facts, report.findings)[2] and "Do not stop" in report.summary
-    os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)                      # it stands still: to be said, with both ways on
+    os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)                      # it stands still
     x = next(x for x in examine(run, deep=False).problems if x.id == "stopped-early")
     assert x.severity == "minor" and "diffnb resume" in x.advice and "--epochs" in x.advice
     now = float(re.search(r"--epochs ([\d.]+)", x.advice)[1])                    # does that begin the decay now?
     total = math.ceil(now * 1498 / 64)
-    assert total < 562 and lr_at(281 - 2, total, 4e-3, 500, 0.3) == 4e-3 and lr_at(281 + 3, total, 4e-3, 500, 0.3) < 4e-3
+    assert total < 562 and lr_at(281 - 2, total, 4e-3, 500, 0.3) == 4e-3 > lr_at(281 + 3, total, 4e-3, 500, 0.3)
 
 
 def test_a_flat_loss_at_a_rate_that_stays_is_no_alarm(patient):
@@ -233,7 +235,7 @@ def test_a_flat_loss_at_a_rate_that_stays_is_no_alarm(patient):
 
 @pytest.mark.parametrize("share, alarm", [(0.3, False), (0.05, False), (1.0, False), (0.01, True), (1e-6, True)])
 def test_the_end_of_a_linear_decay(share, alarm, patient):
-    "Of 281 steps, five per cent are fourteen: the last still has 7% of the peak, and that is the plan. Three are no decay."
+    "Five per cent of 281 steps are fourteen: the last still has 7% of the peak, as planned. Three are no decay."
     def at_the_end(m):
         m["lr"] = stays(m, share=share)
         return m
@@ -267,30 +269,33 @@ def test_the_planned_rate_is_drawn_with_its_decay(flow):
 
 
 @pytest.mark.parametrize("half_lives, decay, alarm", [
-    ([0.05], 0.0, None), ([0.001], 0.0, None), ([0.05, 100.0], 0.5, None), ([10_000.0], 0.0, None), ([6.4], 0.9999, "no-ema"),
-    ([6.4, 5000.0], 0.0, None), ([6.4, 100.0], 0.9999, "no-ema")])
+    ([0.05], 0.0, None), ([0.001], 0.0, None), ([0.05, 100.0], 0.5, None), ([10_000.0], 0.0, None),
+    ([6.4], 0.9999, "no-ema"), ([6.4, 5000.0], 0.0, None), ([6.4, 100.0], 0.9999, "no-ema")])
 def test_averages_with_half_lives(half_lives, decay, alarm, patient):
     "ema_decay is not used beside ema_half_lives, so it is not judged; a share of the run fits any length."
     run = patient(config=dict(ema_half_lives=half_lives, ema_decay=decay))
     found = {x.id: x for x in examine(run, deep=False).findings}
-    assert {x for x in ("no-ema", "ema-short") if x in found and found[x].severity != "good"} == ({alarm} if alarm else set())
+    problems = {x for x in ("no-ema", "ema-short") if x in found and found[x].severity != "good"}
+    assert problems == ({alarm} if alarm else set())
     assert "10,000 steps" not in found["no-ema"].evidence
     if alarm: assert "ema_half_lives" in found[alarm].evidence and "ema_decay is" not in found[alarm].evidence
 
 
 def test_a_short_average_of_images_in_a_long_run(patient):
-    long = dict(epochs=2000.0)                                                   # 46,813 steps; 1,000 images are 16 of them
+    long = dict(epochs=2000.0)                                                   # 46,813 steps; 1,000 images are 16
     assert "ema-short" in alarms(patient(config=dict(ema_half_lives=[1000.0], **long)))
     assert "ema-short" not in alarms(patient(config=dict(ema_half_lives=[1000.0, 0.1], **long)))
     assert "ema-short" not in alarms(patient(config=dict(ema_half_lives=[1000.0, 1e6], ema_decay=0.95, **long)))
 
 
-@pytest.mark.parametrize("config", [dict(), dict(ema_decay=0.99), dict(ema_half_lives=[0.1]), dict(ema_half_lives=[0.05, 640.0])])
+@pytest.mark.parametrize("config", [dict(), dict(ema_decay=0.99), dict(ema_half_lives=[0.1]),
+                                    dict(ema_half_lives=[0.05, 640.0])])
 def test_the_weights_in_the_average_are_those_of_training(config, patient):
     "The picture against an average of numbers made by the class that training uses."
     facts = gather(patient(config=config), deep=False)
     axes = draw("ema", facts)[0].axes[0]
-    for (name, ema), line in zip(make_averages(torch.nn.Linear(1, 1, bias=False), facts.config).items(), axes.get_lines(), strict=True):
+    averages = make_averages(torch.nn.Linear(1, 1, bias=False), facts.config)
+    for (name, ema), line in zip(averages.items(), axes.get_lines(), strict=True):
         shares = []
         for chosen in (facts.total - 1, facts.total - 20, facts.total // 2):     # how much of this step is in the end
             model = torch.nn.Linear(1, 1, bias=False)
@@ -314,7 +319,7 @@ def test_an_average_that_is_worse_names_the_others(flow, tmp_path):
 
 
 def test_muon_is_judged_by_its_own_measure(patient):
-    "Its steps are as long as the rate says, whatever the norm; so a bound that is often met decides little. No rate is too high for a finding."
+    "Its steps are as long as the rate says, whatever the norm: a bound that is often met decides little."
     muon = dict(optimizer="muon", lr=0.05, weight_decay=0.1)
     report = examine(patient(config=muon, rows=rows(clipped=0.6, lr=lambda y: y * 12.5)), deep=False)
     assert report.problems == []

@@ -206,7 +206,7 @@ def their_walk(unet, scheduler, x):
 @pytest.mark.parametrize("T, shift", [(1000, 1.0), (1000, 3.0), (50, 0.5), (100, 1.7), (2, 1.0)])
 def test_flow_round_trip(tmp_path, T, shift):
     folder, model, schedule = flow_folder(tmp_path / "m", T, shift, num_classes=3, head_dim=8)
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "scheduler", "unet"]      # a pipeline would be DDIM's
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "scheduler", "unet"]   # a pipeline would be DDIM's
     again, its_schedule, prediction = from_diffusers(folder)
     x, t = batch()
     t = t.clamp(max=T - 1)
@@ -224,8 +224,9 @@ def test_flow_survives_a_reader_who_saves_it_again(tmp_path):
     assert from_diffusers(tmp_path / "again")[1] == from_diffusers(folder)[1]
 
 
-@pytest.mark.parametrize("T, shift, steps, spacing", [(1000, 1.0, 10, "trailing"), (1000, 3.0, 10, "trailing"), (100, 1.0, 7, "trailing"),
-                                                      (100, 0.5, 20, "linspace"), (1000, 2.0, 1, "trailing"), (50, 2.0, 50, "trailing")])
+@pytest.mark.parametrize("T, shift, steps, spacing", [
+    (1000, 1.0, 10, "trailing"), (1000, 3.0, 10, "trailing"), (100, 1.0, 7, "trailing"), (100, 0.5, 20, "linspace"),
+    (1000, 2.0, 1, "trailing"), (50, 2.0, 50, "trailing")])
 def test_flow_trajectory_is_that_of_their_steps(tmp_path, T, shift, steps, spacing):
     from diffnb.sample import ddim
     folder, model, schedule = flow_folder(tmp_path / "m", T, shift)
@@ -280,8 +281,9 @@ def test_flow_says_how_to_sample(tmp_path, model, capsys):
 
 
 @pytest.mark.parametrize("schedule, prediction, words", [
-    (flow_schedule(), "eps", "velocity"), (flow_schedule(), "x0", "velocity"), (flow_schedule().shift(2), "v", "velocity"),
-    (linear_schedule(), "velocity", "flow"), (linear_schedule().zero_terminal_snr(), "velocity", "flow"),
+    (flow_schedule(), "eps", "velocity"), (flow_schedule(), "x0", "velocity"),
+    (flow_schedule().shift(2), "v", "velocity"), (linear_schedule(), "velocity", "flow"),
+    (linear_schedule().zero_terminal_snr(), "velocity", "flow"),
     (NoiseSchedule(linear_schedule().alpha_bar, linear_schedule().s * 0.9), "eps", "variance preserving"),
     (NoiseSchedule((1 - flow_schedule(50).s ** 2) ** 2, flow_schedule(50).s ** 2), "velocity", "shift")], ids=range(7))
 def test_what_diffusers_cannot_say(tmp_path, model, schedule, prediction, words):
@@ -292,15 +294,17 @@ def test_what_diffusers_cannot_say(tmp_path, model, schedule, prediction, words)
 def test_patches_stay_here(tmp_path):
     model = randomise(UNet(**SMALL, patch_size=2))
     for schedule, prediction in ((linear_schedule(), "eps"), (flow_schedule(), "velocity")):
-        with pytest.raises(DiffnbError, match="patch_size=2"): save_diffusers(model, schedule, tmp_path / "m", prediction)
+        with pytest.raises(DiffnbError, match="patch_size=2"):
+            save_diffusers(model, schedule, tmp_path / "m", prediction)
     with pytest.raises(DiffnbError, match="patch_size=2"): unet_to_diffusers(model)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", [
-    dict(use_dynamic_shifting=True), dict(use_karras_sigmas=True), dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True),
-    dict(stochastic_sampling=True), dict(invert_sigmas=True), dict(shift_terminal=0.1), dict(shift=0), dict(shift="3"), dict(shift=float("nan")),
-    dict(num_train_timesteps=1), dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(prediction_type="epsilon"),
+    dict(use_dynamic_shifting=True), dict(use_karras_sigmas=True), dict(use_exponential_sigmas=True),
+    dict(use_beta_sigmas=True), dict(stochastic_sampling=True), dict(invert_sigmas=True), dict(shift_terminal=0.1),
+    dict(shift=0), dict(shift="3"), dict(shift=float("nan")), dict(num_train_timesteps=1),
+    dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(prediction_type="epsilon"),
     dict(future_setting=1)], ids=str)
 def test_unsupported_flow_settings_are_named(tmp_path, change):
     folder = flow_folder(tmp_path / "m")[0]

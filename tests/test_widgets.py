@@ -34,7 +34,8 @@ def test_a_walk_along_the_flow(flow):
     walk = trajectory(flow, steps=5)
     images = [walk.draw(step)[0] for step in range(1, 6)]
     half = images[0].shape[2] // 2
-    assert (images[-1][..., :half - 1].int() - images[-1][..., half + 2:].int()).abs().max() <= 1   # at the end both are the same
+    left, right = images[-1][..., :half - 1].int(), images[-1][..., half + 2:].int()
+    assert (left - right).abs().max() <= 1                                       # at the end both are the same
     assert "from t = 49" in walk.draw(1)[1] and "the clean image" in walk.draw(5)[1]
 
 
@@ -42,7 +43,8 @@ def test_a_walk_along_the_flow(flow):
 def test_sampling_is_guided_along_the_flow(flow, w):
     y = torch.arange(10)
     image, caption = sampling(flow, guidance=[1.0, 4.0], steps=5, eta=1.0).draw(guidance=w)
-    by_hand = ddim(guided(flow.model, y, w), flow.schedule, (10, 1, 8, 8), 5, 1.0, prediction="velocity", generator=addressed(0, "sampling"))
+    by_hand = ddim(guided(flow.model, y, w), flow.schedule, (10, 1, 8, 8), 5, 1.0, prediction="velocity",
+                   generator=addressed(0, "sampling"))
     assert image.equal(tile(by_hand)) and f"guidance {w:g}" in caption and by_hand.isfinite().all()
 
 
