@@ -243,8 +243,8 @@ images = (x.clamp(-1, 1) + 1) / 2
 
 `set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; the timesteps
 that the scheduler chooses when it is given a number of steps are T * sigma, which means something else to this network.
-A number of steps that divides {T} visits timesteps that were trained. diffnb's own sampler also clips its estimate of the
-image to [-1, 1] at every step; with `clip=False` it takes these steps.
+A number of steps that divides {T} visits timesteps that were trained. diffnb's own sampler also clips its estimate of
+the image to [-1, 1] at every step; with `clip=False` it takes these steps.
 """
 
 def save_diffusers(model,            # our UNet
@@ -270,7 +270,8 @@ def save_diffusers(model,            # our UNet
     except OSError as e:
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
-    if schedule.straight: say("diffusers has no pipeline for flows: README.md in the folder has the code that samples it")
+    if schedule.straight:
+        say("diffusers has no pipeline for flows: README.md in the folder has the code that samples it")
     return folder
 
 
