@@ -176,11 +176,12 @@ def export(run: Run,                         # a run folder, checkpoint, weights
            to: Literal["diffusers"] = "diffusers", # the format
            out: Path | None = None           # folder to write; default: diffusers in RUN, or here
           ):
-    "Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads."
+    """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
+    flow model one whose README.md has the lines that sample it."""
     m = load_model(run, device="cpu")
     out = out or (run if run.is_dir() else Path()) / "diffusers"
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
-    if m.classes: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
+    if m.classes and not m.schedule.straight: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)
     return 0
 

@@ -68,3 +68,10 @@ def test_another_optimizer_does_not_go_on_with_a_run(tmp_path, capsys):
     run = ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", str(tmp_path / "x")]
     assert main(run) == 0 and main([*run, "--optimizer", "muon"]) == 1
     assert "optimizer='adamw'" in capsys.readouterr().err
+
+def test_a_flow_is_exported_with_the_lines_that_sample_it(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    run = ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--schedule", "flow", "--prediction", "velocity", "--run", str(tmp_path / "x")]
+    assert main(run) == 0 and main(["export", str(tmp_path / "x"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert (tmp_path / "out/README.md").exists() and not (tmp_path / "out/model_index.json").exists() and "DDIMPipeline loads it" not in said
