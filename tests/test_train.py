@@ -579,7 +579,7 @@ def test_each_average_can_be_loaded(fast_run):
     for name, ema in state.averages.items():
         assert all(v.equal(loaded[name].model.state_dict()[k]) for k, v in ema.model.state_dict().items())
     begun = T.new_state(read_config(run)["model"], fast, torch.device("cpu")).model
-    assert len({float(m.conv_in.weight.sum()) for m in (begun, *(m.model for m in loaded.values()))}) == 4
+    assert len({m.conv_in.weight.sum().item() for m in (begun, *(m.model for m in loaded.values()))}) == 4
     m = loaded["ema2"]
     assert m.schedule == make_schedule("flow") and m.model.config["patch_size"] == 2 and m.shape == (1, 8, 8)
     x0 = ddim(m.model, m.schedule, (2, *m.shape), 5, y=torch.tensor([1, 2]), prediction=m.config.prediction)
