@@ -16,7 +16,7 @@ import train
 from harness import *
 
 REGIONS = {"bench: data": "data", "bench: EMA": "EMA", "bench: meter": "meter", "bench: clipping": "clipping", "Optimizer.": "optimiser"}
-OPERATIONS = [("attention", r"scaled_dot_product|ScaledDotProduct|flash_attention|fmha"), ("convolution", r"[Cc]onvolution|conv2d"),
+OPERATIONS = [("attention", r"scaled_dot_product|ScaledDotProduct|flash_attention|fmha|aten::bmm\b|BmmBackward|[Ss]oftmax"), ("convolution", r"[Cc]onvolution|conv2d"),
               ("matrix product", r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|_addmm_activation)\b|mkldnn_.*linear"), ("norm", r"[Nn]orm"),
               ("copies and casts", r"copy_|_to_copy|aten::(to|contiguous|clone|cat|pad|constant_pad_nd)\b")]
 KERNELS = [("norm", r"^triton.*norm"), ("elementwise", r"^triton"), ("attention", r"flash|fmha|sdpa|attention"),

@@ -208,7 +208,7 @@ _two_cores = TrainConfig( # patches of 2x2, the straight path, Muon: what learns
 _clothes = replace(_two_cores, data="fashion", base_channels=48, channel_mult=(1.0, 2.0), attention=(7,), head_dim=32)
 
 PRESETS = {
-    "clothes": replace(_clothes, epochs=1.6),            # two to three minutes of two cores with bf16
+    "clothes": replace(_clothes, epochs=2.8),            # two to three minutes of two cores with bf16
     "cifar10-20min": replace(_two_cores, epochs=1.8, sample_every=1.0, checkpoint_every=0.5),
     "cifar10-5h": replace(_two_cores, epochs=28.0, sample_every=7.0, checkpoint_every=2.0),
     "cifar10-gpu": replace(_two_cores, base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0), # wider; not measured yet
@@ -675,10 +675,8 @@ def last_checkpoint(run,             # a run folder
             return found
     if paths: raise DiffnbError(f"none of the {len(paths)} checkpoints in {run} can be used ({next(iter(passed.values()))}): start anew in another folder")
 
-def _whole(net): # a UNet configuration, also one of an earlier version, with what it leaves to defaults
-    try:
-        with torch.device("meta"): return UNet(**net).config
-    except TypeError as e: raise DiffnbError(f"the description of the model cannot be used ({e!s:.200})") from e
+def _whole(net): # a UNet configuration, with what version 0.1 did not know
+    return {"patch_size": 1, **net}
 
 def _checked(path, tensors, meta, model):
     "Facts that a run can go on from, or DiffnbError."
@@ -708,7 +706,8 @@ def read_config(run, # a run folder
             v = facts["data"][k]
             if type(v) is not kind or kind is int and not 0 < v < 2**53: raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
-        facts["model"] = _whole(facts["model"])                          # can be built; allocates nothing
+        facts["model"] = _whole(facts["model"])
+        with torch.device("meta"): UNet(**facts["model"])                # can be built; allocates nothing
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": make_config(facts["config"])}
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
