@@ -1,7 +1,7 @@
 """Which recipe for two processor cores? Short runs at equal time, one change at a time, scored alike.
 
     python bench/cifar10/pilots.py --speed                                  # on an idle machine: how many steps of each fit into the time
-    python bench/cifar10/pilots.py --only flow-muon-3e-3 small-adamw-1e-3   # train and score; what is done is not done again
+    python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3   # train and score; what is done is not done again
     python bench/cifar10/figures.py --pilots runs/pilots                    # bench/cifar10/pilots.json, and its figure
 
 A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so many steps as an idle machine does in
