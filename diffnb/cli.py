@@ -309,8 +309,13 @@ def _without_preset(args):
         if value != getattr(usual, f.name): flags += [f"--{f.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return args[:at] + flags + args[at + 2:]
 
-def _check_command(args):
-    "Exit code 2, and the nearest name, for a command that does not exist."
+def _check_arguments(args):
+    "Raises DiffnbError for what no command can take; exit code 2, and the nearest name, for a command that does not exist."
+    if any(a == "" or a.startswith("--") and a.endswith("=") for a in args):       # Path("") would be this folder
+        raise DiffnbError("an argument is empty: was a variable of the shell not set?")
+    if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
+        raise DiffnbError(f"{os.fsencode(odd[0])!r:.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
+    if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
     if not args or args[0].startswith("-") or args[0] in commands: return
     near = difflib.get_close_matches(args[0], commands, 1)
     print(f"diffnb: there is no command {args[0]!r}" + (f"; did you mean {near[0]}?" if near else ".") + f" Commands: {', '.join(commands)}", file=sys.stderr)
@@ -322,7 +327,7 @@ def _run(args):
         print(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
         return 0
     try:
-        _check_command(args)
+        _check_arguments(args)
         return tyro.extras.subcommand_cli_from_dict(
             {name: _command(f) for name, f in commands.items()}, args=_without_preset(args), prog="diffnb", config=(tyro.conf.OmitArgPrefixes,),
             description="Train, sample, measure and examine diffusion models. diffnb --version says which version this is.") or 0
