@@ -339,7 +339,7 @@ def read_metrics(run, # a run folder
                 ):    # dict: column -> float64 array
     "What a run has logged so far. Raises DiffnbError if there is nothing to read."
     path = Path(run) / "metrics.csv"
-    if not path.is_file(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
+    if not path.exists(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         names = head.split(",")
@@ -741,7 +741,7 @@ def read_config(run, # a run folder
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
         facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # versions before 0.2 did not write it
-        if any(p.keys() != {"epochs", "step"} or not all(type(v) in (int, float) for v in p.values()) for p in facts["plans"]):
+        if type(facts["plans"]) is not list or any(p.keys() != {"epochs", "step"} or not all(type(v) in (int, float) for v in p.values()) for p in facts["plans"]):
             raise ValueError(f"plans are {facts['plans']!r:.60}, expected epochs and step of each")
         facts["model"] = _whole(facts["model"])
         with torch.device("meta"): UNet(**facts["model"])                # can be built; allocates nothing
@@ -799,10 +799,11 @@ def _alone_in(run):
                                   "it leaves a checkpoint), or train in another folder")
             time.sleep(wait)
         if held is None: warnings.warn(f"the file system of {run} cannot lock files: take care that no second process trains in it")
-        os.ftruncate(file.fileno(), 0)
-        with suppress(OSError): os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode()) # a full disk: then nobody's name is known
+        def says(who): # on a full disk it does not, and holds all the same
+            with suppress(OSError): os.ftruncate(file.fileno(), 0); os.write(file.fileno(), who.encode())
+        says(f"process {os.getpid()} on {platform.node()}")
         try: yield
-        finally: os.ftruncate(file.fileno(), 0)
+        finally: says("")
 
 # %% ../nbs/04_train.ipynb #c091
 free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps",
@@ -864,11 +865,11 @@ def _open_run(run, config, data, net):
     if (run / "config.json").exists():
         old = read_config(run)
         _same_settings(run, old["config"], config)
+        _same_data(run, old["data"], data)
         for k, v in net.items():
             if old["model"].get(k) != v:
                 raise DiffnbError(f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask for {v!r}: "
                                   "is it the same data?")
-        _same_data(run, old["data"], data)
         plans = _plans(run, old, config, len(data))
         _rows(run)                                                       # raises where they could not be continued
         ours = (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*")           # others may be writing beside them
@@ -1080,7 +1081,7 @@ def train(config,           # TrainConfig
     Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
-    _check_place(run, config.data)
+    _check_place(run, check_config(config).data)
     if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = ranks.first(lambda: resolve(config))
     if config.batch_size % (config.accumulate * ranks.world):
@@ -1152,19 +1153,18 @@ def load_model(source,        # run folder, checkpoint or weights file, or the n
               ):              # Trained
     "A trained model, ready to sample. Raises DiffnbError if there is none, or if file and configuration disagree."
     embedded = Path(__file__).parent / "weights" / f"{source}.safetensors" if "__file__" in globals() else Path("no/where")
-    path = Path(source)
+    path, moved = Path(source), {}
     if path.is_dir():
-        facts = read_config(path)
-        found = last_checkpoint(path, facts["model"])
+        facts = read_config(path); found = last_checkpoint(path, facts["model"])
         if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
-        meta["config"] = {**meta["config"], "data": facts["config"].data}    # where the images are now
+        moved = {"data": facts["config"].data}                               # where the images are now
     elif path.is_file() or embedded.is_file(): tensors, meta = read_tensors(path if path.is_file() else embedded)
     else:
         names = ", ".join(sorted(p.stem for p in embedded.parent.glob("*.safetensors")))
         raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {names}")
     try:
-        config, net, step, classes = make_config(meta["config"]), meta["model"], meta["step"], _names(meta["data"]["classes"])
+        config, net, step, classes = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"], _names(meta["data"]["classes"])
         if type(step) is not int or not 0 <= step < 2**53: raise ValueError(f"step is {step!r:.40}")
         with torch.device("meta"): model = UNet(**net)                   # compare names and shapes before allocating anything
     except (KeyError, TypeError, ValueError) as e: raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e
