@@ -4,7 +4,7 @@
 __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', 'evaluate', 'doctor', 'export', 'workbook', 'main']
 
 # %% ../nbs/tools/cli.ipynb #c002
-import math, os, sys
+import os, shlex, sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -20,15 +20,15 @@ import torch, tyro
 
 # %% ../nbs/tools/cli.ipynb #c004
 from . import __version__
-from .data import DiffnbError, save_grid
+from .data import DiffnbError, named_sets, save_grid
 from .doctor import examine
 from .evaluate import evaluate_run
 from .guide import guided
 from .interchange import save_diffusers
 from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, PRESETS, TrainConfig, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
-                          train as train_run, training_now)
+from .train import (Alone, PRESETS, TrainConfig, as_options, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
+                          total_steps, train as train_run, training_now)
 from .unet import UNet, count_parameters
 
 # %% ../nbs/tools/cli.ipynb #c006a
@@ -110,7 +110,13 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
-    return _train(config, run or Path("runs") / (Path(config.data).name + (f"-{config.image_size}" if config.image_size else "")), tensorboard, shard)
+    return _train(config, run or _run_of(config), tensorboard, shard)
+
+def _run_of(config):
+    "The folder for a run that was given none: named after the data, whatever way led to it."
+    name = config.data if config.data in named_sets else Path(config.data).resolve().name
+    if not name: raise DiffnbError(f"no name for a run can be made from --data {config.data}: say where it is to be kept (--run)")
+    return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
 @contextmanager
 def _ranks(device, shard=False):
@@ -124,19 +130,24 @@ def _train(config, run, tensorboard=False, shard=False):
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
-    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {run}")
-    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {run}")
+    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {shlex.quote(str(run))}")
+    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {shlex.quote(str(run))}")
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
            epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
+           data: str | None = None,     # where the images are now, if their folder was moved; their contents are compared
+           data_root: str | None = None, # where downloads are kept now; default: as when it was begun
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
            shard: bool = False          # under torchrun: divide the model over the ranks (FSDP2)
           ):
     "Continue an interrupted run with its own settings, or extend a finished one."
-    config = read_config(run)["config"]
-    return _train(replace(config, device=device or config.device, epochs=epochs or config.epochs), run, tensorboard, shard)
+    given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
+    config = replace(read_config(run)["config"], **{k: v for k, v in given.items() if v is not None})
+    if config.data not in named_sets and not Path(config.data).is_dir():
+        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: diffnb resume {shlex.quote(str(run))} --data FOLDER")
+    return _train(config, run, tensorboard, shard)
 
 # %% ../nbs/tools/cli.ipynb #c011
 samplers = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ddpm": ddpm}
@@ -190,21 +201,40 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
 # %% ../nbs/tools/cli.ipynb #c013
 def info(run: Run): # a run folder, also while it is training
     "What a run is, how far it has come, and what it last measured."
-    facts, m = read_config(run), read_metrics(run) if (run / "metrics.csv").exists() else {"step": []}
-    config, data, steps = facts["config"], facts["data"], m["step"]
+    facts = read_config(run)
+    config, data = facts["config"], facts["data"]
     with torch.device("meta"): parameters = count_parameters(UNet(**facts["model"]))
-    total = math.ceil(config.epochs * data["images"] / config.batch_size)
-    done, saved = int(steps[-1]) if len(steps) else 0, checkpoints(run)
     resized = "" if data["image_size"] == data["native_size"] else f", resized from {data['native_size']} by {data['filter']}"
     print(f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, {config.precision})")
     print(f"data         {data['name']}: {data['images']:,} images, {data['image_size']}x{data['image_size']}x{data['channels']}{resized}, {len(data['classes'])} classes")
     print(f"model        {parameters / 1e6:.2f}M parameters, {config.schedule} schedule, predicts {config.prediction}")
-    print(f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen, {m['seconds'][-1] / 60 if done else 0:.1f} minutes")
-    who = training_now(run)
-    print(f"state        {f'running ({who})' if who else 'finished' if saved and int(saved[-1].stem[5:]) >= total else 'interrupted: diffnb resume continues it'}")
-    if done: print(f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s")
-    print(f"checkpoints  {', '.join(p.name for p in saved) or 'none yet'}")
+    for line in _progress(run, config, facts["plans"], data["images"]): print(line)
+    print(f"checkpoints  {', '.join(p.name for p in checkpoints(run)) or 'none yet'}")
     return 0
+
+def _rows(run):
+    "The columns of metrics.csv, and why there are none; a run just begun has no file yet."
+    if not (run / "metrics.csv").exists(): return None, "none yet"
+    try: m = read_metrics(run)
+    except DiffnbError as e: return None, str(e)
+    return (m, "") if len(m["step"]) else (None, "none yet")
+
+def _progress(run, config, plans, images):
+    "Lines: how far, by which plan, in which state, and the last row."
+    (m, why), total, saved = _rows(run), total_steps(config, images), [int(p.stem[5:]) for p in checkpoints(run)]
+    last = saved[-1] if saved else 0
+    done = max(last, int(m["step"][-1]) if m else 0)
+    minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
+    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen{minutes}"
+    if plans[1:]: yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
+    who, words = training_now(run), shlex.join(["diffnb", "resume", str(run)])
+    if who: yield f"state        running ({who})"
+    elif last == total: yield "state        finished"
+    elif last > total: yield f"state        past the end of its plan: {words} --epochs N, with N above {last * config.batch_size / images:.4g}, goes on"
+    else: yield f"state        interrupted: {words} continues it from step {last:,}"
+    if m: yield f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s"
+    else: yield f"rows         {why}"
+
 
 # %% ../nbs/tools/cli.ipynb #c015
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
@@ -303,16 +333,15 @@ def _without_preset(args):
     if "--preset" not in args: return args
     at = args.index("--preset")
     if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS: return args            # tyro says what is wrong
-    flags, usual = [], TrainConfig()
-    for f in fields(TrainConfig):
-        value = getattr(PRESETS[args[at + 1]], f.name)
-        if value != getattr(usual, f.name): flags += [f"--{f.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return args[:at] + flags + args[at + 2:]
+    usual, preset = TrainConfig(), PRESETS[args[at + 1]]
+    changed = [f.name for f in fields(TrainConfig) if getattr(preset, f.name) != getattr(usual, f.name)]
+    return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _check_arguments(args):
     "Raises DiffnbError for what no command can take; exit code 2, and the nearest name, for a command that does not exist."
-    if any(a == "" or a.startswith("--") and a.endswith("=") for a in args):       # Path("") would be this folder
-        raise DiffnbError("an argument is empty: was a variable of the shell not set?")
+    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="    # of that tyro knows more to say
+    if any(not a or valueless(a) for a in args):                             # Path("") would be the folder one stands in
+        raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
         raise DiffnbError(f"{os.fsencode(odd[0])!r:.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
     if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
