@@ -343,7 +343,7 @@ def _check_arguments(args):
     if any(not a or valueless(a) for a in args):                             # Path("") would be the folder one stands in
         raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
-        raise DiffnbError(f"{os.fsencode(odd[0])!r:.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
+        raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
     if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
     if not args or args[0].startswith("-") or args[0] in commands: return
     near = difflib.get_close_matches(args[0], commands, 1)
