@@ -69,7 +69,7 @@ class _Stream:
 
     def restore(self):
         self.flush()
-        if hasattr(self.stream, "reconfigure") and not self.stream.closed and self.stream.errors != self.errors: self.stream.reconfigure(errors=self.errors)
+        if not self.failed and getattr(self.stream, "errors", None) != self.errors: self.stream.reconfigure(errors=self.errors)
 
     def lost(self): # exit code: 1 if output was lost that somebody wanted
         self.flush()
