@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['filters', 'suffixes', 'named_sets', 'DiffnbError', 'to_float', 'to_uint8', 'addressed', 'show_images', 'sync_folder',
-           'write_whole', 'resize', 'tile', 'save_grid', 'ImageData', 'decode', 'load_data', 'augment', 'batch_indices']
+           'write_whole', 'resize', 'tile', 'save_grid', 'ImageData', 'match_classes', 'decode', 'load_data', 'augment',
+           'batch_indices']
 
 # %% ../nbs/01_data.ipynb #c004
 import hashlib, io, json, os, shutil, urllib.error
@@ -144,6 +145,7 @@ class ImageData:
     size: int = 0                # side of what `take` returns
     filter: str = "bicubic"      # how one became the other
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
+    digest: str = ""             # of a folder: sha256 of names and contents, the same wherever the folder is; else the name
 
     def __len__(self): return len(self.images)
 
@@ -157,6 +159,25 @@ class ImageData:
     def to(self, device):
         "The same data with images and labels on another device."
         return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
+
+def match_classes(labels, # int64 (N,), positions in `have`
+                  have,   # the class names of the set that the labels come from
+                  want,   # the class names of a model, or of another set
+                  what,   # what the labels belong to, for the message
+                 ):       # int64 (N,), positions in `want`
+    "Labels of one set in the order of another, matched by name. Raises DiffnbError naming what has no counterpart."
+    have, want = tuple(map(str, have)), tuple(map(str, want))
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(have):
+        raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class names: "
+                          "a label is the position of its name, counted from 0")
+    used = [have[i] for i in labels.unique().tolist()]
+    if extra := sorted(set(used) - set(want)):
+        missing = sorted(set(want) - set(have))
+        raise DiffnbError(f"{what} has classes that are not expected: {', '.join(extra)}"
+                          + (f"; classes that it lacks: {', '.join(missing)}" if missing else "")
+                          + f". Expected are {', '.join(want) or 'no classes'}: rename or remove the others")
+    order = [want.index(name) if name in want else -1 for name in have]
+    return torch.tensor(order, dtype=torch.int64, device=labels.device)[labels]
 
 # %% ../nbs/01_data.ipynb #c031
 def _digits(split, **_):
@@ -257,7 +278,15 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress):
     kept = json.loads(facts.read_text())
     images = torch.from_numpy(np.load(array, mmap_mode="c"))[:len(kept["kept"])]   # "c": copy on write; the file stays as it is
     labels = None if labels is None else labels[kept["kept"]]
-    return images, labels, classes, kept["native_size"]
+    return images, labels, classes, kept["native_size"], _digest(paths, folder, classes)
+
+def _digest(paths, folder, classes):
+    "sha256 over the class names, and the names and contents of all files."
+    h = hashlib.sha256(json.dumps(classes).encode())
+    for p in paths:
+        with open(p, "rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
+        h.update(json.dumps(p.name).encode())
+    return h.hexdigest()
 
 def _fill_cache(paths, array, facts, size, filter, channels, on_broken, progress):
     "Decode `paths` into the .npy file `array`; the facts are written last, so their presence says that the array is whole."
@@ -314,13 +343,13 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
     root = Path(root or os.environ.get("DIFFNB_DATA", "data"))
     if str(name) in named_sets:
         images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
-        native = images.shape[-1]
+        native, digest = images.shape[-1], f"{name} {split}"
     elif Path(name).is_dir():
         if size is None: raise DiffnbError(f"the images of a folder may differ in size: say which one you want, e.g. size=64 (--image-size 64)")
-        images, labels, classes, native = _folder(name, split, size, filter, channels, on_broken, root / "cache", progress)
+        images, labels, classes, native, digest = _folder(name, split, size, filter, channels, on_broken, root / "cache", progress)
     else:
         raise DiffnbError(f"data {str(name)!r} is neither a known set ({', '.join(named_sets)}) nor a folder that exists")
-    return ImageData(images, labels, classes, native, size or native, filter, str(name))
+    return ImageData(images, labels, classes, native, size or native, filter, str(name), digest)
 
 # %% ../nbs/01_data.ipynb #c058
 def augment(x0,           # (B, C, H, W), in [-1, 1]
