@@ -18,9 +18,9 @@ import torch, tyro
 from .data import DiffnbError, save_grid
 from .doctor import examine
 from .evaluate import evaluate_run
-from .guide import guided
+from .guide import guidance_for
 from .interchange import save_diffusers
-from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
+from .sample import check_place, check_sampling, ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
 from .train import (Alone, PRESETS, TrainConfig, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
                           train as train_run, training_now)
@@ -83,11 +83,12 @@ def _labels(class_, classes, n):
     if not classes: return None
     if class_ is None: return torch.arange(n) % len(classes)
     if class_ in classes: return torch.full((n,), classes.index(class_))
-    if class_.isdigit() and int(class_) < len(classes): return torch.full((n,), int(class_))
-    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)} (or a number from 0 to {len(classes) - 1})")
+    numbers = [] if any(name.isdecimal() for name in classes) else list(map(str, range(len(classes)))) # a class called 7 is not the seventh
+    if class_ in numbers: return torch.full((n,), numbers.index(class_))
+    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)}" + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
-           out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
+           out: str | None = None,  # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
            n: int = 60,             # how many images
            steps: int = 50,         # of the sampler
            seed: int = 0,           # image k depends on (seed, k) alone
@@ -103,20 +104,19 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ):
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
-    if n < 1 or batch_size < 1: raise DiffnbError(f"--n {n} and --batch-size {batch_size} must be at least 1")
+    check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
     if eta and sampler != "ddim": raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
     with _ranks(device) as ranks:                                   # before the model is loaded: each rank has a device of its own
+        out = check_place((run if run.is_dir() else Path()) / "samples.png" if out is None else out, (".png", ".npz"))
         m = load_model(run, device=device, weights=weights)
-        m.schedule.timesteps(steps, spacing)                        # refuse impossible steps before anything is written
-        if guidance != 1 and m.classes and not m.config.label_dropout:
-            raise DiffnbError(f"--guidance {guidance}: this model never saw a withheld label (label_dropout was 0), so there is nothing to guide away from")
+        check_sampling(m.schedule, steps=steps, spacing=spacing)    # refuse what cannot work before anything is written
+        guide = guidance_for(m, guidance)
         settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
                         steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
-                        **({"guide": partial(guided, w=guidance)} if guidance != 1 else {}))
+                        **({"guide": guide} if guide else {}))
         settings["precision"] = pick_precision(precision, pick_device(device), m.config)
         if compile: m.model.compile()
-        out = out or (run if run.is_dir() else Path()) / "samples.png"
-        if out.suffix != ".png": sample_to(out, m.model, m.schedule, m.shape, n, ranks=ranks, **settings)
+        if out.suffix.lower() != ".png": sample_to(out, m.model, m.schedule, m.shape, n, classes=m.classes, ranks=ranks, **settings)
         elif not ranks.rank:                                           # one grid is soon made: not worth sharing
             images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
             save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
@@ -146,7 +146,7 @@ def info(run: Run): # a run folder, also while it is training
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
              n: int | None = None,         # images; default: 10,000 from a model, all of a folder or file
              reference: str | None = None, # data set, folder or .npz of real images; default: what the run was trained on
-             out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
+             out: str | None = None,       # where the results go; default: the run folder, or SOURCE.evaluation
              features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"] = "auto", # the feature network
              inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
              steps: int = 50,              # DDIM steps, when sampling from a model
@@ -163,9 +163,10 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
 
 def doctor(run: Run,          # a run folder, finished or still training
            deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
-           out: Path | None = None # where the report goes; default: the run folder
+           out: str | None = None # the folder for the report; default: the run folder
           ):
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
+    if out is not None: out = check_place(out)
     report = examine(run, deep)
     print(report.summary)
     print(report.write(out))
@@ -174,12 +175,13 @@ def doctor(run: Run,          # a run folder, finished or still training
 # %% ../nbs/tools/cli.ipynb #c017
 def export(run: Run,                         # a run folder, checkpoint, weights file or embedded model
            to: Literal["diffusers"] = "diffusers", # the format
-           out: Path | None = None           # folder to write; default: diffusers in RUN, or here
+           out: str | None = None            # folder to write, new or empty; default: diffusers in RUN, or here
           ):
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
     flow model one whose README.md has the lines that sample it."""
+    out = check_place((run if run.is_dir() else Path()) / "diffusers" if out is None else out)
+    if Path.cwd().is_relative_to(out.resolve()): raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
     m = load_model(run, device="cpu")
-    out = out or (run if run.is_dir() else Path()) / "diffusers"
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
     if m.classes and not m.schedule.straight: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)

@@ -239,7 +239,8 @@ def check_place(out,       # where a folder is to be
     stop = next((p for p in (out, *out.parents) if p.exists()), out)
     is_file = out.suffix.lower() in suffixes
     if stop.exists() and not stop.is_dir() and not (is_file and stop == out):
-        raise DiffnbError(f"{stop} is a file, so {out} cannot be a folder: choose another place (command line: --out)")
+        raise DiffnbError(f"{stop} is a file" + (", and a folder is needed" if stop == out else f", so {out} cannot be made") +
+                          ": choose another place (command line: --out)")
     if is_file and out.is_dir(): raise DiffnbError(f"{out} is a folder: choose another name (command line: --out)")
     if not is_file and not out.exists() and out.suffix.lower() in _of_files | set(Image.registered_extensions()):
         files = f", or a file that ends in {' or '.join(suffixes)}" if suffixes else ""
@@ -332,10 +333,9 @@ def _open_samples(folder, facts, told, held, packed=None):
     ours = lambda p: p.name.startswith(".") and p.suffix in (".lock", ".partial")
     if not facts.exists() and folder.exists() and any(not ours(p) for p in folder.iterdir()):
         raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
+    _refuse_existing(packed)
     held.enter_context(alone_in(folder, "sampling"))
-    if packed and packed.exists():
-        shutil.rmtree(folder) if not facts.exists() else None               # nothing but the lock
-        raise DiffnbError(f"{packed} exists: remove it, or choose another name")
+    _refuse_existing(packed)                                                # another process may have finished just now
     for left in folder.glob(".*.partial"): left.unlink()                    # of a process that was killed
     if facts.exists():
         before = _facts(facts)
@@ -345,6 +345,9 @@ def _open_samples(folder, facts, told, held, packed=None):
         if len(before["labels"]) > len(told["labels"]): told = before
     write_whole(facts, json.dumps(told))
 
+def _refuse_existing(path):
+    if path and path.exists(): raise DiffnbError(f"{path} exists: remove it, or choose another name")
+
 def _facts(path): # what samples.json holds
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -353,7 +356,7 @@ def _facts(path): # what samples.json holds
     raise DiffnbError(f"{path} is damaged, so it cannot be known what the images beside it are: choose a new folder")
 
 def _changes(before, now): # list of words: what differs, the option that decides it, and both values
-    def shown(name, value): return re.sub(r"^guided .*'w': ([^,}]+).*", r"\1", value) if name == "guide" else value
+    def shown(value): return re.sub(r"^guided .*'w': ([^,}]+).*", r"\1", str(value).replace("None", "1"))  # of guidance, its w
     words = []
     for name in dict.fromkeys((*now, *before)):
         old, new = (d.get(name, _usual.get(name)) for d in (before, now))
@@ -363,6 +366,7 @@ def _changes(before, now): # list of words: what differs, the option that decide
             elif not (old and new) and old != new: words.append(f"labels were {'given' if old else 'not given'} before (--class)")
         elif old != new:
             option = _options.get(name, f"--{name.replace('_', '-')}")
-            words.append(f"{name} was {shown(name, old)} and is now {shown(name, new)}" + (f" ({option})" if option else ""))
+            if name == "guide": name, old, new = "guidance", shown(old), shown(new)
+            words.append(f"{name} was {old} and is now {new}" + (f" ({option})" if option else ""))
     return words
 

@@ -416,6 +416,8 @@ def read_tensors(path, # a file written by write_tensors
         problem = "its checksum does not match its contents"
     except KeyError: problem = "it was not written by diffnb"
     except (safetensors.SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as e: problem = str(e)[:300]
+    if path.suffix.lower() != ".safetensors":
+        raise DiffnbError(f"{path} holds no model that can be read ({problem}): give a run folder, or a .safetensors file that diffnb wrote")
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
 # %% ../nbs/04_train.ipynb #c057b
