@@ -6,7 +6,7 @@ __all__ = ['MOST_SAMPLES', 'denoise', 'draw_noise', 'ddpm', 'ddim', 'heun', 'dpm
 
 # %% ../nbs/05_sample.ipynb #c004
 import hashlib, json, math, os, re, shutil, warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -260,7 +260,9 @@ def alone_in(folder, # made if need be
         warnings.warn(f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
     except OSError as e: raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to") from e
     try: yield
-    finally: lock.release()
+    finally:
+        with suppress(OSError): os.unlink(lock.lock_file)          # before the release, so that nobody holds a file that is gone
+        lock.release()
 
 # %% ../nbs/05_sample.ipynb #c082
 def _told(f): # a name that is the same in every process
@@ -319,8 +321,7 @@ def _what_is_made_stays(partial_path, path):
     "A full disk, or one that fails: leave nothing half-written, and say how to go on."
     try: yield
     except OSError as e:
-        try: partial_path.unlink(missing_ok=True)
-        except OSError: pass
+        with suppress(OSError): partial_path.unlink()
         raise DiffnbError(f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the folder "
                           "writable, and the same call makes the rest") from e
 
