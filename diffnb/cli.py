@@ -4,7 +4,7 @@
 __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', 'evaluate', 'doctor', 'export', 'workbook', 'main']
 
 # %% ../nbs/tools/cli.ipynb #c002
-import os, shlex, sys
+import os, sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial

@@ -396,6 +396,21 @@ def test_readers_while_it_trains(here):
     assert len(told) >= 3 and all(f"running (process {os.getpid()}" in said for said in told)
 
 
+def test_a_reader_that_loads_without_a_pause(here):
+    "Against a training that keeps one checkpoint and writes one a step."
+    config, told = replace(read_config("run")["config"], keep=1, epochs=80.0), []
+    def go():
+        try: told.append(train(config, "new", progress=False).step)
+        except BaseException as e: told.append(e)
+    trainer, steps = threading.Thread(target=go), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.start()
+        while trainer.is_alive():
+            if checkpoints("new"): steps.append(load_model("new").step); read_metrics("new"); T.training_now("new")
+    assert told == [120] and steps == sorted(steps) and len(set(steps)) > 10, (told, steps)
+
+
 def test_a_run_that_is_moved_while_it_trains(here):
     def move(run): Path(run).rename("moved")
     with pytest.raises(DiffnbError, match="is gone: it was moved or removed"):
