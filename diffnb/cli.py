@@ -4,27 +4,91 @@
 __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', 'evaluate', 'doctor', 'export', 'workbook', 'main']
 
 # %% ../nbs/tools/cli.ipynb #c002
-import math, os, sys
+import os, sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+# %% ../nbs/tools/cli.ipynb #c002a
+import codecs, difflib, errno, inspect, platform, re, shlex, shutil
+from typing import get_args, get_origin
+
 # %% ../nbs/tools/cli.ipynb #c003
 import torch, tyro
 
 # %% ../nbs/tools/cli.ipynb #c004
-from .data import DiffnbError, save_grid
+from . import __version__
+from .data import DiffnbError, named_sets, save_grid
 from .doctor import examine
 from .evaluate import evaluate_run
 from .guide import guidance_for
 from .interchange import save_diffusers
 from .sample import check_place, check_sampling, ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, PRESETS, TrainConfig, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
-                          train as train_run, training_now)
+from .train import (Alone, PRESETS, TrainConfig, as_options, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
+                          total_steps, train as train_run, training_now)
 from .unet import UNet, count_parameters
+
+# %% ../nbs/tools/cli.ipynb #c006a
+_ascii = dict(zip("…±•→×≥≤─│²", ("...", "+-", "*", "->", "x", ">=", "<=", "-", "|", "2")))
+
+def _encodable(error):
+    "For codecs: what an encoding lacks becomes ASCII; the bytes of a file name that is not text go out as they came in."
+    if not isinstance(error, UnicodeEncodeError): raise error
+    char = error.object[error.start]
+    if "\udc80" <= char <= "\udcff": return bytes([ord(char) - 0xdc00]), error.start + 1
+    return _ascii.get(char) or char.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+codecs.register_error("diffnb", _encodable)
+
+class _Stream:
+    "Standard output or error that never stops the work. After a failed write all goes nowhere, and `failed` is the error."
+    def __init__(self, stream):
+        self.stream, self.failed = stream or open(os.devnull, "w"), None     # None: it was closed before Python started
+        self.errors = getattr(self.stream, "errors", None)
+        if self.errors in ("strict", "surrogateescape") and hasattr(self.stream, "reconfigure"): self.stream.reconfigure(errors="diffnb")
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def _try(self, method, *args):
+        try: return getattr(self.stream, method)(*args)
+        except (OSError, ValueError) as e:                                   # ValueError: the stream is closed
+            if not isinstance(e, OSError) and not self.stream.closed: raise
+            self.failed = self.failed or e
+            try: fd = self.stream.fileno()
+            except (OSError, ValueError): return None
+            with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), fd)
+
+    def write(self, text):
+        self._try("write", text)
+        return len(text)
+
+    def flush(self): self._try("flush")
+
+    def restore(self):
+        self.flush()
+        if hasattr(self.stream, "reconfigure") and not self.stream.closed and self.stream.errors != self.errors: self.stream.reconfigure(errors=self.errors)
+
+    def lost(self): # exit code: 1 if output was lost that somebody wanted
+        self.flush()
+        if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF): return 0
+        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. Files are not concerned: those named by the command are written", file=sys.stderr)
+        return 1
+
+@contextmanager
+def _terminal(narrowest=40, widest=1000): # columns
+    "What a command prints on: streams that cannot fail, and a width that tyro can lay help out in; it never ends in 5 columns."
+    old, width = (sys.stdout, sys.stderr, os.environ.get("COLUMNS")), shutil.get_terminal_size().columns
+    if not narrowest <= width <= widest: os.environ["COLUMNS"] = str(min(max(width, narrowest), widest))
+    sys.stdout, sys.stderr = streams = [_Stream(s) for s in old[:2]]
+    try: yield streams[0]
+    finally:
+        for s in streams: s.restore()
+        sys.stdout, sys.stderr = old[:2]
+        if old[2] is None: os.environ.pop("COLUMNS", None)
+        else: os.environ["COLUMNS"] = old[2]
 
 # %% ../nbs/tools/cli.ipynb #c007
 _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
@@ -46,7 +110,13 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
-    return _train(config, run or Path("runs") / (Path(config.data).name + (f"-{config.image_size}" if config.image_size else "")), tensorboard, shard)
+    return _train(config, run or _run_of(config), tensorboard, shard)
+
+def _run_of(config):
+    "The folder for a run that was given none: named after the data, whatever way led to it."
+    name = config.data if config.data in named_sets else Path(config.data).resolve().name
+    if not name: raise DiffnbError(f"no name for a run can be made from --data {config.data}: say where it is to be kept (--run)")
+    return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
 @contextmanager
 def _ranks(device, shard=False):
@@ -60,19 +130,24 @@ def _train(config, run, tensorboard=False, shard=False):
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
-    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {run}")
-    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {run}")
+    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {shlex.quote(str(run))}")
+    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {shlex.quote(str(run))}")
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
            epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
+           data: str | None = None,     # where the images are now, if their folder was moved; their contents are compared
+           data_root: str | None = None, # where downloads are kept now; default: as when it was begun
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
            shard: bool = False          # under torchrun: divide the model over the ranks (FSDP2)
           ):
     "Continue an interrupted run with its own settings, or extend a finished one."
-    config = read_config(run)["config"]
-    return _train(replace(config, device=device or config.device, epochs=epochs or config.epochs), run, tensorboard, shard)
+    given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
+    config = replace(read_config(run)["config"], **{k: v for k, v in given.items() if v is not None})
+    if config.data not in named_sets and not Path(config.data).is_dir():
+        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: diffnb resume {shlex.quote(str(run))} --data FOLDER")
+    return _train(config, run, tensorboard, shard)
 
 # %% ../nbs/tools/cli.ipynb #c011
 samplers = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ddpm": ddpm}
@@ -126,21 +201,40 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
 # %% ../nbs/tools/cli.ipynb #c013
 def info(run: Run): # a run folder, also while it is training
     "What a run is, how far it has come, and what it last measured."
-    facts, m = read_config(run), read_metrics(run) if (run / "metrics.csv").exists() else {"step": []}
-    config, data, steps = facts["config"], facts["data"], m["step"]
+    facts = read_config(run)
+    config, data = facts["config"], facts["data"]
     with torch.device("meta"): parameters = count_parameters(UNet(**facts["model"]))
-    total = math.ceil(config.epochs * data["images"] / config.batch_size)
-    done, saved = int(steps[-1]) if len(steps) else 0, checkpoints(run)
     resized = "" if data["image_size"] == data["native_size"] else f", resized from {data['native_size']} by {data['filter']}"
     print(f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, {config.precision})")
     print(f"data         {data['name']}: {data['images']:,} images, {data['image_size']}x{data['image_size']}x{data['channels']}{resized}, {len(data['classes'])} classes")
     print(f"model        {parameters / 1e6:.2f}M parameters, {config.schedule} schedule, predicts {config.prediction}")
-    print(f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen, {m['seconds'][-1] / 60 if done else 0:.1f} minutes")
-    who = training_now(run)
-    print(f"state        {f'running ({who})' if who else 'finished' if saved and int(saved[-1].stem[5:]) >= total else 'interrupted: diffnb resume continues it'}")
-    if done: print(f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s")
-    print(f"checkpoints  {', '.join(p.name for p in saved) or 'none yet'}")
+    for line in _progress(run, config, facts["plans"], data["images"]): print(line)
+    print(f"checkpoints  {', '.join(p.name for p in checkpoints(run)) or 'none yet'}")
     return 0
+
+def _rows(run):
+    "The columns of metrics.csv, and why there are none; a run just begun has no file yet."
+    if not (run / "metrics.csv").exists(): return None, "none yet"
+    try: m = read_metrics(run)
+    except DiffnbError as e: return None, str(e)
+    return (m, "") if len(m["step"]) else (None, "none yet")
+
+def _progress(run, config, plans, images):
+    "Lines: how far, by which plan, in which state, and the last row."
+    (m, why), total, saved = _rows(run), total_steps(config, images), [int(p.stem[5:]) for p in checkpoints(run)]
+    last = saved[-1] if saved else 0
+    done = max(last, int(m["step"][-1]) if m else 0)
+    minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
+    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen{minutes}"
+    if plans[1:]: yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
+    who, words = training_now(run), shlex.join(["diffnb", "resume", str(run)])
+    if who: yield f"state        running ({who})"
+    elif last == total: yield "state        finished"
+    elif last > total: yield f"state        past the end of its plan: {words} --epochs N, with N above {last * config.batch_size / images:.4g}, goes on"
+    else: yield f"state        interrupted: {words} continues it from step {last:,}"
+    if m: yield f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s"
+    else: yield f"rows         {why}"
+
 
 # %% ../nbs/tools/cli.ipynb #c015
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
@@ -150,9 +244,9 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"] = "auto", # the feature network
              inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
              steps: int = 50,              # DDIM steps, when sampling from a model
-             guidance: float = 1.0,        # likewise
-             seed: int = 0,                # likewise
-             device: str = "auto",
+             guidance: float = 1.0,        # w in uncond + w (cond - uncond), when sampling from a model; 1: no guidance
+             seed: int = 0,                # of the images, when sampling from a model
+             device: str = "auto",         # auto, cpu, cuda, cuda:1, mps
              data_root: str | None = None  # where downloads are kept
             ):
     "Sample (resumably), score, and write evaluation.json, panel.png and real_beside_generated.png."
@@ -199,8 +293,37 @@ def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, o
     print(f"{out}: {len(done)} pages" + "".join(f", {n} {words[what]}" for what, n in count.items() if n))
     for what, name in done:
         if what == "beside": print(f"you worked in one page, so it was kept; its new version is beside it: {name}")
-    print(f"begin with: jupyter lab {out / 'index.ipynb'}")
+    print("begin with: " + shlex.join(["jupyter", "lab", str(out / "index.ipynb")]))
     return 0
+
+# %% ../nbs/tools/cli.ipynb #c020a
+def _free_text(annotation):
+    "The annotation of an option; for `str | None` and `Path | None` one that takes any text, or is left out."
+    base, *rest = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if base not in (str | None, Path | None): return annotation
+    kind = get_args(base)[0]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=kind.__name__.upper(), instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind), str_from_instance=lambda value: [str(value)])
+    return Annotated[base, spec, *rest]
+
+def _check_number(name, value):
+    "Raises DiffnbError for a number that no option can mean."
+    numbers = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, (int, float))]
+    if not all(abs(v) < 2**63 for v in numbers): raise DiffnbError(f"--{name.replace('_', '-')} {value} is not possible: it must be a number below 2^63 in size")
+
+def _command(f):
+    "The function as tyro shall see it: the comments beside its parameters as help."
+    source, signature = inspect.getsource(f), inspect.signature(f)
+    def command(**given):
+        for name, value in given.items(): _check_number(name, value)
+        return f(**given)
+    notes = {name: re.search(rf"\b{name}: .*?# (.+)", source) for name in signature.parameters}
+    command.__doc__ = inspect.getdoc(f) + "\n\nArgs:\n" + "\n".join(f"    {name}: {note[1]}" for name, note in notes.items() if note)
+    parameters = [p.replace(annotation=_free_text(p.annotation)) for p in signature.parameters.values()]
+    command.__signature__ = signature.replace(parameters=parameters)
+    command.__annotations__, command.__name__ = {p.name: p.annotation for p in parameters}, f.__name__
+    return command
 
 # %% ../nbs/tools/cli.ipynb #c021
 commands = {"train": train, "resume": resume, "sample": sample, "info": info, "evaluate": evaluate, "doctor": doctor, "export": export, "workbook": workbook}
@@ -212,18 +335,41 @@ def _without_preset(args):
     if "--preset" not in args: return args
     at = args.index("--preset")
     if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS: return args            # tyro says what is wrong
-    flags, usual = [], TrainConfig()
-    for f in fields(TrainConfig):
-        value = getattr(PRESETS[args[at + 1]], f.name)
-        if value != getattr(usual, f.name): flags += [f"--{f.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return args[:at] + flags + args[at + 2:]
+    usual, preset = TrainConfig(), PRESETS[args[at + 1]]
+    changed = [f.name for f in fields(TrainConfig) if getattr(preset, f.name) != getattr(usual, f.name)]
+    return args[:at] + as_options(preset, changed) + args[at + 2:]
+
+def _no_empty(args): # Path("") would be the folder one stands in
+    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="    # of that tyro knows more to say
+    if any(not a or valueless(a) for a in args):
+        raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
+
+def _check_command(args):
+    "Exit code 2, and the nearest name, for a command that does not exist."
+    if not args or args[0].startswith("-") or args[0] in commands: return
+    near = difflib.get_close_matches(args[0], commands, 1)
+    print(f"diffnb: there is no command {args[0]!r}" + (f"; did you mean {near[0]}?" if near else ".") + f" Commands: {', '.join(commands)}", file=sys.stderr)
+    raise SystemExit(2)
+
+def _run(args):
+    "Do what the arguments say: exit code."
+    if args == ["--version"]:
+        print(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        return 0
+    try:
+        _check_command(args)
+        _no_empty(args)
+        return tyro.extras.subcommand_cli_from_dict(
+            {name: _command(f) for name, f in commands.items()}, args=_without_preset(args), prog="diffnb", config=(tyro.conf.OmitArgPrefixes,),
+            description="Train, sample, measure and examine diffusion models. diffnb --version says which version this is.") or 0
+    except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1
+    except OSError as e: print(f"diffnb: {e}. Is the disk full, or a file or folder not yours to read or write?", file=sys.stderr); return 1
+    except KeyboardInterrupt: print("diffnb: interrupted", file=sys.stderr); return 130
 
 def main(args=None, # list of strings; None: those of the process
         ):          # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
-    args = _without_preset(list(sys.argv[1:] if args is None else args))
-    try: return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="diffnb", description="Train, sample, measure and examine diffusion models.",
-                                                     config=(tyro.conf.OmitArgPrefixes,)) or 0
-    except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("diffnb: interrupted", file=sys.stderr); return 130
-    except BrokenPipeError: return 0
+    with _terminal() as output:
+        try: return _run(list(sys.argv[1:] if args is None else args)) or output.lost()
+        except SystemExit as e: raise SystemExit(e.code or output.lost())
+

@@ -237,7 +237,7 @@ def gather(run,        # a run folder, finished or running
     if live: return f
     for path in reversed(checkpoints(run)):
         try: f.saved = f.saved or read_tensors(path)
-        except DiffnbError: f.damaged += (path.name,)
+        except DiffnbError: f.damaged += (path.name,) * path.exists()        # else a running training has just removed it
     if f.saved is None: f.missing.append("a checkpoint: " + ("all are damaged" if f.damaged else "none has been written yet"))
     _read_extras(f); _read_data(f)
     if deep and f.saved and f.images is not None and f.saved[1]["model"]["image_size"] == f.size: _measure(f)

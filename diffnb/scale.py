@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, make_optimizer, moments_of, new_state, pick_device, ready, resolve, train_steps, training_memory
+from .train import Alone, Batch, make_optimizer, moments_of, new_state, pick_device, ready, resolve, total_steps, train_steps, training_memory
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009
@@ -63,6 +63,7 @@ def plan(config, # TrainConfig
          steps=5, # how many to measure, after two to warm up
         ):       # dict: parameters, flops, memory, seconds_per_step, steps, hours
     "Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes nothing."
+    if steps < 1: raise DiffnbError(f"steps={steps}: at least one has to be measured")
     config, data, net = resolve(config)
     device, micro = pick_device(config.device), config.batch_size // config.accumulate
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
@@ -70,7 +71,7 @@ def plan(config, # TrainConfig
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     fixed, each = training_memory(net, config.precision, device, config.recompute, config)
     kept = 4 * sum(p.numel() * (1 + len(state.averages) + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
-    total, flops = math.ceil(config.epochs * len(data) / config.batch_size), count_flops(state.model, train=True)
+    total, flops = total_steps(config, len(data)), count_flops(state.model, train=True)
     p = dict(parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each, seconds_per_step=seconds,
              steps=total, hours=total * seconds / 3600)
     print(f"model    {p['parameters'] / 1e6:.1f}M parameters; a checkpoint takes {kept / 1e6:.0f} MB on disk")

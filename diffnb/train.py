@@ -6,14 +6,14 @@ __all__ = ['PRESETS', 'Batch', 'BINS', 'columns', 'MOST_JSON', 'MOMENTS', 'free_
            'pick_precision', 'draw_timesteps', 'timestep_probabilities', 'draw_batch', 'Alone', 'unsharded', 'Meter',
            'read_metrics', 'plot_metrics', 'strict_json', 'write_tensors', 'read_tensors', 'orthogonalize',
            'hidden_matrices', 'Muon', 'make_optimizer', 'moments_of', 'make_averages', 'TrainState', 'load_weights',
-           'train_steps', 'kept_bytes', 'training_memory', 'recompute', 'new_state', 'ready', 'resolve', 'checkpoints',
-           'last_checkpoint', 'read_config', 'make_config', 'training_now', 'sample_grid', 'TrainingStopped', 'train',
-           'live_curves', 'to_tensorboard', 'Trained', 'save_weights', 'load_model']
+           'train_steps', 'kept_bytes', 'training_memory', 'recompute', 'new_state', 'ready', 'resolve', 'total_steps',
+           'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'training_now', 'as_options', 'sample_grid',
+           'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained', 'save_weights', 'load_model']
 
 # %% ../nbs/04_train.ipynb #c004
-import copy, csv, errno, hashlib, io, json, math, os, platform, re, shutil, signal, threading, time, warnings
+import copy, csv, errno, hashlib, io, json, math, os, platform, re, shlex, shutil, signal, threading, time, unicodedata, warnings
 from collections import deque, namedtuple
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/04_train.ipynb #c006
 from . import __version__
-from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, save_grid, show_images, to_float,
+from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, named_sets, save_grid, show_images, to_float,
                          to_uint8, write_whole)
 from .schedule import NoiseSchedule, gaussian_loss_floor, image_spectrum, linear_schedule, make_schedule
 from .unet import Attention, ResBlock, UNet, count_parameters
@@ -170,6 +170,12 @@ def _fits(value, kind): # is `value` of the annotated type? A whole number passe
     if get_origin(kind) is tuple: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     return type(value) is kind or kind is float and type(value) is int
 
+def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
+    if not name.strip(): return "there is nothing to read in it"
+    if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
+        return f"{odd!a} in it cannot be " + ("encoded: names must be valid UTF-8" if "\ud800" <= odd <= "\udfff" else "shown on one line")
+    if len(name) > 1000: return f"its {len(name):,} characters are more than 1,000"
+
 def check_config(config, # TrainConfig
                 ):       # the same config
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
@@ -179,6 +185,7 @@ def check_config(config, # TrainConfig
         if not _fits(getattr(config, f.name), f.type):
             options = get_args(f.type) if get_origin(f.type) is Literal else (getattr(f.type, "__name__", f.type),)
             bad(f.name, "it must be " + " or ".join(map(str, options)))
+        if type(value := getattr(config, f.name)) is str and (wrong := _unwritable(value)): bad(f.name, wrong)
     for name in ("T", "epochs", "batch_size", "accumulate", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
                  "log_every", "shift"):
         if not 0 < getattr(config, name) < 1e9: bad(name, "it must be above 0 and below a thousand million")
@@ -332,13 +339,16 @@ def read_metrics(run, # a run folder
                 ):    # dict: column -> float64 array
     "What a run has logged so far. Raises DiffnbError if there is nothing to read."
     path = Path(run) / "metrics.csv"
-    if not path.is_file(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
+    if not path.exists(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         names = head.split(",")
         rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]    # the last line ends in \n, or is cut
         values = np.array(rows, dtype=np.float64).reshape(-1, len(names))
-        if missing := {"step", "loss"} - set(names): raise ValueError(f"it has no column {min(missing)}")
+        if missing := [c for c in columns[:-1] if c not in names]: raise ValueError(f"it has no column {missing[0]}")  # version 0.1 had not the last
+        if len(set(names)) < len(names): raise ValueError("two of its columns have one name")
+        steps = values[:, names.index("step")]
+        if not ((steps >= 0) & (steps < 2**53)).all(): raise ValueError("a step in it is not a number of steps")
     except (OSError, ValueError) as e: raise DiffnbError(f"{path} is damaged ({e!s:.200}): move it away, and the run goes on without its earlier rows") from e
     return dict(zip(names, values.T))
 
@@ -401,6 +411,7 @@ def write_tensors(path,    # a .safetensors file
     return write_whole(path, safetensors.torch.save(tensors, metadata=facts))
 
 def read_tensors(path, # a file written by write_tensors
+                 facts_only=False, # leave the tensors unread and the checksum uncompared, which takes no time
                 ):     # (tensors, meta)
     "Read and verify such a file. Raises DiffnbError if it is missing, cut off, damaged, or not one of ours."
     path = Path(path)
@@ -411,6 +422,7 @@ def read_tensors(path, # a file written by write_tensors
         with safetensors.safe_open(path, "pt") as f:
             facts = f.metadata() or {}
             meta, checksum = strict_json(facts["diffnb"]), facts["sha256"]
+            if facts_only: return {}, meta
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         if _digest(tensors, meta) == checksum: return tensors, meta
         problem = "its checksum does not match its contents"
@@ -646,6 +658,7 @@ def resolve(config, # TrainConfig
         with torch.device("meta"): UNet(image_size=size, **shape)
     data = load_data(config.data, config.image_size, filter=config.filter, root=config.data_root, url=config.data_url,
                      on_broken=config.on_broken, channels=config.channels)
+    _check_names(data.classes)
     config = replace(config, image_size=data.size, conditional=config.conditional and bool(data.classes),
                      flip=config.data == "cifar10" if config.flip is None else config.flip) # a mirrored 3 is no digit, and nearly all shoes point left
     if long := [h for h in config.ema_half_lives or () if h > config.epochs * len(data)]:
@@ -655,6 +668,19 @@ def resolve(config, # TrainConfig
                **shape)
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
+
+def total_steps(config, images): # TrainConfig, images in the data set -> optimiser steps of the whole run
+    return math.ceil(config.epochs * images / config.batch_size)
+
+def _check_names(classes):
+    "Raises DiffnbError naming the first class whose name could not be written and read back, or is the same as another's."
+    if bad := next((c for c in classes if _unwritable(c)), None):
+        raise DiffnbError(f"the class name {bad!a:.200} cannot be kept: {_unwritable(bad)}. Rename its folder")
+    seen = {}                                                       # é is one character or two, depending on the system that wrote the name
+    for name in classes:
+        if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
+            raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: rename or merge their folders")
+
 
 # %% ../nbs/04_train.ipynb #c082
 def _step(path): return int(path.stem[5:])
@@ -671,7 +697,9 @@ def last_checkpoint(run,             # a run folder
     paths, passed = checkpoints(run), {}
     for path in reversed(paths):
         try: found = _checked(path, *read_tensors(path), model)
-        except DiffnbError as e: passed[path] = e; warnings.warn(f"{e}. It is passed over")
+        except DiffnbError as e:
+            if path not in checkpoints(run): return last_checkpoint(run, model, set_aside)     # rotated away just now: there are newer ones
+            passed[path] = e; warnings.warn(f"{e}. It is passed over")
         else:
             for p in passed if set_aside else (): p.replace(p.with_suffix(".damaged"))
             return found
@@ -696,8 +724,13 @@ def _names(classes): # class names as a tuple
     if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes): raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     return tuple(classes)
 
+def _where(data, facts): # the folder of images, also when its name was relative to another working directory
+    folder = facts.get("folder")
+    if not isinstance(folder, str) or not Path(folder).is_dir() or Path(data).is_dir() and Path(data).samefile(folder): return data
+    return folder
+
 def read_config(run, # a run folder
-               ):    # dict: config, model, data, diffnb, torch, device
+               ):    # dict: config, model, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
     path = Path(run) / "config.json"
     if not path.is_file(): raise DiffnbError(f"{run} is not a run folder: it has no config.json")
@@ -708,10 +741,14 @@ def read_config(run, # a run folder
             v = facts["data"][k]
             if type(v) is not kind or kind is int and not 0 < v < 2**53: raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
+        config = make_config(facts["config"])
+        facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # versions before 0.2 did not write it
+        if type(facts["plans"]) is not list or any(p.keys() != {"epochs", "step"} or not all(type(v) in (int, float) for v in p.values()) for p in facts["plans"]):
+            raise ValueError(f"plans are {facts['plans']!r:.60}, expected epochs and step of each")
         facts["model"] = _whole(facts["model"])
         with torch.device("meta"): UNet(**facts["model"])                # can be built; allocates nothing
-        return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": make_config(facts["config"])}
-    except (OSError, KeyError, TypeError, ValueError) as e:
+        return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": replace(config, data=_where(config.data, facts["data"]))}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
 def make_config(values, # dict, as JSON gives it
@@ -741,14 +778,21 @@ def training_now(run, # a run folder
         with open(Path(run) / ".lock", encoding="utf-8") as f: return None if _grip(f, shared=True) is not False else f.seek(0) or f.read(200) or "another process"
     except (OSError, ValueError): return None
 
+def _check_place(run, data):
+    "Raises DiffnbError if the folder `run` is something else, has a name that cannot be written, or lies in the folder of images `data`."
+    if wrong := _unwritable(str(run)): raise DiffnbError(f"a run cannot be kept in {str(run)!a:.200}: {wrong}. Choose another name (--run)")
+    ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
+    other = not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()) if run.exists() else False
+    if (run / "config.json").exists(): return                            # asked last: another process may be writing it
+    if other: raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
+    if data not in named_sets and Path(data).is_dir() and Path(data).resolve() in (run.resolve(), *run.resolve().parents):
+        raise DiffnbError(f"{run} lies in the images of {data}, where its pictures would be taken for data: choose a folder outside (--run)")
+
 @contextmanager
 def _alone_in(run):
-    "Make the folder if need be, and hold its lock. Raises DiffnbError if it is something else, or another process trains in it."
-    ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
-    if run.exists() and not (run / "config.json").exists() and (not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir())):
-        raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder")
+    "Make the folder if need be, and hold its lock. Raises DiffnbError if another process trains in it."
     try: run.mkdir(parents=True, exist_ok=True); file = open(run / ".lock", "a+", encoding="utf-8")
-    except OSError as e: raise DiffnbError(f"cannot write {run}: {e.strerror or e}. Choose a folder you may write to") from e
+    except OSError as e: raise DiffnbError(f"cannot write {run}: {e.strerror or e}. Choose a folder you may write to (--run)") from e
     with file:
         for wait in (0, 0.1, 0.3, None):                                 # `diffnb info` may hold it for a moment
             if (held := _grip(file)) is not False: break
@@ -757,35 +801,87 @@ def _alone_in(run):
                                   "it leaves a checkpoint), or train in another folder")
             time.sleep(wait)
         if held is None: warnings.warn(f"the file system of {run} cannot lock files: take care that no second process trains in it")
-        file.truncate(0); file.write(f"process {os.getpid()} on {platform.node()}"); file.flush()
+        def says(who): # on a full disk it does not, and holds all the same
+            with suppress(OSError): os.ftruncate(file.fileno(), 0); os.write(file.fileno(), who.encode())
+        says(f"process {os.getpid()} on {platform.node()}")
         try: yield
-        finally: file.truncate(0)
+        finally: says("")
 
 # %% ../nbs/04_train.ipynb #c091
-free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps",
+                  "checkpoint_every", "keep", "log_every", "data", "data_root", "data_url", "on_broken"} # the images themselves are compared
+
+def as_options(config, # TrainConfig
+               names,  # settings
+              ):       # list of str
+    "The command-line options that give these settings of `config` their values."
+    words = lambda v: map(str, v) if isinstance(v, tuple) else [str(v)]
+    return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(getattr(config, k)))]
+
+def _same_settings(run, old, config):
+    changed = [f.name for f in fields(config) if f.name not in free_to_change and getattr(config, f.name) != getattr(old, f.name)]
+    if not changed: return
+    both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
+    raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: {shlex.join(as_options(old, changed))}; "
+                      "to start anew, another folder (--run)")
+
+def _same_data(run, was, data): # was: what config.json says of the images
+    now = _describe(data)
+    if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")): return
+    if (was["images"], was["classes"]) != (now["images"], now["classes"]):
+        what = f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
+    elif was.get("class_counts") not in (None, now["class_counts"]):
+        what = "; ".join(f"{a} images of {c}, now {b}" for c, a, b in zip(was["classes"], was["class_counts"], now["class_counts"]) if a != b)
+    else: what = f"as many images of the same classes, but with other contents than those in {data.name}"
+    raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: diffnb resume {shlex.quote(str(run))} "
+                      "--data FOLDER), or train in another folder (--run)")
+
+def _describe(data): # ImageData -> what config.json says of it
+    counts = torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist() if data.labels is not None else None
+    folder = None if data.name in named_sets else str(Path(data.name).resolve())
+    return {"name": data.name, "folder": folder, "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
+            "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
+
+def _reached(run): # (steps, epochs planned then) of the newest checkpoint that says so; (0, None) without any
+    for path in reversed(checkpoints(run)):
+        try:
+            meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
+            return meta["step"], make_config(meta["config"]).epochs
+        except (DiffnbError, KeyError): continue
+    return 0, None
+
+def _plans(run, old, config, images):
+    "The plans of a run so far, the present one last: epochs, and from which step on. Raises DiffnbError if the run is past the end of this one."
+    step, then = _reached(run)
+    over = lambda epochs: (total := total_steps(replace(config, epochs=epochs), images)) < step or total == step and epochs != then
+    if over(config.epochs):
+        kept = [e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)]
+        how = f"to keep the plan of {kept[0]:g} epochs: diffnb resume {shlex.quote(str(run))} --epochs {kept[0]:g}" if kept else "ask for more"
+        raise DiffnbError(f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another plan: "
+                          f"with --epochs {config.epochs:g} it would be called finished, and is not. It can be extended, or, {how}")
+    return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
+    plans = [{"epochs": config.epochs, "step": 0}]
     if (run / "config.json").exists():
-        old, kept = read_config(run), {k: v for k, v in asdict(config).items() if k not in free_to_change}
-        for k, v in asdict(old["config"]).items():
-            if k in kept and kept[k] != v:
-                raise DiffnbError(f"{run} holds a run with {k}={v!r}, and now {k}={kept[k]!r} is asked for: "
-                                  "use the same settings to continue it, or another folder to start anew")
+        old = read_config(run)
+        _same_settings(run, old["config"], config)
+        _same_data(run, old["data"], data)
         for k, v in net.items():
             if old["model"].get(k) != v:
                 raise DiffnbError(f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask for {v!r}: "
                                   "is it the same data?")
-        now = (len(data), list(data.classes))
-        if now != (old["data"]["images"], old["data"]["classes"]):
-            raise DiffnbError(f"{run} was trained on {old['data']['images']} images with classes {old['data']['classes']}; now there are "
-                              f"{now[0]} with {now[1]}. Bring the old data back, or train in another folder")
-        for left in (*run.glob(".*.partial"), *run.glob("*/.*.partial")): left.unlink()        # of a process that was killed
-    counts = torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist() if data.labels is not None else None
-    write_whole(run / "config.json", json.dumps({
-        "config": asdict(config), "model": net, "diffnb": __version__, "torch": torch.__version__, "device": str(pick_device(config.device)),
-        "data": {"name": data.name, "images": len(data), "classes": list(data.classes), "class_counts": counts,
-                 "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}}, indent=1))
+        plans = _plans(run, old, config, len(data))
+        _rows(run)                                                       # raises where they could not be continued
+        ours = (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*")           # others may be writing beside them
+        for left in (p for pattern in ours for p in run.glob(pattern + ".partial")): left.unlink(missing_ok=True) # of a process that was killed
+    text = json.dumps({"config": asdict(config), "model": net, "plans": plans, "diffnb": __version__, "torch": torch.__version__,
+                       "device": str(pick_device(config.device)), "data": _describe(data)}, indent=1)
+    try: strict_json(text.encode())
+    except ValueError as e: raise DiffnbError(f"the settings of {run} could not be read back: {e}") from e
+    write_whole(run / "config.json", text)
+
 
 # %% ../nbs/04_train.ipynb #c093
 @contextmanager
@@ -882,7 +978,7 @@ class _Watch:
         above, limit = self.above(float(losses.sum() / counts.sum())) if counts.sum() else (0, 1)
         if not self.leapt and above <= limit: self.safe = meta["step"]
         for old in checkpoints(self.run)[:-keep]:
-            if old not in (path, self.before()): old.unlink()
+            if old not in (path, self.before()): old.unlink(missing_ok=True)
 
 # %% ../nbs/04_train.ipynb #c102
 @contextmanager
@@ -891,31 +987,39 @@ def _what_stays(run):
     try: yield
     except (OSError, DiffnbError) as e:
         cause = e if isinstance(e, OSError) else e.__cause__
+        if not isinstance(cause, OSError): raise
+        if not (run / "config.json").exists() and cause.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise DiffnbError(f"{run} is gone: it was moved or removed while a run trained in it. The run stops. Where it is now, its last "
+                              "checkpoint is whole: diffnb resume goes on from it") from cause
         names = ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENODEV")
-        if not isinstance(cause, OSError) or cause.errno not in {getattr(errno, n, None) for n in names}: raise
-        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {run}") from cause
+        if cause.errno not in {getattr(errno, n, None) for n in names}: raise
+        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {shlex.quote(str(run))}") from cause
 
 # %% ../nbs/04_train.ipynb #c105
-def _change_of_plan(config, data, meta, step, total): # -> what a new length does to the learning rate, in words; "" if it is the old one
-    before = math.ceil(meta["config"]["epochs"] * len(data) / config.batch_size)
+def _change_of_plan(config, data, meta, step, total, run="RUN"): # -> what a new length does to the learning rate, in words; "" if it is the old one
+    epochs = meta["config"]["epochs"]
+    before = total_steps(replace(config, epochs=epochs), len(data))
     if before == total: return ""
-    old, new = (lr_at(min(step, n - 1), n, config.lr, config.warmup, config.decay_share) for n in (before, total))
-    return f"; planned before: {before} steps. The learning rate goes on at {new:.2g}, where the old plan had {old:.2g}" + (
-        ": as if the longer run had been planned from the start" if math.isclose(old, new) else
-        ": it jumps, because the old plan was further down" if new > old else ": it falls sooner")
+    rate = lambda step, total: lr_at(min(step, total - 1), total, config.lr, config.warmup, config.decay_share)
+    old, new = rate(step, before), rate(step, total)
+    same = all(math.isclose(rate(s, before), rate(s, total)) for s in (*range(0, step, max(1, step // 100)), step))
+    return (f"; planned before: {before} steps. The learning rate goes on at {new:.2g}, where the old plan had {old:.2g}" +
+            (f": as if the {'longer' if total > before else 'shorter'} run had been planned from the start" if same else
+             ": it jumps, because the old plan was further down" if new > old else ": it drops at once, because less is left to do") +
+            (f". Back to the old plan: diffnb resume {shlex.quote(str(run))} --epochs {epochs:g}" if before > step else ""))
 
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
     if config.resident or wanted(config.resident, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2: data = data.to(device)
-    state, total = new_state(net, config, device, ranks), math.ceil(config.epochs * len(data) / config.batch_size)
+    state, total = new_state(net, config, device, ranks), total_steps(config, len(data))
     if saved := last_checkpoint(run, net, set_aside=ranks.rank == 0):
         tensors, meta = saved
         state.restore(tensors, meta["step"], meta["seconds"], meta.get("processor_seconds", 0.0))
         if ranks.rank: # the half-filled row, and the time spent by all, are counted once, by rank 0
             state.meter.sums[:2 * BINS] = 0
             state.processor_seconds = 0.0
-        if progress: print(f"continuing {run} at step {state.step} of {total}{_change_of_plan(config, data, meta, state.step, total)}")
+        if progress: print(f"continuing {run} at step {state.step} of {total}{_change_of_plan(config, data, meta, state.step, total, run)}")
     network = ready(state, device, ranks)
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
     watch = _Watch(run, before)
@@ -979,6 +1083,7 @@ def train(config,           # TrainConfig
     Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
+    _check_place(run, check_config(config).data)
     if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = ranks.first(lambda: resolve(config))
     if config.batch_size % (config.accumulate * ranks.world):
@@ -1050,17 +1155,18 @@ def load_model(source,        # run folder, checkpoint or weights file, or the n
               ):              # Trained
     "A trained model, ready to sample. Raises DiffnbError if there is none, or if file and configuration disagree."
     embedded = Path(__file__).parent / "weights" / f"{source}.safetensors" if "__file__" in globals() else Path("no/where")
-    path = Path(source)
+    path, moved = Path(source), {}
     if path.is_dir():
         facts = read_config(path); found = last_checkpoint(path, facts["model"])
         if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
+        moved = {"data": facts["config"].data}                               # where the images are now
     elif path.is_file() or embedded.is_file(): tensors, meta = read_tensors(path if path.is_file() else embedded)
     else:
         names = ", ".join(sorted(p.stem for p in embedded.parent.glob("*.safetensors")))
         raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {names}")
     try:
-        config, net, step, classes = make_config(meta["config"]), meta["model"], meta["step"], _names(meta["data"]["classes"])
+        config, net, step, classes = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"], _names(meta["data"]["classes"])
         if type(step) is not int or not 0 <= step < 2**53: raise ValueError(f"step is {step!r:.40}")
         with torch.device("meta"): model = UNet(**net)                   # compare names and shapes before allocating anything
     except (KeyError, TypeError, ValueError) as e: raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e

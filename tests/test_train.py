@@ -643,5 +643,9 @@ def test_without_the_old_column_processor_time_is_not_a_number(tmp_path, finishe
     m = read_metrics(run)
     assert m["step"].tolist() == [5, 10, 15, 20, 24]
     assert np.isnan(m["processor_seconds"]).all() and not np.isnan(m["loss"]).any()
-    table.write_text(table.read_text().replace("grad_norm", "norm"))
+    whole = table.read_text()
+    table.write_text("\n".join(line and line + ",1" for line in whole.replace("_seconds", "_seconds,more", 1).split("\n")).replace("more,1", "more", 1))
+    assert "more" in read_metrics(run)
     with pytest.raises(DiffnbError, match="other columns"): train(tiny, run, progress=False)
+    table.write_text(whole.replace("grad_norm", "norm"))
+    with pytest.raises(DiffnbError, match="no column grad_norm.*move it away"): train(tiny, run, progress=False)
