@@ -163,7 +163,7 @@ def _labels(class_, classes, n):
     raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)}" + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
-           out: str | None = None,  # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
+           out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
            n: int = 60,             # how many images
            steps: int = 50,         # of the sampler
            seed: int = 0,           # image k depends on (seed, k) alone
@@ -240,7 +240,7 @@ def _progress(run, config, plans, images):
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
              n: int | None = None,         # images; default: 10,000 from a model, all of a folder or file
              reference: str | None = None, # data set, folder or .npz of real images; default: what the run was trained on
-             out: str | None = None,       # where the results go; default: the run folder, or SOURCE.evaluation
+             out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
              features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"] = "auto", # the feature network
              inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
              steps: int = 50,              # DDIM steps, when sampling from a model
@@ -257,7 +257,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
 
 def doctor(run: Run,          # a run folder, finished or still training
            deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
-           out: str | None = None # the folder for the report; default: the run folder
+           out: Path | None = None # the folder for the report; default: the run folder
           ):
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
     if out is not None: out = check_place(out)
@@ -269,7 +269,7 @@ def doctor(run: Run,          # a run folder, finished or still training
 # %% ../nbs/tools/cli.ipynb #c017
 def export(run: Run,                         # a run folder, checkpoint, weights file or embedded model
            to: Literal["diffusers"] = "diffusers", # the format
-           out: str | None = None            # folder to write, new or empty; default: diffusers in RUN, or here
+           out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
           ):
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
     flow model one whose README.md has the lines that sample it."""
