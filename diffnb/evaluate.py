@@ -51,7 +51,7 @@ def load_statistics(source, # a file from write_statistics, or the name of a shi
                    ):       # (spectrum, (D,) float64, largest first; facts, a dict)
     "Spectrum of a data set whose images are not at hand. Raises DiffnbError if there is no such file."
     folder = Path(diffnb.__file__).parent / "stats"
-    path = Path(source) if Path(source).suffix == ".npz" else folder / f"{source}.npz"
+    path = Path(source) if Path(source).suffix.lower() == ".npz" else folder / f"{source}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             return torch.from_numpy(file["spectrum"]).double(), json.loads(str(file["facts"]))
@@ -69,6 +69,7 @@ def loss_by_timestep(model, schedule,
                      seed=0, batch_size=256,
                     ):                 # (timesteps, a list; losses, float64 array of the same length)
     "Mean squared error at each timestep, on noise that depends on `seed`, timestep and batch alone."
+    check_sampling(batch_size=batch_size, seed=seed)
     timesteps = timesteps or torch.linspace(0, schedule.T - 1, 20).round().long().tolist()
     losses = np.zeros(len(timesteps))
     for k, t in enumerate(timesteps):
@@ -220,7 +221,7 @@ def _inception_weights(path):
                               "there by hand, or name a file with weights=... or the environment variable DIFFNB_INCEPTION") from e
     if not path.is_file(): raise DiffnbError(f"no Inception weights in {path}: a file like {INCEPTION_FILE} was expected ({INCEPTION_URL})")
     try:
-        if path.suffix == ".safetensors": return safetensors.torch.load_file(path), path
+        if path.suffix.lower() == ".safetensors": return safetensors.torch.load_file(path), path
         return torch.load(path, weights_only=True, map_location="cpu"), path             # weights_only: tensors and nothing that runs
     except Exception as e: raise DiffnbError(f"{path} cannot be read as Inception weights ({e})") from e
 
@@ -286,6 +287,7 @@ def _realm(points, k, once=False): # -> (points, the distance of each to its k-t
 def precision_recall(generated, real, k=3): # features (N, D) and (N, D) -> (precision, recall), each in 0 … 1
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3); copies within `real` count once, so that its balls do not
     vanish. Raises DiffnbError if there are not more than k images."""
+    if not (isinstance(k, int) and k >= 1): raise DiffnbError(f"k={k!r} is not possible: a whole number of neighbours, at least 1")
     if min(len(generated), len(real)) <= k: raise DiffnbError(f"precision and recall need more than {k} images on either side")
     def inside(x, realm, once): # share of x within the realm
         points, reach = _realm(realm, k, once)
@@ -352,6 +354,7 @@ def jackknife_error(f,         # features of the generated images, (N, D)
 def score_against_n(f, reference, sizes, repeats=4, seed=0, apart=False):
     """Mean Fréchet distance of random subsets of `f`, for each size: a list of (n, mean). With `apart`, f is the reference's own
     features, and each subset is taken out of the reference before it is compared: the floor, real against real."""
+    if repeats < 1: raise DiffnbError(f"repeats={repeats} is not possible: at least 1")
     if bad := [k for k in sizes if not 2 <= k <= len(f) - 2 * apart]:
         raise DiffnbError(f"subsets of {bad[0]} of {len(f)} images cannot be scored: from 2 to {len(f) - 2 * apart} are possible")
     curve = []
@@ -413,6 +416,7 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              seed=0, batch_size=256,
             ):              # Evaluation
     "Score images in every way of this page. Raises DiffnbError if shapes differ; warns if n is not above the feature dimension."
+    check_sampling(seed=seed, batch_size=batch_size)
     features = features or make_features("auto", reference.name)
     _check_comparable(images[:1], reference, len(images))
     _warn_if_few(min(len(images), len(reference)), features.dim)
@@ -466,7 +470,7 @@ def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception
     if name == "auto": name = "digits" if data == "digits" else "inception-2048"
     if name == "digits": return digits_features(device)
     kind, _, dim = str(name).partition("-")
-    if kind != "inception" or not dim.isdigit():
+    if kind != "inception" or not dim.isdecimal():
         raise DiffnbError(f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, inception-192 or inception-64")
     return inception_features(int(dim), weights, device)
 
@@ -596,6 +600,14 @@ def _place_of(source, out, pictures): # where the results go; `pictures`: folder
                               f"place than {out} (command line: --out)")
     return out
 
+def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
+    told = getattr(sampler, "__name__", "sampler")
+    name = f"step_{trained.step:09d}_{told}{steps}" + (f"_w{guidance:g}" if guide else "") + (f"_seed{seed}" if seed else "")
+    folder = sample_to(out / "evaluation" / name, trained.model, trained.schedule, trained.shape, n, y=y, sampler=sampler, guide=guide,
+                       steps=steps, seed=seed, prediction=trained.config.prediction, **settings)
+    return read_images(folder, n)[0], {"step": trained.step, "sampler": told, "steps": steps, "seed": seed,
+                                       "guidance": guidance if trained.classes else None}
+
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
                  reference=None,    # data set name, folder or .npz of real images; None: what the run was trained on
@@ -636,13 +648,9 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     with ExitStack() as held:
         ranks.first(lambda: ranked or held.enter_context(alone_in(out, "evaluating")))
         if kind != "files":
-            told = getattr(sampler, "__name__", "sampler")
-            name = f"step_{trained.step:09d}_{told}{steps}" + (f"_w{guidance:g}" if guide else "") + (f"_seed{seed}" if seed else "")
-            folder = sample_to(out / "evaluation" / name, trained.model, trained.schedule, trained.shape, n, y=y, seed=seed, batch_size=batch_size,
-                               sampler=sampler, device=device, progress=progress, guide=guide, steps=steps, prediction=config.prediction,
-                               precision=pick_precision(precision, device, config), ranks=ranks)
-            images = read_images(folder, n)[0]
-            facts |= {"step": trained.step, "sampler": told, "steps": steps, "guidance": guidance if trained.classes else None, "seed": seed}
+            images, more = _sampled(out, trained, n, y, guidance, guide, sampler, steps=steps, seed=seed, batch_size=batch_size, device=device,
+                                    progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
+            facts |= more
         result = evaluate(images, real, features, held_out, split, seed)
         if ranked: return result
         write_whole(out / "evaluation.json", json.dumps({**facts, **result.facts()}, indent=1, ensure_ascii=False))

@@ -252,7 +252,7 @@ def alone_in(folder, # made if need be
              doing,  # what no other process may do there meanwhile, e.g. "sampling"
             ):
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
-    lock = FileLock(folder / f".{doing}.lock")
+    lock, made = FileLock(folder / f".{doing}.lock"), not folder.exists()
     try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0)
     except Timeout as e:
         raise DiffnbError(f"another process is {doing} in {folder}: wait for it, or choose another place (command line: --out)") from e
@@ -261,7 +261,9 @@ def alone_in(folder, # made if need be
     except OSError as e: raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to") from e
     try: yield
     finally:
-        with suppress(OSError): os.unlink(lock.lock_file)          # before the release, so that nobody holds a file that is gone
+        with suppress(OSError):
+            os.unlink(lock.lock_file)                              # before the release, so that nobody holds a file that is gone
+            if made: folder.rmdir()                                # nothing came of it
         lock.release()
 
 # %% ../nbs/05_sample.ipynb #c082
@@ -314,7 +316,7 @@ def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
     with _what_is_made_stays(folder / "all.npz", out):
         np.savez(folder / "all.npz", arr_0=images, **labels)
         (folder / "all.npz").replace(out)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.partial")), ignore_errors=True)
 
 @contextmanager
 def _what_is_made_stays(partial_path, path):
@@ -331,8 +333,8 @@ _options = {"guide": "--guidance", "labels": "--class", "model": "--weights", "s
 
 def _open_samples(folder, facts, told, held, packed=None):
     "Lock the folder, refuse it if it holds something else, and write down what its images are made with."
-    ours = lambda p: p.name.startswith(".") and p.suffix in (".lock", ".partial")
-    if not facts.exists() and folder.exists() and any(not ours(p) for p in folder.iterdir()):
+    strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
+    if strange and folder.exists() and not facts.exists():
         raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
     _refuse_existing(packed)
     held.enter_context(alone_in(folder, "sampling"))

@@ -227,7 +227,7 @@ def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(d for d in there if there[d]))
     kind, _, index = str(name).partition(":")
-    if not there.get(kind) or index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
+    if not there.get(kind) or index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise DiffnbError(f"device {name!r} is not available here: choose {', '.join(d for d in there if there[d])}, or auto")
     return torch.device(name)
 

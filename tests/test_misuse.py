@@ -11,7 +11,8 @@ from PIL import Image
 from diffnb.cli import _labels, main
 from diffnb.data import DiffnbError, addressed, load_data, write_whole
 from diffnb.doctor import copies, examine, mirror_test, picture_facts
-from diffnb.evaluate import (Moments, evaluate, evaluate_run, frechet_distance, jackknife_error, kid, make_features, nearest,
+from diffnb.check import check
+from diffnb.evaluate import (Moments, evaluate, evaluate_run, frechet_distance, jackknife_error, kid, loss_by_timestep, make_features, nearest,
                              precision_recall, score_against_n)
 from diffnb.guide import guidance_for, guided
 from diffnb.sample import alone_in, check_place, check_sampling, ddim, fingerprint, sample_batches, sample_to
@@ -463,3 +464,12 @@ def test_metrics_without_some_columns_or_with_others(tmp_path, capsys):
         keep(columns, more)
         assert main(["doctor", str(tmp_path / "u")]) == main(["info", str(tmp_path / "u")]) == 0
         assert ("no column" in (said := capsys.readouterr().out)) != (set(every[:-1]) <= set(columns)) and "nan" not in said, columns
+
+def test_other_numbers_of_python_callers(digits):
+    x = cloud(20, 3, "x")
+    for call in (lambda: precision_recall(x, x, k=0), lambda: precision_recall(x, x, k=1.5), lambda: score_against_n(x, Moments(x), [5], repeats=0),
+                 lambda: evaluate(digits.images[:20], digits, batch_size=0), lambda: evaluate(digits.images[:20], digits, seed=-1),
+                 lambda: loss_by_timestep(None, linear_schedule(), digits.images[:2], batch_size=0), lambda: make_features("inception-²"),
+                 lambda: check("²", None)):
+        with pytest.raises((DiffnbError, KeyError, ValueError)) as caught: call()
+        assert "invalid literal" not in str(caught.value) and "range()" not in str(caught.value)
