@@ -352,7 +352,7 @@ class Listing:
     def __str__(self):
         some = [shown(name) for name in self.classes[:10]] + ["…"] * (len(self.classes) > 10)
         left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})" for reason, paths in sorted(self.left.items())]
-        return (f"{shown(self.folder)}: {len(self.taken)} images" + (f" in {len(self.classes)} classes ({', '.join(some)})" if some else "")
+        return (f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}" + (f" in {len(self.classes)} classes ({', '.join(some)})" if some else "")
                 + (f"; none of {', '.join(map(shown, self.missing))}" if self.missing else "") + f"; left out: {', '.join(left) or 'nothing'}")
 
 def our_own(folder): # -> str, what it is, or ""

@@ -518,13 +518,14 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else labels[:n], names
 
 # %% ../nbs/07_evaluate.ipynb #c097
-def _real(reference, like, filter="bicubic", root=None):
+def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
     if str(reference).lower().endswith(".npz"):
         images, labels, names = read_images(reference)
         return ImageData(images, labels, names, native_size=images.shape[-1], size=images.shape[-1], name=Path(reference).name), None, ""
-    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1], generated=True)
+    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1], on_broken=on_broken,
+                   generated=True)
     train = load()
     try: held_out = load(split="test")
     except NoSplit: held_out = None
@@ -572,7 +573,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         like, config = torch.empty(1, *trained.shape), trained.config
         reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
-    real, held_out, split = _real(reference, like, filter, data_root)
+    real, held_out, split = _real(reference, like, filter, data_root, "stop" if is_files else config.on_broken)
     if is_files and y is not None and real.classes: # names meet names; labels without names are positions in the reference's classes
         y = match_classes(y, names or real.classes, real.classes, shown(source))
     if not isinstance(features, Features): features = make_features(features, real.name, device, weights)
