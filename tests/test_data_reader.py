@@ -39,7 +39,7 @@ def test_one_line_says_what_was_taken_and_what_was_left(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1 and "5 images in 2 classes (ant, bee)" in said[0]
     for part in ("broken link: 1 (ant/gone.png)", "empty folder: 1 (empty)", "hidden: 5 (", "other suffix: 1 (notes.txt)",
-                 "neither file nor folder: 1 (ant/pipe.png)", "no suffix and no image: 1 (ant/README)"): assert part in said[0], part
+                 "neither file nor folder: 1 (ant/pipe.png)", "no suffix, and no image inside: 1 (ant/README)"): assert part in said[0], part
 
 def test_links_are_followed_once_and_never_in_circles(tmp_path):
     d, other = tmp_path / "d", tmp_path / "other"
@@ -166,7 +166,7 @@ def test_scores_count_no_grids_and_no_hidden_images_but_capitals(tmp_path, capsy
     images, labels, classes = read_images(d)
     assert images[:, 0, 0, 0].tolist() == [0, 10] and labels is None and classes == ()
     said = capsys.readouterr().out
-    assert "2 images" in said and "hidden: 2" in said and "grid or chart of diffnb: 1" in said and "a model made: 1 (old)" in said
+    assert "2 images" in said and "hidden: 2" in said and "grid or chart of diffnb: 1" in said and "a model made: 1 (old)" in said and "image, but no PNG: 1 (a.jpg)" in said
     Image.new("L", (8, 8)).save(d / "000002.png", format="JPEG")
     with pytest.raises(DiffnbError, match="000002.png cannot be read.*not one of PNG"): read_images(d)   # a JPEG under another name
     put(tmp_path / "s", "train/1.png", "test/1.png")
