@@ -562,7 +562,7 @@ def _digest(paths, root, cache, progress):
     with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()): return known
     parts = [paths[i:i + 256] for i in range(0, len(paths), 256)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _threads() as pool:
         read = list(tqdm(pool.map(contents, parts), total=len(parts), desc="reading", delay=2, disable=not progress))
     digest = hashlib.sha256(json.dumps([entry for part in read for entry in part]).encode()).hexdigest()
     with suppress(DiffnbError): write_whole(memo, digest)                         # only a help
@@ -576,46 +576,51 @@ def _cached(path):
         return images[:len(facts["kept"])], facts["kept"], facts["native_size"]
     except (OSError, EOFError, ValueError, KeyError, TypeError): return None
 
-def _fill_cache(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
-    "Decode `paths` into an array file; the facts are written last, so their presence says that the array is whole."
-    partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
-    try:
-        write_whole(path.parent / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n")
-        needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-        if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    except (OSError, DiffnbError) as e:
-        raise DiffnbError(f"cannot write the cache of decoded images in {path.parent}: {e}. "
-                          "Choose another place with root=... (command line: --data-root)") from e
-    with _alone(path) as locked:
-        if found := _cached(path): return found                  # another process has made it meanwhile
-        for left in path.parent.glob(f"{path.name}.*.partial") if locked else (): left.unlink(missing_ok=True) # of one that was killed
-        try:
-            out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
-            kept, sides = _decode_all(paths, out, size, filter, channels, on_broken, progress)
-            out.flush()
-            os.replace(partial_path, path.with_suffix(".npy"))
-            write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
-        finally: partial_path.unlink(missing_ok=True)
-        return _cached(path)
+@contextmanager
+def _threads():
+    "A thread for each core. What waits is dropped when something goes wrong, or at Ctrl-C."
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try: yield pool
+    finally: pool.shutdown(wait=False, cancel_futures=True)
 
-def _decode_all(paths, out, size, filter, channels, on_broken, progress):
-    "Decode `paths` in parallel into `out`; (numbers of those that could be read, the shorter sides of their originals)."
+def _fill_cache(paths, path, *settings): # as `_cached`
+    "Decode `paths` into an array file, unless another process has meanwhile. Raises DiffnbError if there is no room."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n")
+        with _alone(path) as locked:
+            if locked:                                           # then these are of processes that were killed
+                for left in path.parent.glob(f"{path.name}.*.partial"): left.unlink()
+            return _cached(path) or _decode_all(paths, path, *settings)
+    except OSError as e:
+        raise DiffnbError(f"cannot write the cache of decoded images in {shown(path.parent)}: {e}. "
+                          "Choose another place with root=... (command line: --data-root)") from e
+
+def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
+    "The facts are written last, so their presence says that the array is whole."
+    partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     def read(path):
         try:
             image = decode(path, size, filter, channels)
             with Image.open(path) as im: return image, min(im.size)
-        except DiffnbError as e: return e, 0
+        except (DiffnbError, OSError) as e: return e, 0
     kept, sides = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (image, side) in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)):
-            if side: out[len(kept)] = image; kept.append(i); sides.append(side)
-            elif on_broken == "stop":
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
-                                  "(command line: --on-broken skip)")
-            else: print(f"left out: {image}")
-    if not kept: raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
-    return kept, sides
+    try:
+        out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
+        with _threads() as pool:
+            for i, (image, side) in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)):
+                if side: out[len(kept)] = image; kept.append(i); sides.append(side)
+                elif on_broken == "skip": print(f"left out: {image}")
+                else: raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
+                                        "(command line: --on-broken skip)")
+        if not kept: raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
+        out.flush()
+        os.replace(partial_path, path.with_suffix(".npy"))
+        write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
+    finally: partial_path.unlink(missing_ok=True)
+    return _cached(path)
 
 # %% ../nbs/01_data.ipynb #c045
 named_sets = {"digits": (_digits, 1), "fashion": (_fashion, 1), "cifar10": (_cifar10, 3),
@@ -640,10 +645,10 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
         raise DiffnbError(f"size {size!r} is out of range: a whole number of pixels from 4 to 4096")
     root = Path(root or os.environ.get("DIFFNB_DATA", "data"))
     if str(name) in named_sets:
-        if progress and os.path.isdir(name): print(f"{name} is the set of that name; for the folder, say ./{name}")
+        if progress and os.path.isdir(str(name)): print(f"{name} is the set of that name; for the folder, say ./{name}")
         images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
-    elif str(name) and os.path.isdir(name):
+    elif str(name) and os.path.isdir(str(name)):
         if size is None: raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 (--image-size 64)")
         images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken, root / "cache",
                                                                  progress, generated)

@@ -460,3 +460,23 @@ def test_any_tree_is_taken_or_left_and_nothing_else_happens(tmp_path_factory, tr
         shutil.rmtree(top / "cache", ignore_errors=True)
     assert found[0] == found[1]
     shutil.rmtree(top)
+
+def test_ctrl_c_while_decoding_is_quick_and_leaves_nothing(tmp_path, monkeypatch):
+    put(tmp_path / "d", *(f"{k:03}.png" for k in range(200)))
+    decoded = []
+    def slow(*args): decoded.append(args); time.sleep(0.02); return plain(*args)
+    plain = data.decode; monkeypatch.setattr(data, "decode", slow)
+    class Interrupted:
+        def __init__(self, iterable, **_): self.iterable = iterable
+        def __iter__(self): yield next(iter(self.iterable)); raise KeyboardInterrupt
+    memo = read(tmp_path / "d", root=tmp_path / "other").digest; decoded.clear()
+    monkeypatch.setattr(data, "_digest", lambda *_: memo); monkeypatch.setattr(data, "tqdm", Interrupted)
+    with pytest.raises(KeyboardInterrupt): read(tmp_path / "d")
+    time.sleep(0.3)
+    assert len(decoded) < 150 and not list((tmp_path / "root/cache").glob("*.np*")) + list((tmp_path / "root/cache").glob("*.partial"))
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    put(tmp_path / "d", "1.png")
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    with pytest.raises(DiffnbError, match="cannot write the cache .*No space left.*--data-root"): read(tmp_path / "d")
