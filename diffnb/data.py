@@ -7,7 +7,7 @@ __all__ = ['filters', 'image_formats', 'named_sets', 'DiffnbError', 'shown', 'to
            'augment', 'batch_indices']
 
 # %% ../nbs/01_data.ipynb #c004
-import hashlib, io, json, math, os, re, secrets, shlex, shutil, stat, struct, urllib.error
+import hashlib, io, json, math, os, re, secrets, shlex, shutil, struct, urllib.error
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -138,10 +138,23 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     if scale > 1: images = resize(images, [scale * side for side in images.shape[-2:]])
     png, mark = io.BytesIO(), PngInfo()
-    mark.add_text("Software", "diffnb")                          # so that the grid is never read as an image to learn from
+    mark.add_text("Software", "diffnb")                          # so that nobody learns from the grid
     grid = rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c")
     Image.fromarray(grid.numpy()).save(png, format="PNG", pnginfo=mark)
     return write_whole(path, png.getvalue())
+
+# %% ../nbs/01_data.ipynb #c024b
+@contextmanager
+def _alone(path):
+    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
+    lock = FileLock(f"{path}.lock")
+    try: lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is making {shown(path)}: waiting for it")
+        lock.acquire()
+    except (OSError, NotImplementedError): pass
+    try: yield lock.is_locked
+    finally: lock.release()
 
 # %% ../nbs/01_data.ipynb #c026
 filters = ("bicubic", "bilinear", "nearest")
@@ -156,7 +169,7 @@ class ImageData:
     size: int = 0                # side of what `take` returns
     filter: str = "bicubic"      # how one became the other
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
-    digest: str = ""             # of a folder: sha256 of names and contents, the same wherever the folder is; else name and split
+    digest: str = ""             # of a folder: sha256 of names and contents, wherever it is; else name and split
     split: str = ""              # "train" or "test", where the set has splits
 
     def __len__(self): return len(self.images)
@@ -196,11 +209,11 @@ def _torchvision_set(name, files, split, root, url):
         cls = type(cls.__name__, (cls,), {"url": url, "filename": url.rsplit("/", 1)[-1]})
     elif url:
         cls = type(cls.__name__, (cls,), {"mirrors": [url.rstrip("/") + "/"]})
-    try:
-        return cls(root, train=split == "train", download=False)
+    def load(download): return cls(root, train=split == "train", download=download)
+    try: return load(download=False)
     except (RuntimeError, OSError, ValueError): pass   # not there, or damaged: fetch it
     try:
-        return cls(root, train=split == "train", download=True)
+        with _alone(root / name): return load(download=True)
     except (RuntimeError, urllib.error.URLError, OSError) as e:
         raise DiffnbError(f"{cls.__name__} is not in {root.resolve()} and could not be downloaded ({e}).\n"
                           f"Put {files} there by hand, or give another address with url=... "
@@ -220,7 +233,8 @@ def _fashion_mnist(split, root, url, **_):
 
 # %% ../nbs/01_data.ipynb #c038
 image_formats = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEBP": ".webp", "BMP": ".bmp .dib",
-                 "GIF": ".gif", "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k", "AVIF": ".avif"}
+                 "GIF": ".gif", "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k",
+                 "AVIF": ".avif"}
 
 def open_image(path,                   # an image file
                formats=image_formats,  # as which it may be read; Pillow's names
@@ -249,8 +263,8 @@ def decode(path,                  # an image file
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #c038a
-_turns = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-              Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+_turns = {order: getattr(Image.Transpose, name) for order, name in enumerate((
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
 
 def _open(path, formats):
     "As Image.open, but without the formats that this Pillow does not know."
@@ -265,7 +279,7 @@ def _scale_transparency(im):
     elif scale and isinstance(clear, tuple): im.info["transparency"] = tuple(int(level * scale) for level in clear)
 
 def _upright(im):
-    "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and one malformed tag would stop it."
+    "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and malformed ones stop it."
     try: orientation = im.getexif().get(0x0112)
     except Exception: orientation = None                         # malformed tags too raise a dozen kinds
     if orientation not in range(1, 9): orientation = _orientation(im.info.get("exif") or b"")
@@ -298,10 +312,11 @@ def _eight_bits(im):
     "16-bit and float greys in 8 bits: `convert` would clip them. A grey that stands for transparency stays so."
     grey = np.nan_to_num(np.asarray(im, dtype=np.float64), nan=0, posinf=0, neginf=0)
     if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PNG":
-        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535           # some scanners have 12 bits
+        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535          # 12, of some scanners
     else: top = 65535 if grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
     levels = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    if isinstance(clear := im.info.get("transparency"), int): levels.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    if isinstance(clear := im.info.get("transparency"), int):
+        levels.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     levels.info["icc_profile"] = im.info.get("icc_profile")
     return levels
 
@@ -309,8 +324,8 @@ def _eight_bits(im):
 def _transform(profile, mode):
     "From a colour profile to sRGB."
     source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                                   ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
 
 @lru_cache(maxsize=64)
 def _is_srgb(profile, mode):
@@ -334,7 +349,7 @@ _system = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 @dataclass
 class Listing:
-    "What a folder holds: the images taken, in the order of their names, and all else that was found, by the reason to leave it."
+    "What a folder holds: images taken, in the order of their names, and everything else, by the reason to leave it."
     folder: Path
     taken: list = field(default_factory=list) # paths
     left: dict = field(default_factory=dict)  # reason -> paths
@@ -350,10 +365,18 @@ class Listing:
         self.taken = [path for path in self.taken if wanted(path)]
 
     def __str__(self):
-        some = [shown(name) for name in self.classes[:10]] + ["…"] * (len(self.classes) > 10)
-        left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})" for reason, paths in sorted(self.left.items())]
-        return (f"{shown(self.folder)}: {len(self.taken)} images" + (f" in {len(self.classes)} classes ({', '.join(some)})" if some else "")
-                + (f"; none of {', '.join(map(shown, self.missing))}" if self.missing else "") + f"; left out: {', '.join(left) or 'nothing'}")
+        text = f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}"
+        if n := len(self.classes): text += f" in {n} class{'es' * (n > 1)} ({_names(self.classes)})"
+        if self.missing: text += f"; none of {_names(self.missing)}"
+        left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})"
+                for reason, paths in sorted(self.left.items())]
+        return f"{text}; left out: {', '.join(left) or 'nothing'}"
+
+def _names(names): # the first ten
+    return ", ".join([shown(name) for name in sorted(names)[:10]] + ["…"] * (len(names) > 10))
+
+def _below(path, folder): # as path.relative_to(folder).parts, and ten times as fast
+    return path.parts[len(folder.parts):]
 
 def our_own(folder): # -> str, what it is, or ""
     "Did this package write that folder? Its pictures are grids, charts and samples, not data."
@@ -364,9 +387,10 @@ def our_own(folder): # -> str, what it is, or ""
     return ""
 
 def is_grid(path): # an image file -> bool
-    "Is it one of our own sample grids or charts? They carry a mark; before they did, those of an evaluation had fixed names."
+    "Is it one of our own sample grids or charts? They carry a mark; those of an evaluation have fixed names, too."
     folder, name = os.path.split(path)
-    if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")): return True
+    if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")):
+        return True                                              # made before there was a mark
     with suppress(OSError), open(path, "rb") as f: return b"Software\0diffnb" in f.read(1024)
     return False
 
@@ -375,12 +399,13 @@ def list_images(folder,
                 generated=False,       # may the folder hold images that a model made?
                 on_broken="stop",      # a subfolder that cannot be opened: "stop", or "skip" it
                ):                      # Listing
-    """Every image in a folder and below it. Anything else is left for a reason. Links are followed, and no folder is read twice.
+    """Every image in a folder and below it. All else is left for a reason. Links are followed; no folder is read twice.
     Raises DiffnbError if the folder cannot be opened or is our own."""
     listing, root = Listing(Path(folder)), os.path.realpath(folder)
     if (own := our_own(folder)) and not (generated and "model" in own):
-        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are no data. If you want some of them, copy these elsewhere"
-                          + ("" if "cache" in own else f"; to score them: diffnb evaluate {shlex.quote(shown(folder))}"))
+        score = "" if "cache" in own else f"; to score them: diffnb evaluate {shlex.quote(shown(folder))}"
+        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are no data. "
+                          f"If you want some of them, copy these elsewhere{score}")
     seen, folders, links = set(), [listing.folder], []
     while folders or links:                                      # links last, so that what is here keeps its own name
         here = folders.pop() if folders else links.pop(0)
@@ -389,7 +414,7 @@ def list_images(folder,
             listing.leave(here, "folder linked and read already")
             continue
         seen.add(real)
-        for path, reason in _entries(here, formats, on_broken if here != listing.folder else "stop"):
+        for path, reason in _entries(here, tuple(formats), on_broken if here != listing.folder else "stop"):
             if reason == "": listing.taken.append(path)
             elif reason == "folder": folders.append(path)
             elif reason == "linked folder": links.append(path)
@@ -398,26 +423,33 @@ def list_images(folder,
     return listing
 
 def _entries(folder, formats, on_broken):
-    "Sorted (path, reason to leave it) of what is in a folder; the reason is empty for an image. Itself, if it cannot be opened or is empty."
+    "Sorted (path, reason as of `_reason`) of what is in a folder; of itself, if it cannot be opened or is empty."
     try: entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
         if on_broken == "skip": return [(folder, "cannot be opened")]
-        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave such folders out "
-                          "with on_broken='skip' (command line: --on-broken skip)") from e
+        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave "
+                          "such folders out with on_broken='skip' (command line: --on-broken skip)") from e
     return [(folder / entry.name, _reason(entry, formats)) for entry in entries] or [(folder, "empty folder")]
 
+@lru_cache
+def _suffixes(formats): return frozenset(" ".join(image_formats[name] for name in formats).split())
+
 def _reason(entry, formats):
+    "Why to leave an os.DirEntry; empty for an image, 'folder' or 'linked folder' for one to look into."
     if entry.name.startswith(".") or entry.name.lower() in _system: return "hidden"
-    try: mode = os.stat(entry.path).st_mode                      # of what a link leads to
-    except OSError: return "broken link" if entry.is_symlink() else "cannot be opened"
-    if stat.S_ISDIR(mode): return our_own(entry.path) or ("linked folder" if entry.is_symlink() else "folder")
-    if not stat.S_ISREG(mode): return "neither file nor folder"
-    if suffix := Path(entry.name).suffix.lower():
-        if suffix not in " ".join(image_formats[name] for name in formats).split(): return "other suffix"
-        return "grid or chart of diffnb" if suffix == ".png" and is_grid(entry.path) else ""
+    linked = entry.is_symlink()
+    try: is_folder, is_file = entry.is_dir(), entry.is_file()
+    except OSError: is_folder = is_file = False                  # a link to itself
+    if is_folder: return our_own(entry.path) or ("linked folder" if linked else "folder")
+    if not is_file: return "neither file nor folder" if not linked or os.path.exists(entry.path) else "broken link"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix == ".png" and is_grid(entry.path): return "grid or chart of diffnb"
+    if suffix in _suffixes(formats): return ""
+    wanted = "image" if len(formats) == len(image_formats) else " or ".join(formats)
+    if suffix: return f"image, but no {wanted}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
     try:
         with _open(entry.path, formats): return ""
-    except Exception: return "no suffix and no image"
+    except Exception: return f"no suffix, and no {wanted} inside"
 
 # %% ../nbs/01_data.ipynb #c041b
 def match_classes(labels, # int64 (N,), positions in `have`
@@ -428,8 +460,8 @@ def match_classes(labels, # int64 (N,), positions in `have`
     "Labels of one set in the order of another, matched by name. Raises DiffnbError naming what has no counterpart."
     have, want = tuple(map(str, have)), tuple(map(str, want))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(have):
-        raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class names: "
-                          "a label is the position of its name, counted from 0")
+        raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class "
+                          "names: a label is the position of its name, counted from 0")
     used = [have[i] for i in labels.unique().tolist()]
     if extra := sorted(set(used) - set(want)):
         missing = sorted(set(want) - set(have))
@@ -445,65 +477,76 @@ class NoSplit(DiffnbError):
 
 def split_of(name): # of a folder -> "train", "test", "val" or None
     "Which split a folder's name stands for, in any letter case: train, Training, test_set, val2017, …"
-    known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)([ _.-]?(set|split|data|images|\d{4}))?",
-                         name.strip().casefold())
+    known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)"
+                         r"([ _.-]?(set|split|data|images|\d{4}))?", name.strip().casefold())
     return known and {"tr": "train", "te": "test"}.get(known[1][:2], "val")
 
 def _two_readings(folder, first, second, how):
     return DiffnbError(f"{shown(folder)} can be read in two ways: {first}; or {second}. {how}")
 
-def _names(names): return ", ".join([shown(name) for name in sorted(names)[:10]] + ["…"] * (len(names) > 10))
+def _as(names, one, many): return f"{_names(names)} as {one if len(names) == 1 else many}"
 
-def split_folders(listing):
-    "{split: folder} if the folders at the top of a Listing are splits, else {}. Raises DiffnbError if both can be meant."
-    parts = [path.relative_to(listing.folder).parts for path in listing.taken]
+def split_folders(listing): # a Listing -> {split: name of its folder}, empty if the folders at the top are no splits
+    "Raises DiffnbError if they may be splits or not."
+    parts = [_below(path, listing.folder) for path in listing.taken]
     tops = {t[0]: split_of(t[0]) for t in parts if len(t) > 1}
     splits, others = [t for t in tops if tops[t]], [t for t in tops if not tops[t]]
-    deep = {t[0] for t in parts if len(t) > 2}                   # those that hold folders
-    if others and (len({tops[t] for t in splits}) > 1 or splits and deep.issuperset(splits) and deep.isdisjoint(others)):
-        raise _two_readings(listing.folder, f"{_names(splits)} as {'splits' if splits[1:] else 'a split'}, and {_names(others)} left out",
-                            f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} elsewhere; "
-                            f"for the second, give {_names(splits)} other names")
-    for split in {tops[t] for t in splits} if not others else ():
+    deep = {t[0] for t in parts if len(t) > 2}                   # hold folders themselves
+    unlike = splits and deep.issuperset(splits) and deep.isdisjoint(others)
+    if others and (unlike or len({tops[t] for t in splits}) > 1):
+        raise _two_readings(listing.folder, f"{_as(splits, 'a split', 'splits')}, and {_names(others)} left out",
+                            f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} "
+                            f"elsewhere; for the second, give {_names(splits)} other names")
+    if others: return {}                                         # a class may be called "train" too, beside "bus"
+    for split in {tops[t] for t in splits}:
         if len(same := [t for t in splits if tops[t] == split]) > 1:
             raise _two_readings(listing.folder, f"{_names(same)} as one split", f"as {len(same)} classes",
-                                "For the first, move their images into one folder; for the second, give them other names")
-    return {tops[t]: t for t in splits} if not others else {}
+                                "For the first, put their images together; for the second, give them other names")
+    return {tops[t]: t for t in splits}
 
 def _find_classes(paths, folder):
-    "(labels or None, class names) of the images below `folder`. Raises DiffnbError for folders that say two things."
-    parts = [path.relative_to(folder).parts for path in paths]
+    "(labels or None, class names) of the images below `folder`. Raises DiffnbError if they may be read otherwise."
+    parts = [_below(path, folder) for path in paths]
     classes = tuple(sorted({t[0] for t in parts if len(t) > 1}))
     if not classes: return None, ()
     if loose := next((t[0] for t in parts if len(t) == 1), None):
-        raise _two_readings(folder, f"{_names(classes)} as classes, and the images beside them left out (for instance {shown(loose)})",
-                            "all as one set without classes", "Put every image into a class folder, or none")
-    inner = {t[1] for t in parts if len(t) > 2}
-    splits, inner = {split_of(name) for name in inner}, [name for name in inner if split_of(name)]
-    if len(splits - {None}) > 1 or len(classes) == 1 and all(len(t) > 2 for t in parts) and None not in splits:
-        raise _two_readings(folder, f"{_names(classes)} as {'classes' if classes[1:] else 'one class'}, with the images of {_names(inner)} taken together",
-                            f"{_names(inner)} as {'splits' if inner[1:] else 'a split'}", "For the first, give these folders other names; for the second, " + (
-                            f"name {shown(folder / classes[0])}" if len(classes) == 1 else "put the split above the class: train/CLASS/IMAGE"))
+        beside = f"and the images beside them left out (for instance {shown(loose)})"
+        raise _two_readings(folder, f"{_as(classes, 'a class', 'classes')}, {beside}", "all as one set without classes",
+                            "Put every image into a class folder, or none")
+    _refuse_inner_splits(folder, parts, classes)
     for name in classes:
         try: name.encode()
-        except UnicodeEncodeError: raise DiffnbError(f"the class folder {shown(folder / name)} has a name that is not UTF-8: rename it") from None
-    return torch.tensor([classes.index(t[0]) for t in parts]), classes
+        except UnicodeEncodeError as e:
+            raise DiffnbError(f"the class folder {shown(folder / name)} has a name that is not UTF-8: rename it") from e
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[t[0]] for t in parts]), classes
+
+def _refuse_inner_splits(folder, parts, classes):
+    "Raises DiffnbError if there are splits within the classes, or if the one class is a folder around splits."
+    inner = {t[1]: split_of(t[1]) for t in parts if len(t) > 2}
+    around = len(classes) == 1 and all(len(t) > 2 for t in parts) and None not in inner.values()
+    if not around and len(set(inner.values()) - {None}) < 2: return
+    splits = [name for name in inner if inner[name]]
+    first = f"{_as(classes, 'one class', 'classes')}, with the images of {_names(splits)} taken together"
+    how = "put splits above classes, train/CLASS/IMAGE" if classes[1:] else f"name {shown(folder / classes[0])}"
+    raise _two_readings(folder, first, _as(splits, "a split", "splits"),
+                        f"For the first, give these folders other names; for the second, {how}")
 
 def _read_split(listing, split):
-    "(labels or None, class names, folder) of one split, whose images alone stay in `listing`. Classes are those of the training split."
+    "(labels or None, class names, folder) of a split, whose images alone stay listed. Classes are those of training."
     splits, folder = split_folders(listing), listing.folder
     if split == "test" and "test" not in splits:
         raise NoSplit(f"{shown(folder)} has no subfolder 'test' beside 'train': make one, with the same class folders")
-    if splits and split not in splits: raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
     if not splits: return *_find_classes(listing.taken, folder), folder
-    top = {path: path.relative_to(folder).parts for path in listing.taken}
-    train = [path for path in listing.taken if top[path][0] == splits.get("train")]
-    listing.keep(lambda path: len(top[path]) > 1, "beside the split folders")
-    listing.keep(lambda path: top[path][0] == splits[split], "other split")
+    if split not in splits:
+        raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
+    train = [path for path in listing.taken if _below(path, folder)[0] == splits.get("train")]
+    listing.keep(lambda path: len(_below(path, folder)) > 1, "beside the split folders")
+    listing.keep(lambda path: _below(path, folder)[0] == splits[split], "other split")
     labels, classes = _find_classes(listing.taken, folder / splits[split])
     if split == "train" or not train: return labels, classes, folder / splits[split]
     known = _find_classes(train, folder / splits["train"])[1]
-    if not known or labels is None: return None, (), folder / splits[split]         # one of the two has no classes
+    if not known or labels is None: return None, (), folder / splits[split]              # one of the two has no classes
     listing.missing = tuple(sorted(set(known) - set(classes)))
     return match_classes(labels, classes, known, f"the test split of {shown(folder)}"), known, folder / splits[split]
 
@@ -517,7 +560,8 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress, g
     labels, listing.classes, root = _read_split(listing, split)
     paths, digest = listing.taken, _digest(listing.taken, root, cache, progress)
     key = hashlib.sha256(json.dumps([digest, size, filter, channels, on_broken, _reader]).encode()).hexdigest()[:16]
-    images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, size, filter, channels, on_broken, progress)
+    settings = size, filter, channels, on_broken, progress
+    images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, *settings)
     whole = {paths[i] for i in kept}
     listing.keep(whole.__contains__, "cannot be read")
     if progress and os.environ.get("RANK", "0") == "0": print(listing)           # of several processes, one says it
@@ -528,18 +572,25 @@ def _digest(paths, root, cache, progress):
     """sha256 over the names below `root` and the contents of all files, wherever the folder is and whatever its dates.
     It is kept in `cache`, under a name that depends on place, sizes and dates: unchanged files are read once."""
     def stamp(path): s = os.stat(path); return [os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns]
-    def content(path):
-        with suppress(OSError), open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    def contents(some):
+        found = []
+        for path in some:
+            try:
+                with open(path, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError: content = "unreadable"
+            found.append(["/".join(_below(path, root)), content])
+        return found
     try: stamps = [str(root), *map(stamp, paths)]
     except OSError as e:
-        raise DiffnbError(f"{shown(e.filename)} was there a moment ago ({e.strerror}): start again, and leave the folder as it is") from e
+        raise DiffnbError(f"{shown(e.filename)} was there a moment ago ({e.strerror}): start again, and leave the "
+                          "folder as it is") from e
     memo = cache / f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}.sha256"
     with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()): return known
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        contents = tqdm(pool.map(content, paths), total=len(paths), desc="reading", disable=not progress)
-        names = [[path.relative_to(root).as_posix(), c] for path, c in zip(paths, contents)]
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    parts = [paths[i:i + 256] for i in range(0, len(paths), 256)]
+    with _threads() as pool:
+        read = list(tqdm(pool.map(contents, parts), total=len(parts), desc="reading", delay=2, disable=not progress))
+    digest = hashlib.sha256(json.dumps([entry for part in read for entry in part]).encode()).hexdigest()
     with suppress(DiffnbError): write_whole(memo, digest)                         # only a help
     return digest
 
@@ -547,62 +598,57 @@ def _cached(path):
     "(images, numbers of the files they come from, native size), or None if they are not there as a whole."
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        images = torch.from_numpy(np.load(path.with_suffix(".npy"), mmap_mode="c"))  # "c": copy on write; the file stays as it is
-        return images[:len(facts["kept"])], facts["kept"], facts["native_size"]
+        images = np.load(path.with_suffix(".npy"), mmap_mode="c")      # "c": copy on write; the file stays as it is
+        return torch.from_numpy(images)[:len(facts["kept"])], facts["kept"], facts["native_size"]
     except (OSError, EOFError, ValueError, KeyError, TypeError): return None
 
 @contextmanager
-def _alone(path):
-    "Only one process at a time passes for each `path`. Gives False on a file system without locks, where all pass."
-    lock = FileLock(path.with_suffix(".lock"))
-    try: lock.acquire(timeout=1)
-    except Timeout:
-        print("another process is decoding these images: waiting for it")
-        lock.acquire()
-    except (OSError, NotImplementedError): pass
-    try: yield lock.is_locked
-    finally: lock.release()
+def _threads():
+    "A thread for each core. What waits is dropped when something goes wrong, or at Ctrl-C."
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try: yield pool
+    finally: pool.shutdown(wait=False, cancel_futures=True)
 
-def _fill_cache(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
-    "Decode `paths` into an array file; the facts are written last, so their presence says that the array is whole."
-    partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
+def _fill_cache(paths, path, *settings): # as `_cached`
+    "Decode `paths` into an array file, unless another process has meanwhile. Raises DiffnbError if there is no room."
     try:
-        write_whole(path.parent / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n")
-        needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-        if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    except (OSError, DiffnbError) as e:
-        raise DiffnbError(f"cannot write the cache of decoded images in {path.parent}: {e}. "
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tag = "Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n"
+        (path.parent / "CACHEDIR.TAG").write_text(tag)
+        with _alone(path) as locked:
+            if locked:                                           # then these are of processes that were killed
+                for left in path.parent.glob(f"{path.name}.*.partial"): left.unlink()
+            return _cached(path) or _decode_all(paths, path, *settings)
+    except OSError as e:
+        raise DiffnbError(f"cannot write the cache of decoded images in {shown(path.parent)}: {e}. "
                           "Choose another place with root=... (command line: --data-root)") from e
-    with _alone(path) as locked:
-        if found := _cached(path): return found                  # another process has made it meanwhile
-        for left in path.parent.glob(f"{path.name}.*.partial") if locked else (): left.unlink(missing_ok=True) # of one that was killed
-        try:
-            out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
-            kept, sides = _decode_all(paths, out, size, filter, channels, on_broken, progress)
-            out.flush()
-            os.replace(partial_path, path.with_suffix(".npy"))
-            write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
-        finally: partial_path.unlink(missing_ok=True)
-        return _cached(path)
 
-def _decode_all(paths, out, size, filter, channels, on_broken, progress):
-    "Decode `paths` in parallel into `out`; (numbers of those that could be read, the shorter sides of their originals)."
+def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
+    "The facts are written last, so their presence says that the array is whole."
+    partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     def read(path):
         try:
             image = decode(path, size, filter, channels)
             with Image.open(path) as im: return image, min(im.size)
-        except DiffnbError as e: return e, 0
+        except (DiffnbError, OSError) as e: return e, 0
     kept, sides = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (image, side) in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)):
-            if side: out[len(kept)] = image; kept.append(i); sides.append(side)
-            elif on_broken == "stop":
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
-                                  "(command line: --on-broken skip)")
-            else: print(f"left out: {image}")
-    if not kept: raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
-    return kept, sides
+    try:
+        out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
+        with _threads() as pool:
+            decoded = tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)
+            for i, (image, side) in enumerate(decoded):
+                if side: out[len(kept)] = image; kept.append(i); sides.append(side)
+                elif on_broken == "skip": print(f"left out: {image}")
+                else: raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
+                                        "(command line: --on-broken skip)")
+        if not kept: raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
+        out.flush()
+        os.replace(partial_path, path.with_suffix(".npy"))
+        write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
+    finally: partial_path.unlink(missing_ok=True)
+    return _cached(path)
 
 # %% ../nbs/01_data.ipynb #c045
 named_sets = {"digits": (_digits, 1), "fashion": (_fashion, 1), "cifar10": (_cifar10, 3),
@@ -627,15 +673,18 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
         raise DiffnbError(f"size {size!r} is out of range: a whole number of pixels from 4 to 4096")
     root = Path(root or os.environ.get("DIFFNB_DATA", "data"))
     if str(name) in named_sets:
-        if progress and os.path.isdir(name): print(f"{name} is the set of that name; for the folder, say ./{name}")
+        if progress and os.path.isdir(str(name)): print(f"{name} is the set of that name; for the folder, say ./{name}")
         images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
-    elif str(name) and os.path.isdir(name):
-        if size is None: raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 (--image-size 64)")
-        images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken, root / "cache",
-                                                                 progress, generated)
+    elif str(name) and os.path.isdir(str(name)):
+        if size is None:
+            raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 "
+                              "(--image-size 64)")
+        images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken,
+                                                                 root / "cache", progress, generated)
     else:
-        raise DiffnbError(f"data {shown(name)!r} is neither a known set ({', '.join(named_sets)}) nor a folder that exists")
+        raise DiffnbError(f"data {shown(name)!r} is neither a known set ({', '.join(named_sets)}) "
+                          "nor a folder that exists")
     return ImageData(images, labels, classes, native, size or native, filter, str(name), digest, split)
 
 # %% ../nbs/01_data.ipynb #c058

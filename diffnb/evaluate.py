@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
-from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes, named_sets, resize,
-                         save_grid, shown, split_folders, to_float, to_uint8, write_whole)
+from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes,
+                         named_sets, resize, save_grid, shown, split_folders, to_float, to_uint8, write_whole)
 from .guide import guidance_for
 from .sample import alone_in, check_place, check_sampling, ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
@@ -508,15 +508,18 @@ def panel(e, # Evaluation
 
 # %% ../nbs/07_evaluate.ipynb #c096
 def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class names)
-    "What an .npz holds. Labels are numbers, or strings that are names; `classes`, if it is there, are the names of numbers."
+    "What an .npz holds. Labels are numbers, whose names may be in `classes`, or they are names."
     try:
-        with np.load(path, allow_pickle=False) as file: images, labels, names = file["arr_0"], *(file.get(k) for k in ("arr_1", "classes"))
-    except Exception as e: raise DiffnbError(f"{shown(path)} is not an .npz with the images in arr_0 ({e})") from e # they raise a dozen kinds
+        with np.load(path, allow_pickle=False) as file:
+            images, labels, names = file["arr_0"], *(file.get(name) for name in ("arr_1", "classes"))
+    except Exception as e:                                       # numpy, zip and zlib raise a dozen kinds
+        raise DiffnbError(f"{shown(path)} is not an .npz with the images in arr_0 ({e})") from e
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
         raise DiffnbError(f"arr_0 of {shown(path)} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
     if labels is None: return images, None, ()
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
-        raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, whole numbers or names")
+        raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, "
+                          "whole numbers or names")
     if labels.dtype.kind == "S": labels = np.char.decode(labels, "utf-8", "replace")
     if labels.dtype.kind == "U": names, labels = np.unique(labels, return_inverse=True)
     if labels.min() < 0: raise DiffnbError(f"arr_1 of {shown(path)} has the label {labels.min()}: labels count from 0")
@@ -527,32 +530,38 @@ def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class 
 def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 (N, H, W, C), perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
                ):       # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
-    "Images to be scored, decoded as training images are. Raises DiffnbError for other files, mixed sizes, or fewer than n."
+    "Images to be scored, decoded as in training. Raises DiffnbError for other files, mixed sizes, or fewer than n."
     source, labels, names = Path(source), None, ()
     if source.suffix.lower() == ".npz": images, labels, names = _read_npz(source)
     else:
         listing = list_images(source, formats=("PNG",), generated=True)
         if not listing.taken:
-            raise DiffnbError(f"no PNGs in {listing}. Give a run folder, a folder of PNGs (not JPEGs, they change the score), or an .npz")
-        if split_folders(listing): raise DiffnbError(f"{listing} has splits, {', '.join(split_folders(listing).values())}: give one of them")
+            raise DiffnbError(f"no PNGs in {listing}. Give a run folder, a folder of PNGs (not JPEGs, they change the "
+                              "score), or an .npz")
+        if splits := split_folders(listing):
+            raise DiffnbError(f"{shown(source)} has splits, {', '.join(map(shown, splits.values()))}: give one of them")
         if any(p.name != "samples.json" for paths in listing.left.values() for p in paths): print(listing)
         images = [decode(path, formats=("PNG",)).transpose(1, 2, 0) for path in listing.taken[:n]]
         for path, image in zip(listing.taken, images):
             if image.shape[:2] != images[0].shape[:2]:
-                raise DiffnbError(f"{shown(path)} is {image.shape[:2]}, {listing.taken[0].name} is {images[0].shape[:2]}: images of one size are needed")
+                raise DiffnbError(f"{shown(path)} is {image.shape[:2]}, the first image is {images[0].shape[:2]}: "
+                                  "images of one size are needed")
         channels = max(image.shape[2] for image in images)       # a grey image among colours has three equal channels
         images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
     if n and len(images) < n: raise DiffnbError(f"{shown(source)} has {len(images)} images, and n={n} were asked for")
-    return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else labels[:n], names
+    labels = None if labels is None else labels[:n]
+    return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), labels, names
 
 # %% ../nbs/07_evaluate.ipynb #c097
-def _real(reference, like, filter="bicubic", root=None):
+def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
     if str(reference).lower().endswith(".npz"):
         images, labels, names = read_images(reference)
-        return ImageData(images, labels, names, native_size=images.shape[-1], size=images.shape[-1], name=Path(reference).name), None, ""
-    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1], generated=True)
+        size = images.shape[-1]
+        return ImageData(images, labels, names, size, size, name=Path(reference).name), None, ""
+    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1],
+                   on_broken=on_broken, generated=True)
     train = load()
     try: held_out = load(split="test")
     except NoSplit: held_out = None
@@ -638,7 +647,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         like, config = torch.empty(1, *trained.shape), trained.config
         reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
-    real, held_out, split = _real(reference, like, filter, data_root)
+    real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files": real = _in_order_of(trained.classes, real)
     elif y is not None and real.classes: # names meet names; labels without names are positions in the reference's classes

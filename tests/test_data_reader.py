@@ -39,7 +39,7 @@ def test_one_line_says_what_was_taken_and_what_was_left(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1 and "5 images in 2 classes (ant, bee)" in said[0]
     for part in ("broken link: 1 (ant/gone.png)", "empty folder: 1 (empty)", "hidden: 5 (", "other suffix: 1 (notes.txt)",
-                 "neither file nor folder: 1 (ant/pipe.png)", "no suffix and no image: 1 (ant/README)"): assert part in said[0], part
+                 "neither file nor folder: 1 (ant/pipe.png)", "no suffix, and no image inside: 1 (ant/README)"): assert part in said[0], part
 
 def test_links_are_followed_once_and_never_in_circles(tmp_path):
     d, other = tmp_path / "d", tmp_path / "other"
@@ -86,8 +86,8 @@ def test_a_class_may_be_called_train_beside_bus(tmp_path):
     (("archive/train/ant/1.png",), ("archive as one class", "train as a split")),
     (("ant/train/1.png", "ant/test/1.png", "bee/train/1.png"), ("ant, bee as classes", "test, train as splits")),
     (("train/1.png", "Train/1.png"), ("Train, train as one split", "as 2 classes")),
-    (("ant/1.png", "2.png"), ("ant as classes", "without classes")),
-    (("train/ant/1.png", "train/2.png", "test/ant/1.png"), ("ant as classes", "without classes"))])
+    (("ant/1.png", "2.png"), ("ant as a class", "without classes")),
+    (("train/ant/1.png", "train/2.png", "test/ant/1.png"), ("ant as a class", "without classes"))])
 def test_what_can_be_read_in_two_ways_is_refused(tmp_path, names, readings):
     put(tmp_path / "d", *names)
     with pytest.raises(DiffnbError, match="two ways") as e: read(tmp_path / "d")
@@ -166,7 +166,7 @@ def test_scores_count_no_grids_and_no_hidden_images_but_capitals(tmp_path, capsy
     images, labels, classes = read_images(d)
     assert images[:, 0, 0, 0].tolist() == [0, 10] and labels is None and classes == ()
     said = capsys.readouterr().out
-    assert "2 images" in said and "hidden: 2" in said and "grid or chart of diffnb: 1" in said and "a model made: 1 (old)" in said
+    assert "2 images" in said and "hidden: 2" in said and "grid or chart of diffnb: 1" in said and "a model made: 1 (old)" in said and "image, but no PNG: 1 (a.jpg)" in said
     Image.new("L", (8, 8)).save(d / "000002.png", format="JPEG")
     with pytest.raises(DiffnbError, match="000002.png cannot be read.*not one of PNG"): read_images(d)   # a JPEG under another name
     put(tmp_path / "s", "train/1.png", "test/1.png")
@@ -460,3 +460,23 @@ def test_any_tree_is_taken_or_left_and_nothing_else_happens(tmp_path_factory, tr
         shutil.rmtree(top / "cache", ignore_errors=True)
     assert found[0] == found[1]
     shutil.rmtree(top)
+
+def test_ctrl_c_while_decoding_is_quick_and_leaves_nothing(tmp_path, monkeypatch):
+    put(tmp_path / "d", *(f"{k:03}.png" for k in range(200)))
+    decoded = []
+    def slow(*args): decoded.append(args); time.sleep(0.02); return plain(*args)
+    plain = data.decode; monkeypatch.setattr(data, "decode", slow)
+    class Interrupted:
+        def __init__(self, iterable, **_): self.iterable = iterable
+        def __iter__(self): yield next(iter(self.iterable)); raise KeyboardInterrupt
+    memo = read(tmp_path / "d", root=tmp_path / "other").digest; decoded.clear()
+    monkeypatch.setattr(data, "_digest", lambda *_: memo); monkeypatch.setattr(data, "tqdm", Interrupted)
+    with pytest.raises(KeyboardInterrupt): read(tmp_path / "d")
+    time.sleep(0.3)
+    assert len(decoded) < 150 and not list((tmp_path / "root/cache").glob("*.np*")) + list((tmp_path / "root/cache").glob("*.partial"))
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    put(tmp_path / "d", "1.png")
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    with pytest.raises(DiffnbError, match="cannot write the cache .*No space left.*--data-root"): read(tmp_path / "d")

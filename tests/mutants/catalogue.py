@@ -45,7 +45,7 @@ bug("sixteen-bits-clipped", "16-bit images are clipped to white instead of scale
 bug("alpha-dropped", "transparent pixels show the colour hidden under them", "if im.has_transparency_data:", "if False:")
 bug("squeezed", "images that are not square are squeezed instead of cropped", 'ImageOps.fit(im, (size, size),', 'im.resize((size, size),')
 bug("classes-by-position", "labels of a test split count in its own list of classes", "return torch.tensor(order, dtype=torch.int64, device=labels.device)[labels]", "return labels")
-bug("suffix-case", "images whose suffix is in capitals are left out", "Path(entry.name).suffix.lower()", "Path(entry.name).suffix")
+bug("suffix-case", "images whose suffix is in capitals are left out", "os.path.splitext(entry.name)[1].lower()", "os.path.splitext(entry.name)[1]")
 bug("labels-shift", "after a broken file all labels shift by one", 'labels[kept]', 'labels[:len(kept)]')
 bug("cache-stale", "the cache of decoded images does not depend on size and filter", "json.dumps([digest, size, filter, channels, on_broken, _reader])", "json.dumps([digest])")
 bug("flip-per-batch", "one coin decides for the whole batch", "draw(len(x0), 1, 1, 1) < 0.5", "draw(1, 1, 1, 1) < 0.5")
