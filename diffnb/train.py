@@ -807,7 +807,7 @@ def _alone_in(run):
 
 # %% ../nbs/04_train.ipynb #c091
 free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps",
-                  "checkpoint_every", "keep", "log_every", "data", "data_root", "data_url", "on_broken"} # the images themselves are compared
+                  "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def as_options(config, # TrainConfig
                names,  # settings
@@ -817,7 +817,8 @@ def as_options(config, # TrainConfig
     return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(getattr(config, k)))]
 
 def _same_settings(run, old, config):
-    changed = [f.name for f in fields(config) if f.name not in free_to_change and getattr(config, f.name) != getattr(old, f.name)]
+    free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
+    changed = [f.name for f in fields(config) if f.name not in free and getattr(config, f.name) != getattr(old, f.name)]
     if not changed: return
     both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
     raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: {shlex.join(as_options(old, changed))}; "
