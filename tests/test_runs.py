@@ -269,7 +269,7 @@ def test_a_run_is_not_kept_among_its_images(here, monkeypatch):
     assert sorted(p.name for p in Path("set").iterdir()) == ["cat", "dog"]
     monkeypatch.chdir("set")
     code, said = shell("train", "--data", ".", *TINY, "--epochs", 1)
-    assert code == 1 and "runs/set-8 lies in the images of ." in said and not Path("runs").exists()
+    assert code == 1 and "runs/set-8 lies among the images of ." in said and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("data, run", [("..", "runs/pictures-8"), ("../", "runs/pictures-8"), ("../../pictures", "runs/pictures-8"), ("digits", "runs/digits-8")])
