@@ -27,8 +27,8 @@ from .guide import guided
 from .interchange import save_diffusers
 from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, PRESETS, TrainConfig, as_command, as_options, checkpoints, load_model, pick_device, pick_precision,
-                          read_config, read_metrics, to_tensorboard, total_steps, train as train_run, training_now)
+from .train import (Alone, PRESETS, TrainConfig, as_command, as_options, check_config, checkpoints, load_model, pick_device,
+                          pick_precision, reached, read_config, read_metrics, to_tensorboard, total_steps, train as train_run, training_now)
 from .unet import UNet, count_parameters
 
 # %% ../nbs/tools/cli.ipynb #c006a
@@ -110,11 +110,11 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
-    return _train(config, run or _run_of(config), tensorboard, shard)
+    return _train(config, run or _run_of(check_config(config)), tensorboard, shard)
 
 def _run_of(config):
     "The folder for a run that was given none: named after the data, whatever way led to it."
-    name = config.data if config.data in named_sets else Path(config.data).resolve().name
+    name = config.data if config.data in named_sets else Path(os.path.realpath(config.data)).name
     if not name: raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
     return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
@@ -224,8 +224,7 @@ def _rows(run):
 
 def _progress(run, config, plans, images):
     "Lines: how far, by which plan, in which state, and the last row."
-    (m, why), total, saved = _rows(run), total_steps(config, images), [int(p.stem[5:]) for p in checkpoints(run)]
-    last = saved[-1] if saved else 0
+    (m, why), total, last = _rows(run), total_steps(config, images), reached(run)[0]
     done, seen = max(last, int(m["step"][-1]) if m else 0), config.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
     yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * seen:,} images seen{minutes}"

@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'Batch', 'BINS', 'columns', 'MOST_JSON', 'MOMENTS', 'free_
            'hidden_matrices', 'Muon', 'make_optimizer', 'moments_of', 'make_averages', 'TrainState', 'load_weights',
            'train_steps', 'kept_bytes', 'training_memory', 'recompute', 'new_state', 'ready', 'resolve', 'total_steps',
            'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'training_now', 'as_options', 'as_command',
-           'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained', 'save_weights',
-           'load_model']
+           'reached', 'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained',
+           'save_weights', 'load_model']
 
 # %% ../nbs/04_train.ipynb #c004
 import copy, csv, errno, hashlib, io, json, math, os, platform, re, shlex, shutil, signal, threading, time, unicodedata
@@ -793,10 +793,13 @@ def _check_place(run, data):
     if wrong := _unwritable(str(run)):
         raise DiffnbError(f"a run cannot be kept in {str(run)!a:.200}: {wrong}. Choose another name (--run)")
     ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
-    other = run.exists() and (not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()))
-    if (run / "config.json").exists(): return                            # asked last: another process may be writing it
+    try:
+        other = run.exists() and (not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()))
+        if (run / "config.json").exists(): return                        # asked last: another process may be writing it
+        folder, here = data not in named_sets and Path(data).is_dir() and os.path.realpath(data), Path(os.path.realpath(run))
+    except OSError as e: raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
     if other: raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
-    if data not in named_sets and Path(data).is_dir() and Path(data).resolve() in (run.resolve(), *run.resolve().parents):
+    if folder and Path(folder) in (here, *here.parents):
         raise DiffnbError(f"{run} lies among the images of {data}, where its pictures would be taken for data: "
                           "choose a folder outside (--run)")
 
@@ -859,11 +862,12 @@ def _same_data(run, was, data): # was: what config.json says of the images
 
 def _describe(data): # ImageData -> what config.json says of it
     counts = None if data.labels is None else torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist()
-    return {"name": data.name, "folder": None if data.name in named_sets else str(Path(data.name).resolve()),
+    return {"name": data.name, "folder": None if data.name in named_sets else os.path.realpath(data.name),
             "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
             "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
 
-def _reached(run): # (steps, epochs planned then) of the newest checkpoint that says so; (0, None) without any
+def reached(run): # a run folder -> (steps, epochs planned then) of its newest checkpoint; (0, None) without any
+    "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
     for path in reversed(checkpoints(run)):
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
@@ -874,7 +878,7 @@ def _reached(run): # (steps, epochs planned then) of the newest checkpoint that 
 def _plans(run, old, config, images):
     """The plans of a run so far, the present one last: how many epochs, and from which step on.
     Raises DiffnbError if the run is past the end of the present one."""
-    step, then = _reached(run)
+    step, then = reached(run)
     def over(epochs):
         total = total_steps(replace(config, epochs=epochs), images)
         return total < step or total == step and epochs != then          # what was made under another plan is not the end of this

@@ -198,7 +198,7 @@ bug("other-images-go-on", "a run goes on with other images, if they are as many 
 bug("plan-over", "a run that is past the end of its new plan is called finished", "if over(config.epochs):", "if False:", tests="test_runs.py -k plan_that_is_over")
 bug("reader-disturbed", "a reader gives up if a running training removes the checkpoint it has chosen", "if path not in checkpoints(run): return", "if False: return", tests="test_runs.py -k rotated_away")
 bug("sweep-of-others", "a resumed run removes files that other commands are writing", '"samples/.step_*"', '"*/.*"', tests="test_runs.py -k left_alone")
-bug("run-among-images", "a run may be kept in its folder of images, which then has a class more", "in (run.resolve(), *run.resolve().parents)", "in ()", tests="test_runs.py -k among_its_images")
+bug("run-among-images", "a run may be kept in its folder of images, which then has a class more", "in (here, *here.parents)", "in ()", tests="test_runs.py -k among_its_images")
 bug("norm-after-clipping", "the gradient norm is reported after clipping", "config.grad_clip or math.inf)", "config.grad_clip or math.inf).clamp(max=config.grad_clip or math.inf)")
 bug("accumulation-undivided", "parts of a batch add up to a gradient that is too large", "(loss.sum() * ranks.world / config.batch_size).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
 bug("gradients-pile-up", "gradients are never set back to zero", "state.optimizer.step(); state.optimizer.zero_grad()", "state.optimizer.step()")
