@@ -27,8 +27,8 @@ from .guide import guidance_for
 from .interchange import save_diffusers
 from .sample import check_place, check_sampling, ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, PRESETS, TrainConfig, as_options, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
-                          total_steps, train as train_run, training_now)
+from .train import (Alone, PRESETS, TrainConfig, as_command, as_options, check_config, checkpoints, load_model, pick_device,
+                          pick_precision, reached, read_config, read_metrics, to_tensorboard, total_steps, train as train_run, training_now)
 from .unet import UNet, count_parameters
 
 # %% ../nbs/tools/cli.ipynb #c006a
@@ -110,12 +110,12 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
-    return _train(config, run or _run_of(config), tensorboard, shard)
+    return _train(config, run or _run_of(check_config(config)), tensorboard, shard)
 
 def _run_of(config):
     "The folder for a run that was given none: named after the data, whatever way led to it."
-    name = config.data if config.data in named_sets else Path(config.data).resolve().name
-    if not name: raise DiffnbError(f"no name for a run can be made from --data {config.data}: say where it is to be kept (--run)")
+    name = config.data if config.data in named_sets else Path(os.path.realpath(config.data)).name
+    if not name: raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
     return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
 @contextmanager
@@ -130,13 +130,15 @@ def _train(config, run, tensorboard=False, shard=False):
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
-    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {shlex.quote(str(run))}")
-    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {shlex.quote(str(run))}")
+    if state.stopped_by:
+        print(f"stopped by {state.stopped_by} at step {state.step}; continue with: {as_command('resume', run)}")
+    else:
+        print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: {as_command('sample', run)}")
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
            epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
-           data: str | None = None,     # where the images are now, if their folder was moved; their contents are compared
+           data: str | None = None,     # where the folder of images is now, if it was moved; contents are compared
            data_root: str | None = None, # where downloads are kept now; default: as when it was begun
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
@@ -146,7 +148,8 @@ def resume(run: Run,                    # a run folder
     given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
     config = replace(read_config(run)["config"], **{k: v for k, v in given.items() if v is not None})
     if config.data not in named_sets and not Path(config.data).is_dir():
-        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: diffnb resume {shlex.quote(str(run))} --data FOLDER")
+        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: "
+                          f"{as_command('resume', run)} --data FOLDER")
     return _train(config, run, tensorboard, shard)
 
 # %% ../nbs/tools/cli.ipynb #c011
@@ -221,19 +224,19 @@ def _rows(run):
 
 def _progress(run, config, plans, images):
     "Lines: how far, by which plan, in which state, and the last row."
-    (m, why), total, saved = _rows(run), total_steps(config, images), [int(p.stem[5:]) for p in checkpoints(run)]
-    last = saved[-1] if saved else 0
-    done = max(last, int(m["step"][-1]) if m else 0)
+    (m, why), total, last = _rows(run), total_steps(config, images), reached(run)[0]
+    done, seen = max(last, int(m["step"][-1]) if m else 0), config.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
-    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen{minutes}"
+    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * seen:,} images seen{minutes}"
     if plans[1:]: yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
-    who, words = training_now(run), shlex.join(["diffnb", "resume", str(run)])
+    who, resume = training_now(run), as_command("resume", run)
     if who: yield f"state        running ({who})"
     elif last == total: yield "state        finished"
-    elif last > total: yield f"state        past the end of its plan: {words} --epochs N, with N above {last * config.batch_size / images:.4g}, goes on"
-    else: yield f"state        interrupted: {words} continues it from step {last:,}"
-    if m: yield f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s"
-    else: yield f"rows         {why}"
+    elif last < total: yield f"state        interrupted: {resume} continues it from step {last:,}"
+    else: yield f"state        past the end of its plan: {resume} --epochs N, with N above {last * seen / images:.4g}, goes on"
+    if not m: yield f"rows         {why}"
+    else: yield "last row     loss {:.4f}, gradient norm {:.3f}, lr {:.2e}, {:.0f} images/s".format(
+        *(m[k][-1] for k in ("loss", "grad_norm", "lr", "images_per_s")))
 
 
 # %% ../nbs/tools/cli.ipynb #c015
@@ -340,7 +343,7 @@ def _without_preset(args):
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _no_empty(args): # Path("") would be the folder one stands in
-    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="    # of that tyro knows more to say
+    def valueless(a): return a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="  # tyro says more there
     if any(not a or valueless(a) for a in args):
         raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
 
