@@ -11,7 +11,6 @@ from unittest import mock
 
 import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
 
@@ -313,6 +312,11 @@ def given(value, which=0):
     if isinstance(value, V): value = value.values[which]
     return value.make() if isinstance(value, new) else value
 
+def drawn(a): # what an artist of a figure shows, which is quicker than drawing it
+    looks = ["text", "xydata", "array", "interpolation", "linestyle", "offsets", "xlim", "ylim", "visible"]
+    looks += ["height", "width"] if isinstance(a, plt.Rectangle) else []
+    return type(a).__name__, {look: getattr(a, f"get_{look}")() for look in looks if hasattr(a, f"get_{look}")}
+
 def frozen(x, depth=0): # what a call gave, as something that can be compared
     go = lambda y: frozen(y, depth + 1)
     if isinstance(x, BaseException): return type(x).__name__, str(x)
@@ -320,9 +324,7 @@ def frozen(x, depth=0): # what a call gave, as something that can be compared
         numbers = None if x.device.type == "meta" else x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return str(x.dtype), str(x.device), tuple(x.shape), numbers is not None and numbers.numpy().tobytes()
     if isinstance(x, np.ndarray): return str(x.dtype), x.shape, x.tobytes()
-    if isinstance(x, plt.Figure):
-        x.set_dpi(40); canvas = FigureCanvasAgg(x); canvas.draw()
-        return x.get_size_inches().tobytes(), bytes(canvas.buffer_rgba())
+    if isinstance(x, plt.Figure): return x.get_size_inches().tolist(), [go(drawn(a)) for a in x.findobj()]
     if isinstance(x, nn.Module): return type(x).__name__, x.training, go(x.state_dict())
     if isinstance(x, torch.Generator): return str(x.device), go(x.get_state())
     if isinstance(x, torch.optim.Optimizer): return type(x).__name__, go([{**g, "params": 0} for g in x.param_groups])
@@ -1057,7 +1059,11 @@ def of_widgets(w):
     seeing = [replace(model, model=small(patch_size=2, attention=(4,), blocks=n)) for n in (1, 2)]
     yield "attention_maps", Case(W.attention_maps, shown, trained=V(*seeing), x0=V(x0, -x0), t=V(100, 500),
         y=V(torch.tensor([1]), torch.tensor([2])), seed=V(0, 1))
-    yield "dashboard", Case(W.dashboard, lambda figure, args: figure.frames(), run=V(w / "u", w / "v"),
+    @functools.wraps(W.dashboard)
+    def dashboard(**kw): # its curves are those of plot_metrics
+        def curves(metrics, floor): return plt.figure(figsize=(2, 1)).text(0, 0, f"{metrics['loss']} {floor}").figure
+        with mock.patch.object(W, "plot_metrics", curves): return W.dashboard(**kw).frames()
+    yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
 
 def of_workbook(w):
