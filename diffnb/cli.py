@@ -4,7 +4,7 @@
 __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', 'evaluate', 'doctor', 'export', 'workbook', 'main']
 
 # %% ../nbs/tools/cli.ipynb #c002
-import os, shlex, sys
+import os, sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -23,12 +23,12 @@ from . import __version__
 from .data import DiffnbError, named_sets, save_grid
 from .doctor import examine
 from .evaluate import evaluate_run
-from .guide import guided
+from .guide import guidance_for
 from .interchange import save_diffusers
-from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
+from .sample import check_place, check_sampling, ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
-from .train import (Alone, PRESETS, TrainConfig, as_options, checkpoints, load_model, pick_device, pick_precision, read_config, read_metrics, to_tensorboard,
-                          total_steps, train as train_run, training_now)
+from .train import (Alone, PRESETS, TrainConfig, as_command, as_options, check_config, checkpoints, load_model, pick_device,
+                          pick_precision, reached, read_config, read_metrics, to_tensorboard, total_steps, train as train_run, training_now)
 from .unet import UNet, count_parameters
 
 # %% ../nbs/tools/cli.ipynb #c006a
@@ -110,12 +110,12 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
     if dry_run: plan(config); return 0
-    return _train(config, run or _run_of(config), tensorboard, shard)
+    return _train(config, run or _run_of(check_config(config)), tensorboard, shard)
 
 def _run_of(config):
     "The folder for a run that was given none: named after the data, whatever way led to it."
-    name = config.data if config.data in named_sets else Path(config.data).resolve().name
-    if not name: raise DiffnbError(f"no name for a run can be made from --data {config.data}: say where it is to be kept (--run)")
+    name = config.data if config.data in named_sets else Path(os.path.realpath(config.data)).name
+    if not name: raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
     return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
 @contextmanager
@@ -130,13 +130,15 @@ def _train(config, run, tensorboard=False, shard=False):
         if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
-    if state.stopped_by: print(f"stopped by {state.stopped_by} at step {state.step}; continue with: diffnb resume {shlex.quote(str(run))}")
-    else: print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: diffnb sample {shlex.quote(str(run))}")
+    if state.stopped_by:
+        print(f"stopped by {state.stopped_by} at step {state.step}; continue with: {as_command('resume', run)}")
+    else:
+        print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: {as_command('sample', run)}")
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
            epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
-           data: str | None = None,     # where the images are now, if their folder was moved; their contents are compared
+           data: str | None = None,     # where the folder of images is now, if it was moved; contents are compared
            data_root: str | None = None, # where downloads are kept now; default: as when it was begun
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
@@ -146,7 +148,8 @@ def resume(run: Run,                    # a run folder
     given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
     config = replace(read_config(run)["config"], **{k: v for k, v in given.items() if v is not None})
     if config.data not in named_sets and not Path(config.data).is_dir():
-        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: diffnb resume {shlex.quote(str(run))} --data FOLDER")
+        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: "
+                          f"{as_command('resume', run)} --data FOLDER")
     return _train(config, run, tensorboard, shard)
 
 # %% ../nbs/tools/cli.ipynb #c011
@@ -158,8 +161,9 @@ def _labels(class_, classes, n):
     if not classes: return None
     if class_ is None: return torch.arange(n) % len(classes)
     if class_ in classes: return torch.full((n,), classes.index(class_))
-    if class_.isdigit() and int(class_) < len(classes): return torch.full((n,), int(class_))
-    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)} (or a number from 0 to {len(classes) - 1})")
+    numbers = [] if any(name.isdecimal() for name in classes) else list(map(str, range(len(classes)))) # a class called 7 is not the seventh
+    if class_ in numbers: return torch.full((n,), numbers.index(class_))
+    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)}" + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
@@ -178,20 +182,19 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ):
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
-    if n < 1 or batch_size < 1: raise DiffnbError(f"--n {n} and --batch-size {batch_size} must be at least 1")
+    check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
     if eta and sampler != "ddim": raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
     with _ranks(device) as ranks:                                   # before the model is loaded: each rank has a device of its own
+        out = check_place((run if run.is_dir() else Path()) / "samples.png" if out is None else out, (".png", ".npz"))
         m = load_model(run, device=device, weights=weights)
-        m.schedule.timesteps(steps, spacing)                        # refuse impossible steps before anything is written
-        if guidance != 1 and m.classes and not m.config.label_dropout:
-            raise DiffnbError(f"--guidance {guidance}: this model never saw a withheld label (label_dropout was 0), so there is nothing to guide away from")
+        check_sampling(m.schedule, steps=steps, spacing=spacing)    # refuse what cannot work before anything is written
+        guide = guidance_for(m, guidance)
         settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
                         steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
-                        **({"guide": partial(guided, w=guidance)} if guidance != 1 else {}))
+                        **({"guide": guide} if guide else {}))
         settings["precision"] = pick_precision(precision, pick_device(device), m.config)
         if compile: m.model.compile()
-        out = out or (run if run.is_dir() else Path()) / "samples.png"
-        if out.suffix != ".png": sample_to(out, m.model, m.schedule, m.shape, n, ranks=ranks, **settings)
+        if out.suffix.lower() != ".png": sample_to(out, m.model, m.schedule, m.shape, n, classes=m.classes, ranks=ranks, **settings)
         elif not ranks.rank:                                           # one grid is soon made: not worth sharing
             images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
             save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
@@ -221,19 +224,19 @@ def _rows(run):
 
 def _progress(run, config, plans, images):
     "Lines: how far, by which plan, in which state, and the last row."
-    (m, why), total, saved = _rows(run), total_steps(config, images), [int(p.stem[5:]) for p in checkpoints(run)]
-    last = saved[-1] if saved else 0
-    done = max(last, int(m["step"][-1]) if m else 0)
+    (m, why), total, last = _rows(run), total_steps(config, images), reached(run)[0]
+    done, seen = max(last, int(m["step"][-1]) if m else 0), config.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
-    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * config.batch_size:,} images seen{minutes}"
+    yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * seen:,} images seen{minutes}"
     if plans[1:]: yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
-    who, words = training_now(run), shlex.join(["diffnb", "resume", str(run)])
+    who, resume = training_now(run), as_command("resume", run)
     if who: yield f"state        running ({who})"
     elif last == total: yield "state        finished"
-    elif last > total: yield f"state        past the end of its plan: {words} --epochs N, with N above {last * config.batch_size / images:.4g}, goes on"
-    else: yield f"state        interrupted: {words} continues it from step {last:,}"
-    if m: yield f"last row     loss {m['loss'][-1]:.4f}, gradient norm {m['grad_norm'][-1]:.3f}, lr {m['lr'][-1]:.2e}, {m['images_per_s'][-1]:.0f} images/s"
-    else: yield f"rows         {why}"
+    elif last < total: yield f"state        interrupted: {resume} continues it from step {last:,}"
+    else: yield f"state        past the end of its plan: {resume} --epochs N, with N above {last * seen / images:.4g}, goes on"
+    if not m: yield f"rows         {why}"
+    else: yield "last row     loss {:.4f}, gradient norm {:.3f}, lr {:.2e}, {:.0f} images/s".format(
+        *(m[k][-1] for k in ("loss", "grad_norm", "lr", "images_per_s")))
 
 
 # %% ../nbs/tools/cli.ipynb #c015
@@ -257,9 +260,10 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
 
 def doctor(run: Run,          # a run folder, finished or still training
            deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
-           out: Path | None = None # where the report goes; default: the run folder
+           out: Path | None = None # the folder for the report; default: the run folder
           ):
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
+    if out is not None: out = check_place(out)
     report = examine(run, deep)
     print(report.summary)
     print(report.write(out))
@@ -268,12 +272,13 @@ def doctor(run: Run,          # a run folder, finished or still training
 # %% ../nbs/tools/cli.ipynb #c017
 def export(run: Run,                         # a run folder, checkpoint, weights file or embedded model
            to: Literal["diffusers"] = "diffusers", # the format
-           out: Path | None = None           # folder to write; default: diffusers in RUN, or here
+           out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
           ):
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
     flow model one whose README.md has the lines that sample it."""
+    out = check_place((run if run.is_dir() else Path()) / "diffusers" if out is None else out)
+    if Path.cwd().is_relative_to(out.resolve()): raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
     m = load_model(run, device="cpu")
-    out = out or (run if run.is_dir() else Path()) / "diffusers"
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
     if m.classes and not m.schedule.straight: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)

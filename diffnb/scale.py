@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/09_scale.ipynb #c006
 from .data import DiffnbError
 from .schedule import make_schedule
-from .train import Alone, Batch, make_optimizer, moments_of, new_state, pick_device, ready, resolve, total_steps, train_steps, training_memory
+from .train import (Alone, Batch, make_optimizer, moments_of, new_state, pick_device, ready, resolve, total_steps, train_steps,
+                          training_memory)
 from .unet import Attention, ResBlock, UNet, count_parameters
 
 # %% ../nbs/09_scale.ipynb #c009

@@ -7,11 +7,13 @@ __all__ = ['PRESETS', 'Batch', 'BINS', 'columns', 'MOST_JSON', 'MOMENTS', 'free_
            'read_metrics', 'plot_metrics', 'strict_json', 'write_tensors', 'read_tensors', 'orthogonalize',
            'hidden_matrices', 'Muon', 'make_optimizer', 'moments_of', 'make_averages', 'TrainState', 'load_weights',
            'train_steps', 'kept_bytes', 'training_memory', 'recompute', 'new_state', 'ready', 'resolve', 'total_steps',
-           'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'training_now', 'as_options', 'sample_grid',
-           'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained', 'save_weights', 'load_model']
+           'checkpoints', 'last_checkpoint', 'read_config', 'make_config', 'training_now', 'as_options', 'as_command',
+           'reached', 'sample_grid', 'TrainingStopped', 'train', 'live_curves', 'to_tensorboard', 'Trained',
+           'save_weights', 'load_model']
 
 # %% ../nbs/04_train.ipynb #c004
-import copy, csv, errno, hashlib, io, json, math, os, platform, re, shlex, shutil, signal, threading, time, unicodedata, warnings
+import copy, csv, errno, hashlib, io, json, math, os, platform, re, shlex, shutil, signal, threading, time, unicodedata
+import warnings
 from collections import deque, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,8 +34,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/04_train.ipynb #c006
 from . import __version__
-from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, named_sets, save_grid, show_images, to_float,
-                         to_uint8, write_whole)
+from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, named_sets, save_grid,
+                         show_images, to_float, to_uint8, write_whole)
 from .schedule import NoiseSchedule, gaussian_loss_floor, image_spectrum, linear_schedule, make_schedule
 from .unet import Attention, ResBlock, UNet, count_parameters
 
@@ -173,7 +175,8 @@ def _fits(value, kind): # is `value` of the annotated type? A whole number passe
 def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
     if not name.strip(): return "there is nothing to read in it"
     if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
-        return f"{odd!a} in it cannot be " + ("encoded: names must be valid UTF-8" if "\ud800" <= odd <= "\udfff" else "shown on one line")
+        surrogate = "\ud800" <= odd <= "\udfff"
+        return f"{odd!a} in it cannot be " + ("encoded: names must be valid UTF-8" if surrogate else "shown on one line")
     if len(name) > 1000: return f"its {len(name):,} characters are more than 1,000"
 
 def check_config(config, # TrainConfig
@@ -227,7 +230,7 @@ def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(d for d in there if there[d]))
     kind, _, index = str(name).partition(":")
-    if not there.get(kind) or index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
+    if not there.get(kind) or index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise DiffnbError(f"device {name!r} is not available here: choose {', '.join(d for d in there if there[d])}, or auto")
     return torch.device(name)
 
@@ -345,7 +348,8 @@ def read_metrics(run, # a run folder
         names = head.split(",")
         rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]    # the last line ends in \n, or is cut
         values = np.array(rows, dtype=np.float64).reshape(-1, len(names))
-        if missing := [c for c in columns[:-1] if c not in names]: raise ValueError(f"it has no column {missing[0]}")  # version 0.1 had not the last
+        missing = [c for c in columns[:-1] if c not in names]            # version 0.1 did not have the last
+        if missing: raise ValueError(f"it has no column {missing[0]}")
         if len(set(names)) < len(names): raise ValueError("two of its columns have one name")
         steps = values[:, names.index("step")]
         if not ((steps >= 0) & (steps < 2**53)).all(): raise ValueError("a step in it is not a number of steps")
@@ -428,6 +432,8 @@ def read_tensors(path, # a file written by write_tensors
         problem = "its checksum does not match its contents"
     except KeyError: problem = "it was not written by diffnb"
     except (safetensors.SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as e: problem = str(e)[:300]
+    if path.suffix.lower() != ".safetensors":
+        raise DiffnbError(f"{path} holds no model that can be read ({problem}): give a run folder, or a .safetensors file that diffnb wrote")
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
 # %% ../nbs/04_train.ipynb #c057b
@@ -667,17 +673,21 @@ def resolve(config, # TrainConfig
     with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
-def total_steps(config, images): # TrainConfig, images in the data set -> optimiser steps of the whole run
+def total_steps(config, # TrainConfig
+                images, # in the data set
+               ):       # int
+    "Optimiser steps of the whole run; a last step that is begun counts."
     return math.ceil(config.epochs * images / config.batch_size)
 
 def _check_names(classes):
-    "Raises DiffnbError naming the first class whose name could not be written and read back, or is the same as another's."
+    "Raises DiffnbError for a class name that could not be written and read back, or is the same as another's."
     if bad := next((c for c in classes if _unwritable(c)), None):
         raise DiffnbError(f"the class name {bad!a:.200} cannot be kept: {_unwritable(bad)}. Rename its folder")
-    seen = {}                                                       # é is one character or two, depending on the system that wrote the name
+    seen = {}                                                            # some systems write é as one character, some as two
     for name in classes:
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
-            raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: rename or merge their folders")
+            raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: "
+                              "rename or merge their folders")
 
 
 # %% ../nbs/04_train.ipynb #c082
@@ -696,7 +706,7 @@ def last_checkpoint(run,             # a run folder
     for path in reversed(paths):
         try: found = _checked(path, *read_tensors(path), model)
         except DiffnbError as e:
-            if path not in checkpoints(run): return last_checkpoint(run, model, set_aside)     # rotated away just now: there are newer ones
+            if path not in checkpoints(run): return last_checkpoint(run, model, set_aside)   # just rotated away: look again
             passed[path] = e; warnings.warn(f"{e}. It is passed over")
         else:
             for p in passed if set_aside else (): p.replace(p.with_suffix(".damaged"))
@@ -722,10 +732,14 @@ def _names(classes): # class names as a tuple
     if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes): raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     return tuple(classes)
 
-def _where(data, facts): # the folder of images, also when its name was relative to another working directory
+def _where(data, facts): # the folder of images, also if its name was relative to another working directory
     folder = facts.get("folder")
-    if not isinstance(folder, str) or not Path(folder).is_dir() or Path(data).is_dir() and Path(data).samefile(folder): return data
-    return folder
+    if not isinstance(folder, str) or not Path(folder).is_dir(): return data
+    return data if Path(data).is_dir() and Path(data).samefile(folder) else folder
+
+def _check_plans(plans): # what config.json says of them
+    good = lambda p: p.keys() == {"epochs", "step"} and all(type(v) in (int, float) for v in p.values())
+    if not isinstance(plans, list) or not all(map(good, plans)): raise ValueError(f"plans are {plans!r:.60}, not epochs and step of each")
 
 def read_config(run, # a run folder
                ):    # dict: config, model, data, plans, diffnb, torch, device
@@ -740,12 +754,12 @@ def read_config(run, # a run folder
             if type(v) is not kind or kind is int and not 0 < v < 2**53: raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
-        facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # versions before 0.2 did not write it
-        if type(facts["plans"]) is not list or any(p.keys() != {"epochs", "step"} or not all(type(v) in (int, float) for v in p.values()) for p in facts["plans"]):
-            raise ValueError(f"plans are {facts['plans']!r:.60}, expected epochs and step of each")
+        facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # version 0.1 did not write it
+        _check_plans(facts["plans"])
         facts["model"] = _whole(facts["model"])
         with torch.device("meta"): UNet(**facts["model"])                # can be built; allocates nothing
-        return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": replace(config, data=_where(config.data, facts["data"]))}
+        config = replace(config, data=_where(config.data, facts["data"]))
+        return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
@@ -777,20 +791,26 @@ def training_now(run, # a run folder
     except (OSError, ValueError): return None
 
 def _check_place(run, data):
-    "Raises DiffnbError if the folder `run` is something else, has a name that cannot be written, or lies in the folder of images `data`."
-    if wrong := _unwritable(str(run)): raise DiffnbError(f"a run cannot be kept in {str(run)!a:.200}: {wrong}. Choose another name (--run)")
+    "Raises DiffnbError if `run` is something else, has a name that cannot be written, or lies among the images of `data`."
+    if wrong := _unwritable(str(run)):
+        raise DiffnbError(f"a run cannot be kept in {str(run)!a:.200}: {wrong}. Choose another name (--run)")
     ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
-    other = not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()) if run.exists() else False
-    if (run / "config.json").exists(): return                            # asked last: another process may be writing it
+    try:
+        other = run.exists() and (not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()))
+        if (run / "config.json").exists(): return                        # asked last: another process may be writing it
+        folder, here = data not in named_sets and Path(data).is_dir() and os.path.realpath(data), Path(os.path.realpath(run))
+    except OSError as e: raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
     if other: raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
-    if data not in named_sets and Path(data).is_dir() and Path(data).resolve() in (run.resolve(), *run.resolve().parents):
-        raise DiffnbError(f"{run} lies in the images of {data}, where its pictures would be taken for data: choose a folder outside (--run)")
+    if folder and Path(folder) in (here, *here.parents):
+        raise DiffnbError(f"{run} lies among the images of {data}, where its pictures would be taken for data: "
+                          "choose a folder outside (--run)")
 
 @contextmanager
 def _alone_in(run):
     "Make the folder if need be, and hold its lock. Raises DiffnbError if another process trains in it."
     try: run.mkdir(parents=True, exist_ok=True); file = open(run / ".lock", "a+", encoding="utf-8")
-    except OSError as e: raise DiffnbError(f"cannot write {run}: {e.strerror or e}. Choose a folder you may write to (--run)") from e
+    except OSError as e:
+        raise DiffnbError(f"cannot write {run}: {e.strerror or e}. Choose a folder you may write to (--run)") from e
     with file:
         for wait in (0, 0.1, 0.3, None):                                 # `diffnb info` may hold it for a moment
             if (held := _grip(file)) is not False: break
@@ -807,7 +827,7 @@ def _alone_in(run):
 
 # %% ../nbs/04_train.ipynb #c091
 free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every", "sample_steps",
-                  "checkpoint_every", "keep", "log_every", "data", "data_root", "data_url", "on_broken"} # the images themselves are compared
+                  "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def as_options(config, # TrainConfig
                names,  # settings
@@ -816,12 +836,19 @@ def as_options(config, # TrainConfig
     words = lambda v: map(str, v) if isinstance(v, tuple) else [str(v)]
     return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(getattr(config, k)))]
 
+def as_command(name,   # of one of diffnb's commands
+               *words, # its arguments
+              ):       # str
+    "A command as a shell takes it, odd names quoted."
+    return shlex.join(["diffnb", name, *map(str, words)])
+
 def _same_settings(run, old, config):
-    changed = [f.name for f in fields(config) if f.name not in free_to_change and getattr(config, f.name) != getattr(old, f.name)]
+    free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
+    changed = [f.name for f in fields(config) if f.name not in free and getattr(config, f.name) != getattr(old, f.name)]
     if not changed: return
     both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
-    raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: {shlex.join(as_options(old, changed))}; "
-                      "to start anew, another folder (--run)")
+    raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: "
+                      f"{shlex.join(as_options(old, changed))}; to start anew, another folder (--run)")
 
 def _same_data(run, was, data): # was: what config.json says of the images
     now = _describe(data)
@@ -829,18 +856,20 @@ def _same_data(run, was, data): # was: what config.json says of the images
     if (was["images"], was["classes"]) != (now["images"], now["classes"]):
         what = f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
     elif was.get("class_counts") not in (None, now["class_counts"]):
-        what = "; ".join(f"{a} images of {c}, now {b}" for c, a, b in zip(was["classes"], was["class_counts"], now["class_counts"]) if a != b)
+        pairs = zip(was["classes"], was["class_counts"], now["class_counts"])
+        what = "; ".join(f"{a} images of {c}, now {b}" for c, a, b in pairs if a != b)
     else: what = f"as many images of the same classes, but with other contents than those in {data.name}"
-    raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: diffnb resume {shlex.quote(str(run))} "
-                      "--data FOLDER), or train in another folder (--run)")
+    raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: "
+                      f"{as_command('resume', run)} --data FOLDER), or train in another folder (--run)")
 
 def _describe(data): # ImageData -> what config.json says of it
-    counts = torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist() if data.labels is not None else None
-    folder = None if data.name in named_sets else str(Path(data.name).resolve())
-    return {"name": data.name, "folder": folder, "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
+    counts = None if data.labels is None else torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist()
+    return {"name": data.name, "folder": None if data.name in named_sets else os.path.realpath(data.name),
+            "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
             "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
 
-def _reached(run): # (steps, epochs planned then) of the newest checkpoint that says so; (0, None) without any
+def reached(run): # a run folder -> (steps, epochs planned then) of its newest checkpoint; (0, None) without any
+    "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
     for path in reversed(checkpoints(run)):
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
@@ -849,15 +878,22 @@ def _reached(run): # (steps, epochs planned then) of the newest checkpoint that 
     return 0, None
 
 def _plans(run, old, config, images):
-    "The plans of a run so far, the present one last: epochs, and from which step on. Raises DiffnbError if the run is past the end of this one."
-    step, then = _reached(run)
-    over = lambda epochs: (total := total_steps(replace(config, epochs=epochs), images)) < step or total == step and epochs != then
+    """The plans of a run so far, the present one last: how many epochs, and from which step on.
+    Raises DiffnbError if the run is past the end of the present one."""
+    step, then = reached(run)
+    def over(epochs):
+        total = total_steps(replace(config, epochs=epochs), images)
+        return total < step or total == step and epochs != then          # what was made under another plan is not the end of this
     if over(config.epochs):
         kept = [e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)]
-        how = f"to keep the plan of {kept[0]:g} epochs: diffnb resume {shlex.quote(str(run))} --epochs {kept[0]:g}" if kept else "ask for more"
+        how = f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}" if kept else ""
         raise DiffnbError(f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another plan: "
-                          f"with --epochs {config.epochs:g} it would be called finished, and is not. It can be extended, or, {how}")
+                          f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
     return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
+
+def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
+    for pattern in (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*"):
+        for left in run.glob(pattern + ".partial"): left.unlink(missing_ok=True)
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
@@ -872,8 +908,7 @@ def _open_run(run, config, data, net):
                                   "is it the same data?")
         plans = _plans(run, old, config, len(data))
         _rows(run)                                                       # raises where they could not be continued
-        ours = (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*")           # others may be writing beside them
-        for left in (p for pattern in ours for p in run.glob(pattern + ".partial")): left.unlink(missing_ok=True) # of a process that was killed
+        _sweep(run)
     text = json.dumps({"config": asdict(config), "model": net, "plans": plans, "diffnb": __version__, "torch": torch.__version__,
                        "device": str(pick_device(config.device)), "data": _describe(data)}, indent=1)
     try: strict_json(text.encode())
@@ -987,14 +1022,17 @@ def _what_stays(run):
         cause = e if isinstance(e, OSError) else e.__cause__
         if not isinstance(cause, OSError): raise
         if not (run / "config.json").exists() and cause.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise DiffnbError(f"{run} is gone: it was moved or removed while a run trained in it. The run stops. Where it is now, its last "
-                              "checkpoint is whole: diffnb resume goes on from it") from cause
+            raise DiffnbError(f"{run} is gone: it was moved or removed while a run trained in it. The run stops. "
+                              "Where it is now, its last checkpoint is whole: diffnb resume goes on from it") from cause
         names = ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENODEV")
         if cause.errno not in {getattr(errno, n, None) for n in names}: raise
-        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: diffnb resume {shlex.quote(str(run))}") from cause
+        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: "
+                          f"{as_command('resume', run)}") from cause
+
 
 # %% ../nbs/04_train.ipynb #c105
-def _change_of_plan(config, data, meta, step, total, run="RUN"): # -> what a new length does to the learning rate, in words; "" if it is the old one
+def _change_of_plan(config, data, meta, step, total, run="RUN"):
+    "What a new length does to the learning rate, in words, and the way back; nothing if it is the old one."
     epochs = meta["config"]["epochs"]
     before = total_steps(replace(config, epochs=epochs), len(data))
     if before == total: return ""
@@ -1003,8 +1041,9 @@ def _change_of_plan(config, data, meta, step, total, run="RUN"): # -> what a new
     same = all(math.isclose(rate(s, before), rate(s, total)) for s in (*range(0, step, max(1, step // 100)), step))
     return (f"; planned before: {before} steps. The learning rate goes on at {new:.2g}, where the old plan had {old:.2g}" +
             (f": as if the {'longer' if total > before else 'shorter'} run had been planned from the start" if same else
-             ": it jumps, because the old plan was further down" if new > old else ": it drops at once, because less is left to do") +
-            (f". Back to the old plan: diffnb resume {shlex.quote(str(run))} --epochs {epochs:g}" if before > step else ""))
+             ": it jumps, because the old plan was further down" if new > old else
+             ": it drops at once, because less is left to do") +
+            (f". Back to the old plan: {as_command('resume', run, '--epochs', f'{epochs:g}')}" if before > step else ""))
 
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
@@ -1017,7 +1056,9 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
         if ranks.rank: # the half-filled row, and the time spent by all, are counted once, by rank 0
             state.meter.sums[:2 * BINS] = 0
             state.processor_seconds = 0.0
-        if progress: print(f"continuing {run} at step {state.step} of {total}{_change_of_plan(config, data, meta, state.step, total, run)}")
+        if progress:
+            change = _change_of_plan(config, data, meta, state.step, total, run)
+            print(f"continuing {run} at step {state.step} of {total}{change}")
     network = ready(state, device, ranks)
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
     watch = _Watch(run, before)
@@ -1164,7 +1205,8 @@ def load_model(source,        # run folder, checkpoint or weights file, or the n
         names = ", ".join(sorted(p.stem for p in embedded.parent.glob("*.safetensors")))
         raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {names}")
     try:
-        config, net, step, classes = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"], _names(meta["data"]["classes"])
+        config, net, step = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"]
+        classes = _names(meta["data"]["classes"])
         if type(step) is not int or not 0 <= step < 2**53: raise ValueError(f"step is {step!r:.40}")
         with torch.device("meta"): model = UNet(**net)                   # compare names and shapes before allocating anything
     except (KeyError, TypeError, ValueError) as e: raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e

@@ -269,7 +269,7 @@ def test_a_run_is_not_kept_among_its_images(here, monkeypatch):
     assert sorted(p.name for p in Path("set").iterdir()) == ["cat", "dog"]
     monkeypatch.chdir("set")
     code, said = shell("train", "--data", ".", *TINY, "--epochs", 1)
-    assert code == 1 and "runs/set-8 lies in the images of ." in said and not Path("runs").exists()
+    assert code == 1 and "runs/set-8 lies among the images of ." in said and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("data, run", [("..", "runs/pictures-8"), ("../", "runs/pictures-8"), ("../../pictures", "runs/pictures-8"), ("digits", "runs/digits-8")])
@@ -286,6 +286,14 @@ def test_a_file_is_not_a_run(here, command):
     for run in ("file", "file/sub"):
         code, said = train_in(run) if command == "train" else shell(command, run)
         assert code == 1 and run in said and "Traceback" not in said and Path("file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("run", ["x" * 300, "x" * 300 + "/y", "loop", "loop/y", "dangling"])
+def test_a_place_that_cannot_be(here, run):
+    Path("loop").symlink_to("loop"); Path("dangling").symlink_to("nowhere")
+    code, said = train_in(run)
+    assert code == 1 and said.splitlines()[-1].startswith("diffnb: cannot") and "disk full" not in said, said
+    for data in (run, f"{run}/z"): assert train_in("new", data=data)[0] == 1 and shell("train", "--data", data, *TINY)[0] == 1
 
 
 def test_the_folder_one_stands_in_may_be_a_run(here, monkeypatch):
@@ -329,6 +337,17 @@ def test_a_column_more_is_read(here):
 
 @pytest.mark.parametrize("where", ["nowhere", ".", "set", "run/checkpoints"])
 def test_info_where_no_run_is(here, where): assert shell("info", where) == (1, f"diffnb: {where} is not a run folder: it has no config.json\n")
+
+
+@pytest.mark.parametrize("step", [3, 999])
+@pytest.mark.parametrize("harm", [lambda data: b"", lambda data: data[:-9], lambda data: data[:20]])
+def test_a_last_checkpoint_that_cannot_be_used_finishes_nothing(here, step, harm):
+    path = checkpoints("run")[-1]
+    path.with_name(f"step_{step:09d}.safetensors").write_bytes(harm(path.read_bytes()))
+    said = shell("info", "run")[1]
+    assert ("continues it from step 2" if step == 3 else "finished") in said and "past the end" not in said
+    code, said = shell("resume", "run")
+    assert code == 0 and f"at step {2 if step == 3 else 3} of 3" in said and "state        finished" in shell("info", "run")[1]
 
 
 @pytest.mark.parametrize("plans", [[], {}, [1], [{"epochs": 1}], [{"epochs": "1", "step": 0}], [{"epochs": None, "step": 0}], "x", 3, [[]]])
@@ -394,6 +413,21 @@ def test_readers_while_it_trains(here):
     config = replace(read_config("run")["config"], keep=1)
     assert train(config, "new", sampler=ddim, on_log=look, progress=False).step == 3
     assert len(told) >= 3 and all(f"running (process {os.getpid()}" in said for said in told)
+
+
+def test_a_reader_that_loads_without_a_pause(here):
+    "Against a training that keeps one checkpoint and writes one a step."
+    config, told = replace(read_config("run")["config"], keep=1, epochs=30.0), []
+    def go():
+        try: told.append(train(config, "new", progress=False).step)
+        except BaseException as e: told.append(e)
+    trainer, steps = threading.Thread(target=go), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.start()
+        while trainer.is_alive():
+            if checkpoints("new"): steps.append(load_model("new").step); read_metrics("new"); T.training_now("new")
+    assert told == [45] and steps == sorted(steps) and len(set(steps)) > 5, (told, steps)
 
 
 def test_a_run_that_is_moved_while_it_trains(here):
