@@ -340,13 +340,14 @@ def _without_preset(args):
     changed = [f.name for f in fields(TrainConfig) if getattr(preset, f.name) != getattr(usual, f.name)]
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
-def _no_empty(args): # Path("") would be the folder one stands in
-    def valueless(a): return a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="  # tyro says more there
-    if any(not a or valueless(a) for a in args):
+def _check_arguments(args):
+    "Raises DiffnbError for what no command can take; exit code 2, and the nearest name, for a command that does not exist."
+    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="    # of that tyro knows more to say
+    if any(not a or valueless(a) for a in args):                             # Path("") would be the folder one stands in
         raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
-
-def _check_command(args):
-    "Exit code 2, and the nearest name, for a command that does not exist."
+    if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
+        raise DiffnbError(f"{os.fsencode(odd[0])!r:.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
+    if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
     if not args or args[0].startswith("-") or args[0] in commands: return
     near = difflib.get_close_matches(args[0], commands, 1)
     print(f"diffnb: there is no command {args[0]!r}" + (f"; did you mean {near[0]}?" if near else ".") + f" Commands: {', '.join(commands)}", file=sys.stderr)
@@ -358,8 +359,7 @@ def _run(args):
         print(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
         return 0
     try:
-        _check_command(args)
-        _no_empty(args)
+        _check_arguments(args)
         return tyro.extras.subcommand_cli_from_dict(
             {name: _command(f) for name, f in commands.items()}, args=_without_preset(args), prog="diffnb", config=(tyro.conf.OmitArgPrefixes,),
             description="Train, sample, measure and examine diffusion models. diffnb --version says which version this is.") or 0

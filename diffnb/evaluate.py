@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
-from .data import DiffnbError, ImageData, addressed, load_data, named_sets, resize, save_grid, to_float, to_uint8, write_whole
+from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes, named_sets, resize,
+                         save_grid, shown, split_folders, to_float, to_uint8, write_whole)
 from .guide import guided
 from .sample import ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
@@ -478,43 +479,57 @@ def panel(e, # Evaluation
     return fig
 
 # %% ../nbs/07_evaluate.ipynb #c096
-def read_images(source, # a folder of PNGs of one size, or an .npz with arr_0 uint8 (N, H, W, C) and perhaps arr_1, labels
+def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class names)
+    "What an .npz holds. Labels are numbers, or strings that are names; `classes`, if it is there, are the names of numbers."
+    try:
+        with np.load(path, allow_pickle=False) as file: images, labels, names = file["arr_0"], *(file.get(k) for k in ("arr_1", "classes"))
+    except Exception as e: raise DiffnbError(f"{shown(path)} is not an .npz with the images in arr_0 ({e})") from e # they raise a dozen kinds
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        raise DiffnbError(f"arr_0 of {shown(path)} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
+    if labels is None: return images, None, ()
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
+        raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, whole numbers or names")
+    if labels.dtype.kind == "S": labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "U": names, labels = np.unique(labels, return_inverse=True)
+    if labels.min() < 0: raise DiffnbError(f"arr_1 of {shown(path)} has the label {labels.min()}: labels count from 0")
+    names = () if names is None else tuple(map(str, np.atleast_1d(names).tolist()))
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return images, match_classes(labels, names, names, shown(path)) if names else labels, names
+
+def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 (N, H, W, C), perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
-               ):       # (uint8 (N, C, H, W), labels int64 (N,) or None)
-    "Images to be scored, byte for byte. Raises DiffnbError for other files, mixed sizes, or fewer than n."
-    source, labels = Path(source), None
-    if source.suffix == ".npz":
-        try:
-            with np.load(source, allow_pickle=False) as file: images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as e: raise DiffnbError(f"{source} is not an .npz with the images in arr_0 ({e})") from e
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise DiffnbError(f"arr_0 of {source} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
+               ):       # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
+    "Images to be scored, decoded as training images are. Raises DiffnbError for other files, mixed sizes, or fewer than n."
+    source, labels, names = Path(source), None, ()
+    if source.suffix.lower() == ".npz": images, labels, names = _read_npz(source)
     else:
-        paths = sorted(p for p in source.rglob("*.png") if not p.name.startswith("."))[:n]
-        if not paths: raise DiffnbError(f"no PNGs in {source}: give a run folder, a folder of PNGs (not JPEGs, they change the score), or an .npz")
-        images = []
-        for path in paths:
-            try:
-                with Image.open(path) as im: images.append(np.atleast_3d(np.asarray(im if im.mode in ("L", "RGB") else im.convert("RGB"))))
-            except (OSError, SyntaxError) as e: raise DiffnbError(f"{path} cannot be read ({e}): remove it, or make it again") from e
-            if images[-1].shape != images[0].shape: raise DiffnbError(f"{path} is {images[-1].shape}, {paths[0].name} is {images[0].shape}: images of one size are needed")
-        images = np.stack(images)
-    if n and len(images) < n: raise DiffnbError(f"{source} has {len(images)} images, and n={n} were asked for")
-    return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else torch.from_numpy(labels[:n]).long()
+        listing = list_images(source, formats=("PNG",), generated=True)
+        if not listing.taken:
+            raise DiffnbError(f"no PNGs in {listing}. Give a run folder, a folder of PNGs (not JPEGs, they change the score), or an .npz")
+        if split_folders(listing): raise DiffnbError(f"{listing} has splits, {', '.join(split_folders(listing).values())}: give one of them")
+        if any(p.name != "samples.json" for paths in listing.left.values() for p in paths): print(listing)
+        images = [decode(path, formats=("PNG",)).transpose(1, 2, 0) for path in listing.taken[:n]]
+        for path, image in zip(listing.taken, images):
+            if image.shape[:2] != images[0].shape[:2]:
+                raise DiffnbError(f"{shown(path)} is {image.shape[:2]}, {listing.taken[0].name} is {images[0].shape[:2]}: images of one size are needed")
+        channels = max(image.shape[2] for image in images)       # a grey image among colours has three equal channels
+        images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
+    if n and len(images) < n: raise DiffnbError(f"{shown(source)} has {len(images)} images, and n={n} were asked for")
+    return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), None if labels is None else labels[:n], names
 
 # %% ../nbs/07_evaluate.ipynb #c097
-def _real(reference, like, filter="bicubic", root=None):
+def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
     "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
     if isinstance(reference, ImageData): return reference, None, ""
-    if str(reference).endswith(".npz"):
-        images, labels = read_images(reference)
-        return ImageData(images, labels, native_size=images.shape[-1], size=images.shape[-1], name=Path(reference).name), None, ""
-    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1])
+    if str(reference).lower().endswith(".npz"):
+        images, labels, names = read_images(reference)
+        return ImageData(images, labels, names, native_size=images.shape[-1], size=images.shape[-1], name=Path(reference).name), None, ""
+    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1], on_broken=on_broken,
+                   generated=True)
     train = load()
     try: held_out = load(split="test")
-    except DiffnbError: held_out = None                                               # a folder without a test split
-    known = str(reference) in named_sets or (Path(reference) / "train").is_dir()
-    return replace(train, name=Path(reference).name), held_out, "train" if known else ""
+    except NoSplit: held_out = None
+    return replace(train, name=Path(reference).name), held_out, train.split
 
 def grid_beside(real,      # ImageData
                 generated, # uint8 (N, C, H, W)
@@ -546,19 +561,21 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     Raises DiffnbError, before sampling starts, if data or feature network are missing."""
     source, device = Path(source), pick_device(device)
     is_run = (source / "config.json").is_file()
-    is_files = not is_run and (source.is_dir() or source.suffix == ".npz")
+    is_files = not is_run and (source.is_dir() or source.suffix.lower() == ".npz")
     out = Path(out) if out else source if is_run else source.with_name(f"{source.stem}.evaluation")
     facts, filter, batch_size = {"source": str(source)}, "bicubic", batch_size or (500 if device.type == "cuda" else 64)
     if is_files:
         if reference is None: raise DiffnbError(f"{source} is not a run folder, so say what to compare its images with: reference=... (command line: --reference)")
-        images, y = read_images(source, n)
+        images, y, names = read_images(source, n)
         like = images
     else:
         trained, n = load_model(source, device), n or 10_000
         like, config = torch.empty(1, *trained.shape), trained.config
         reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
-    real, held_out, split = _real(reference, like, filter, data_root)
+    real, held_out, split = _real(reference, like, filter, data_root, "stop" if is_files else config.on_broken)
+    if is_files and y is not None and real.classes: # names meet names; labels without names are positions in the reference's classes
+        y = match_classes(y, names or real.classes, real.classes, shown(source))
     if not isinstance(features, Features): features = make_features(features, real.name, device, weights)
     features = replace(features, ranks=ranks)
     if not is_files:
@@ -574,7 +591,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     if ranks.rank: return result
     write_whole(out / "evaluation.json", json.dumps({**facts, **result.facts()}, indent=1, ensure_ascii=False))
     fig, png = panel(result), io.BytesIO()
-    fig.savefig(png, format="png", dpi=130); plt.close(fig)
+    fig.savefig(png, format="png", dpi=130, metadata={"Software": "diffnb"}); plt.close(fig)
     write_whole(out / "panel.png", png.getvalue())
     grid_beside(real, images, None if y is None else y[:len(images)], out / "real_beside_generated.png")
     return result

@@ -6,6 +6,7 @@ __all__ = ['key_map', 'unet_from_diffusers', 'unet_to_diffusers', 'to_diffusers'
 # %% ../nbs/tools/interchange.ipynb #c003
 import json
 import os
+import re
 import shutil
 from math import gcd
 from pathlib import Path
@@ -74,7 +75,9 @@ _fixed = dict(  # and those that we do not, with the values that mean what our U
     center_input_sample=(False,), time_embedding_type=("positional",), time_embedding_dim=(None,),
     act_fn=("silu", "swish"), mid_block_type=("UNetMidBlock2D",), mid_block_scale_factor=(1,),
     downsample_type=("conv",), upsample_type=("conv",),
-    class_embed_type=(None,), num_train_timesteps=None)
+    class_embed_type=(None,), num_train_timesteps=None,
+    # how diffusers' EMAModel made an average: it writes that among the settings of the network
+    **dict.fromkeys(("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")))
 
 def _unsupported(name, value, why): return DiffnbError(f"unsupported setting {name}={value!r}: {why}")
 
@@ -139,7 +142,7 @@ def _load(model, theirs, flip):
                           f"{'no' if odd[0] in parts else 'unexpected'} tensor {odd[0]}"
                           + (f" (and {len(odd) - 1} more)." if len(odd) > 1 else "."))
     for k, p in parts.items():
-        if theirs[k].shape != p.shape or not theirs[k].is_floating_point() or not theirs[k].isfinite().all():
+        if theirs[k].shape != p.shape or not theirs[k].is_floating_point() or not theirs[k].float().isfinite().all():
             raise DiffnbError(f"tensor {k} is {theirs[k].dtype} of shape {tuple(theirs[k].shape)}: expected finite "
                               f"floats of shape {tuple(p.shape)}. The file is damaged, or belongs to other settings.")
     for k, p in parts.items():
@@ -260,13 +263,16 @@ def save_diffusers(model,            # our UNet
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one.")
     unet, scheduler = to_diffusers(model, schedule, prediction)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    place = folder.resolve()                                 # "." has no name of its own
+    part = (place if folder.exists() else place.parent) / f".{place.name}.{os.getpid()}.partial"
     try:
         if schedule.straight:
             for name, one in (("unet", unet), ("scheduler", scheduler)): one.save_pretrained(part / name)
             (part / "README.md").write_text(_how_to_sample(model, schedule), encoding="utf-8")
         else: _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
-        part.replace(folder)
+        if not folder.exists(): part.replace(place)
+        else:                                                # empty, and perhaps the shell's own: it stays, and is filled
+            for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"): p.replace(place / p.name)
     except OSError as e:
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
@@ -284,20 +290,76 @@ def _read_json(path):
     return values
 
 _old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in files of 2022
+_stem = "diffusion_pytorch_model"
 
-def _read_weights(folder):
+def _weight_files(folder):
+    "{variant: file or index of shards}, the variant None being the usual one. Raises DiffnbError where there are both."
+    files = {}
+    for p in sorted(folder.glob(f"{_stem}.*")):
+        if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name: files[m[1]] = p
+    for p in sorted(folder.glob(f"{_stem}.safetensors.index.*")):
+        variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors.")[1])
+        if variant is None: continue
+        shards = [s for s in _shards(p) if (folder / s).is_file()]
+        if variant[1] in files and shards:
+            raise DiffnbError(f"{folder} holds the weights twice, in {files[variant[1]].name} and in {len(shards)} shards "
+                              f"with {p.name}: remove the set that is out of date.")
+        if variant[1] not in files: files[variant[1]] = p
+    return files
+
+def _shards(index):
+    "{file name: names of its tensors} as an index of shards says; DiffnbError if it cannot be one."
+    named, files = _read_json(index).get("weight_map"), {}
+    if not isinstance(named, dict) or not named: raise DiffnbError(f"{index} has no weight_map: the file is damaged.")
+    for tensor, file in named.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise DiffnbError(f"{index}: {tensor} is said to be in {file!r}: expected a .safetensors file beside it.")
+        files.setdefault(file, set()).add(tensor)
+    return files
+
+def _load_whole(file):
+    "The tensors of one file, or of all shards of an index."
+    shards = _shards(file) if file.suffix == ".json" else {file.name: None}
+    if lost := [s for s in shards if not (file.parent / s).is_file()]:
+        raise DiffnbError(f"{file.parent}: of {len(shards)} shards {len(lost)} are missing: {', '.join(lost[:5])}. Copy them too.")
+    weights = {}
+    for name, tensors in shards.items():
+        try: part = load_file(file.parent / name)
+        except (OSError, SafetensorError) as e: raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again.") from e
+        if tensors is not None and part.keys() != tensors:
+            odd = sorted(part.keys() ^ tensors)[0]
+            raise DiffnbError(f"{name} and {file.name} disagree about {odd}: they belong to different models. Copy both again.")
+        weights |= part
+    return weights
+
+def _no_weights(folder):
+    "The error for a folder that has none we read: it names what is there."
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+    if pickles:
+        return DiffnbError(
+            f"{folder} has no {_stem}.safetensors, only {pickles[0]}, a pickle file, which can run code when it is loaded. If you "
+            "trust where it comes from, convert it in an environment of its own: "
+            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')")
+    others = sorted(p.name for p in folder.iterdir() if p.name != "config.json")
+    return DiffnbError(f"{folder} has no {_stem}.safetensors, nor an index of shards or a variant of it" + (
+        f"; what there is: {', '.join(others[:8])}. Rename the weights if they are among these." if others else
+        ". Copy the whole folder of the model."))
+
+def _read_weights(folder, variant=None, say=print):
     "The tensors of a saved model, from safetensors only, under today's names."
-    path = folder / "diffusion_pytorch_model.safetensors"
-    if not path.exists():
-        found = next((p.name for p in sorted(folder.glob("*.bin"))), None)
-        raise DiffnbError(f"{folder} has no {path.name}" + (
-            f", only {found}, a pickle file, which can run code when it is loaded. If you trust where it comes from, "
-            "convert it in an environment of its own: "
-            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')"
-            if found else ". Copy the whole folder of the model."))
-    try: weights = load_file(path)
-    except (OSError, SafetensorError) as e: raise DiffnbError(f"cannot read {path}: {e}. Copy it again.") from e
+    files = _weight_files(folder)
+    if variant not in files:
+        kinds = sorted(v for v in files if v)
+        if not files: raise _no_weights(folder)
+        if variant is not None or len(kinds) > 1:
+            raise DiffnbError(f"{folder} has no {'weights of ' + repr(variant) if variant else 'usual weights'}: "
+                              f"choose variant={' or '.join(map(repr, kinds))}" + (", or none." if None in files else "."))
+        variant = kinds[0]
+        say(f"{folder} has only weights of the variant {variant!r}, so these were read"
+            + (": half precision, rounded to three digits" if variant in ("fp16", "bf16") else ""))
+    weights = _load_whole(files[variant])
     return {".".join(_old_names.get(w, w) for w in k.split(".")): v for k, v in weights.items()}
+
 
 # %% ../nbs/tools/interchange.ipynb #c041
 _schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep"))
@@ -319,10 +381,32 @@ def _read_flow(config):
     shift = _number("shift", config.get("shift", 1.0), 1e-6, 1e6, float)
     return schedule if shift == 1 else schedule.shift(shift), "velocity"
 
-def _read_schedule(config):
+_describes = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+              "rescale_betas_zero_snr")  # the schedule itself
+_as_ours = dict(clip_sample_range=1, thresholding=False, set_alpha_to_one=True, steps_offset=0, use_karras_sigmas=False,
+                use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, final_sigmas_type="zero")
+_solver = ("dynamic_thresholding_ratio", "sample_max_value", "variance_type", "skip_prk_steps", "solver_order", "algorithm_type",
+           "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0", "disable_corrector", "solver_p",
+           "flow_shift", "use_dynamic_shifting", "time_shift_type", "sigma_min", "sigma_max", "shift_terminal", "use_flow_sigmas")
+
+def _say_sampling(config, say):
+    "Tells how diffusers would sample, where our samplers do otherwise unless they are told."
+    old = config["_class_name"] in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+    spacing = config.get("timestep_spacing", "leading" if old else "linspace")
+    clip = config.get("clip_sample", config["_class_name"] in ("DDPMScheduler", "DDIMScheduler"))
+    arguments = [f"spacing={spacing!r}"] * (spacing != "trailing") + ["clip=False"] * (not clip)
+    if arguments: say(f"its scheduler samples in another way than diffnb by default: give the sampler {', '.join(arguments)}")
+    unlike = [f"{k}={config[k]!r}" for k, ours in _as_ours.items() if k in config and config[k] != ours]
+    if unlike: say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
+    known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample"}
+    if new := sorted(k for k in config if not k.startswith("_") and k not in known):
+        say(f"settings of its scheduler that diffnb does not know, and ignored: {', '.join(new)}")
+
+def _read_schedule(config, say=print):
     "(NoiseSchedule, prediction) from a scheduler's settings."
     if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler": return _read_flow(config)
     _choice("_class_name", config.get("_class_name"), _schedulers)
+    if config.get("use_flow_sigmas"): raise _unsupported("use_flow_sigmas", True, "this solver walks a flow.")
     name = _choice("prediction_type", config.get("prediction_type", "epsilon"), tuple(_predictions.values()))
     T = _number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000)
     start = _number("beta_start", config.get("beta_start", 1e-4), 1e-12, 0.999, float)
@@ -338,21 +422,61 @@ def _read_schedule(config):
     if schedule.T != T: raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}.")
     if _choice("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (True, False)):
         schedule = schedule.zero_terminal_snr()
+    _say_sampling(config, say)
     return schedule, {v: k for k, v in _predictions.items()}[name]
 
 # %% ../nbs/tools/interchange.ipynb #c043
-def from_diffusers(path,            # a folder on this machine
-                   null_class=True, # see unet_from_diffusers
-                  ):                # (UNet, NoiseSchedule, prediction), the UNet on the CPU, in eval mode
-    "Reads a model saved by diffusers, without diffusers. DiffnbError for what is missing, damaged or unsupported."
-    path = Path(path)
-    folder = path / "unet" if (path / "unet").is_dir() else path
+_pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # one UNet, on pixels
+
+def _unet_folder(path, weights, say):
+    "Where the network's config.json is: in unet_ema or unet, or in `path` itself."
+    _choice("weights", weights, ("ema", "model"))
+    there = [d for d in ("unet_ema", "unet") if (path / d / "config.json").is_file()]
+    if weights == "model" and there == ["unet_ema"]: raise DiffnbError(f"{path} holds only the average, unet_ema: leave out weights='model'.")
+    if len(there) == 2:
+        there = there[weights == "model":]
+        say(f"of unet_ema (an average) and unet (the last weights) {there[0]} was read; weights={'model' if weights == 'ema' else 'ema'!r} reads the other")
+    folder = path / there[0] if there else path
     if not (folder / "config.json").is_file():
         raise DiffnbError(f"no model in {path}: expected a folder with config.json, or unet/config.json. A name on a "
                           "model hub is not enough: download the folder first.")
+    return folder
+
+def _roots(path):
+    "The folder, and for a part of a pipeline or a checkpoint of a training script those above it."
+    roots = [path.resolve()]
+    while roots[-1].name in ("unet", "unet_ema") or roots[-1].name.startswith("checkpoint-"): roots.append(roots[-1].parent)
+    return roots
+
+def _scheduler_settings(roots):
+    "What scheduler_config.json says, its class completed and compared by model_index.json; None if there is no such file."
+    files = [root / d / "scheduler_config.json" for root in roots for d in ("scheduler", ".")]
+    config = next((_read_json(f) for f in files if f.is_file()), None)
+    if (index := next((_read_json(f) for r in roots if (f := r / "model_index.json").is_file()), None)) is None: return config
+    if (name := index.get("_class_name")) not in _pipelines:
+        raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works on pixels.")
+    named = index.get("scheduler", [None, None])
+    named = named[-1] if isinstance(named, list) and named else named
+    if config is None or named is None: return config
+    config = {"_class_name": named, **config}
+    if config["_class_name"] != named:
+        raise DiffnbError(f"model_index.json names the scheduler {named!r}, and scheduler_config.json is of {config['_class_name']!r}: "
+                          "restore the one that belongs to this model.")
+    return config
+
+def from_diffusers(path,            # a folder on this machine
+                   null_class=True, # see unet_from_diffusers
+                   weights="ema",   # where there are both: "ema" reads unet_ema, "model" unet
+                   variant=None,    # of the weight files, e.g. "fp16"; None: the usual ones, or the only ones there are
+                   say=print,       # is told what had to be assumed, and what samplers must be told
+                  ):                # (UNet, NoiseSchedule, prediction), the UNet on the CPU, in eval mode
+    "Reads a model saved by diffusers, without diffusers. DiffnbError for what is missing, damaged or unsupported."
+    path = Path(path)
+    folder = _unet_folder(path, weights, say)
     config = _read_json(folder / "config.json")
     _choice("_class_name", config.get("_class_name", "UNet2DModel"), ("UNet2DModel",))
-    files = [path / d / "scheduler_config.json" for d in ("scheduler", ".")]
-    found = next((_read_json(f) for f in files if f.is_file()), None)
-    schedule, prediction = (linear_schedule(), "eps") if found is None else _read_schedule(found)
-    return _build(config, _read_weights(folder), null_class).eval(), schedule, prediction
+    if (found := _scheduler_settings(_roots(path))) is not None: schedule, prediction = _read_schedule(found, say)
+    else:
+        schedule, prediction = linear_schedule(), "eps"
+        say(f"no scheduler_config.json in {path}: assumed the schedule of Ho et al. 2020, linear with T = 1000, and a network that predicts eps")
+    return _build(config, _read_weights(folder, variant, say), null_class).eval(), schedule, prediction

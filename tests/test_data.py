@@ -1,5 +1,6 @@
 "Data: what needs damaged files, fake archives or real data sets, and so is not on the lesson's page."
-import functools, hashlib, http.server, os, pickle, shutil, subprocess, sys, tarfile, threading, zipfile
+import functools, hashlib, http.server, os, pickle, shutil, subprocess, sys, tarfile, threading, time, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
@@ -50,6 +51,15 @@ def test_cifar10_from_another_address(mirror, tmp_path):
     data = load_data("cifar10", root=tmp_path / "root", url=mirror)
     assert data.images.shape == (100, 3, 32, 32) and data.classes[7] == "horse" and data.native_size == 32
     assert len(load_data("cifar10", root=tmp_path / "root", split="test")) == 20          # no address needed any more
+
+
+def test_cifar10_is_downloaded_once_for_all_who_want_it_at_once(mirror, tmp_path, monkeypatch):
+    from torchvision.datasets import cifar
+    fetched, fetch = [], cifar.download_and_extract_archive
+    def slowly(*args, **kwargs): fetched.append(args); fetch(*args, **kwargs); time.sleep(0.3)
+    monkeypatch.setattr(cifar, "download_and_extract_archive", slowly)
+    with ThreadPoolExecutor(3) as pool: sets = list(pool.map(lambda _: load_data("cifar10", root=tmp_path / "root", url=mirror), range(3)))
+    assert len(fetched) == 1 and all(s.images.equal(sets[0].images) and len(s) == 100 for s in sets)
 
 
 def test_cifar10_from_a_local_folder_in_either_spelling(fake_cifar):
@@ -161,7 +171,7 @@ def test_rotation_flag_is_obeyed(tmp_path):
 def test_broken_image_is_named_and_nothing_half_made_stays(tmp_path):
     picture(tmp_path / "f" / "good.png"); (tmp_path / "f" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     with pytest.raises(DiffnbError, match="torn.jpg"): load_data(tmp_path / "f", size=8, root=tmp_path, progress=False)
-    assert not [p for p in (tmp_path / "cache").iterdir()]
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix not in (".TAG", ".lock", ".sha256")]
     assert len(load_data(tmp_path / "f", size=8, root=tmp_path, on_broken="skip", progress=False)) == 1
 
 

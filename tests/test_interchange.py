@@ -355,6 +355,17 @@ def test_does_not_overwrite(model, saved, tmp_path):
     assert from_diffusers(save_diffusers(model, linear_schedule(), tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("name", [".", "../here/.", "new/../."])
+def test_writes_into_the_empty_folder_one_is_in(model, tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if name.startswith("new"): name = "../here"
+    assert from_diffusers(save_diffusers(model, linear_schedule(), name))[0].config == model.config
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["model_index.json", "scheduler", "unet"]
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), name)
+
+
 @pytest.mark.parametrize("change", [
     dict(center_input_sample=True), dict(time_embedding_type="fourier"), dict(time_embedding_dim=99), dict(act_fn="gelu"),
     dict(mid_block_type=None), dict(mid_block_scale_factor=1.5), dict(downsample_type="resnet"), dict(upsample_type="resnet"),
@@ -380,7 +391,7 @@ def test_values_out_of_range(folder, change):
 
 
 @pytest.mark.parametrize("change", [
-    dict(_class_name="FlowMatchEulerDiscreteScheduler"), dict(_class_name=...), dict(prediction_type="flow_prediction"),
+    dict(_class_name="FlowMatchEulerDiscreteScheduler"), dict(prediction_type="flow_prediction"),
     dict(trained_betas=[0.1, 0.2]), dict(trained_betas=[0.1, "0.2"]), dict(trained_betas="linear"), dict(trained_betas=[0.5, 2]),
     dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(trained_betas=None, beta_schedule="sigmoid"),
     dict(trained_betas=None, beta_start=0), dict(trained_betas=None, beta_end=float("nan")), dict(rescale_betas_zero_snr=1),
@@ -445,6 +456,189 @@ def test_missing_pieces(folder, tmp_path):
     with pytest.raises(DiffnbError, match="download the folder first"): from_diffusers("google/ddpm-cifar10-32")
     with pytest.raises(DiffnbError, match="no model"): from_diffusers(tmp_path)
     shutil.rmtree(folder / "scheduler")
-    assert from_diffusers(folder)[1] == linear_schedule()
+    said = []
+    assert from_diffusers(folder, say=said.append)[1] == linear_schedule()
+    assert len(said) == 1 and "no scheduler_config.json" in said[0] and "eps" in said[0]
     weights_of(folder).unlink()
     with pytest.raises(DiffnbError, match="Copy the whole folder"): from_diffusers(folder)
+
+
+# ---- what lies beside the weights
+
+def heard(folder, *args, **kw):
+    "(UNet, schedule, prediction, what was said)."
+    said = []
+    return *from_diffusers(folder, *args, say=said.append, **kw), " | ".join(said)
+
+
+def small_theirs(seed=0):
+    from diffusers import UNet2DModel
+    return randomise(UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, down_block_types=["DownBlock2D"] * 2,
+                                 up_block_types=["UpBlock2D"] * 2), seed)
+
+
+def same(ours, theirs):
+    x, t = batch()
+    return (ours(x, t) - theirs(x, t).sample).abs().max() < 1e-5
+
+
+def test_our_own_folder_needs_no_words(folder): assert heard(folder)[3] == ""
+
+
+@pytest.fixture()
+def checkpoint(tmp_path):
+    "What diffusers' training scripts leave: an average beside the last weights, and the scheduler in the folder above."
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+    last, average = small_theirs(0), small_theirs(1)
+    folder = tmp_path / "run/checkpoint-500"
+    EMAModel(average.parameters(), model_cls=UNet2DModel, model_config=average.config, use_ema_warmup=True).save_pretrained(folder / "unet_ema")
+    last.save_pretrained(folder / "unet")
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(tmp_path / "run/scheduler")
+    return folder, last, average
+
+
+def test_an_average_is_read_before_the_last_weights(checkpoint):
+    folder, last, average = checkpoint
+    ours, schedule, prediction, said = heard(folder)
+    assert same(ours, average) and not same(ours, last) and "unet_ema" in said and "weights='model'" in said
+    assert schedule == cosine_schedule() and prediction == "v"                        # of the folder above
+    assert same(heard(folder, weights="model")[0], last)
+
+
+@pytest.mark.parametrize("name, which", [("unet_ema", 2), ("unet", 1)])
+def test_a_part_of_a_checkpoint(checkpoint, name, which):
+    ours, schedule, prediction, said = heard(checkpoint[0] / name)
+    assert same(ours, checkpoint[which]) and schedule == cosine_schedule() and prediction == "v" and "unet_ema" not in said
+
+
+def test_an_average_alone(checkpoint):
+    shutil.rmtree(checkpoint[0] / "unet")
+    assert same(heard(checkpoint[0])[0], checkpoint[2])
+    with pytest.raises(DiffnbError, match="only the average"): from_diffusers(checkpoint[0], weights="model")
+    with pytest.raises(DiffnbError, match="expected one of 'ema', 'model'"): from_diffusers(checkpoint[0], weights="unet")
+
+
+def test_a_part_of_a_pipeline_has_the_schedule_of_the_pipeline(tmp_path, model):
+    folder = save_diffusers(model, cosine_schedule(), tmp_path / "m", "v")
+    ours, schedule, prediction, said = heard(folder / "unet")
+    assert prediction == "v" and torch.allclose(schedule.alpha_bar, cosine_schedule().alpha_bar) and not said
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "ema"])
+def test_shards(tmp_path, variant):
+    theirs = small_theirs()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB", variant=variant)
+    shards = sorted(tmp_path.glob("*-of-*.safetensors"))
+    assert len(shards) > 3
+    ours, *_, said = heard(tmp_path)
+    assert same(ours, theirs) and ("of the variant" in said) == (variant is not None) and ("half precision" in said) == (variant == "fp16")
+    assert same(heard(tmp_path, variant=variant)[0], theirs)
+    shards[1].unlink()
+    with pytest.raises(DiffnbError, match=f"1 are missing: {shards[1].name}"): from_diffusers(tmp_path)
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(DiffnbError, match="disagree"): from_diffusers(tmp_path)
+    shards[1].write_bytes(shards[0].read_bytes()[:100])
+    with pytest.raises(DiffnbError, match="cannot read.*Copy it again"): from_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("index, words", [
+    ({}, "weight_map"), ({"weight_map": []}, "weight_map"), ({"weight_map": {}}, "weight_map"), ({"weight_map": {"a": 3}}, "3"),
+    ({"weight_map": {"a": "../other.safetensors"}}, "beside it"), ({"weight_map": {"a": "/etc/passwd"}}, "beside it"),
+    ({"weight_map": {"a": "x.bin"}}, "x.bin"), ({"weight_map": {"a": "x.safetensors"}}, "missing")], ids=str)
+def test_an_index_that_cannot_be(folder, index, words):
+    weights_of(folder).rename(folder / "unet/elsewhere")
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DiffnbError, match=words): from_diffusers(folder)
+
+
+def test_weights_held_twice(tmp_path):
+    theirs = small_theirs()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    small_theirs(1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/diffusion_pytorch_model.safetensors", tmp_path)
+    with pytest.raises(DiffnbError, match="twice"): from_diffusers(tmp_path)
+    for shard in tmp_path.glob("*-of-*.safetensors"): shard.unlink()                  # an index left behind is no weights
+    assert same(heard(tmp_path)[0], small_theirs(1))
+
+
+def test_variants(folder, model):
+    half = weights_of(folder).with_name("diffusion_pytorch_model.fp16.safetensors")
+    save_file({k: v.half() for k, v in load_file(weights_of(folder)).items()}, half)
+    x, t = batch()
+    assert torch.equal(heard(folder)[0](x, t), model(x, t)) and heard(folder)[3] == ""   # the whole weights come first
+    assert not torch.equal(heard(folder, variant="fp16")[0](x, t), model(x, t))
+    with pytest.raises(DiffnbError, match="choose variant='fp16', or none"): from_diffusers(folder, variant="bf16")
+    weights_of(folder).unlink()
+    ours, *_, said = heard(folder)
+    assert torch.allclose(ours(x, t), model(x, t), atol=0.05) and "'fp16'" in said and "half precision" in said
+    shutil.copy(half, half.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with pytest.raises(DiffnbError, match="variant='fp16' or 'non_ema'"): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_flax_model.msgpack", "diffusion_pytorch_model-00001-of-00002.safetensors"])
+def test_a_folder_without_weights_says_what_is_there(folder, name):
+    weights_of(folder).rename(folder / "unet" / name)
+    with pytest.raises(DiffnbError, match=name): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model-00001-of-00002.bin", "unet.ckpt", "diffusion_pytorch_model.fp16.bin", "x.pt"])
+def test_no_pickle_under_any_name(folder, name):
+    weights_of(folder).rename(folder / "unet" / name)
+    with pytest.raises(DiffnbError, match="pickle"): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("cls, changes, words", [
+    ("DDPMScheduler", {}, ["spacing='leading'"]), ("DDIMScheduler", dict(timestep_spacing="trailing"), []),
+    ("DDIMScheduler", dict(timestep_spacing="linspace", clip_sample=False), ["spacing='linspace', clip=False"]),
+    ("DDIMScheduler", dict(thresholding=True, clip_sample_range=2.0), ["thresholding=True", "clip_sample_range=2.0", "do not have"]),
+    ("DDIMScheduler", dict(set_alpha_to_one=False, steps_offset=1), ["set_alpha_to_one=False", "steps_offset=1"]),
+    ("PNDMScheduler", {}, ["spacing='leading', clip=False"]), ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), ["spacing='linspace'", "karras"]),
+    ("UniPCMultistepScheduler", {}, ["spacing='linspace', clip=False"])], ids=str)
+def test_how_their_scheduler_samples_is_said(folder, cls, changes, words):
+    import diffusers
+    getattr(diffusers, cls)(**changes).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", cls])
+    *_, prediction, said = heard(folder)
+    assert prediction == "eps" and all(w in said for w in words) and bool(words) == bool(said) and "does not know" not in said
+
+
+def test_what_our_samplers_are_told_is_what_theirs_does(folder, model):
+    "The arguments named lead to the timesteps of their scheduler."
+    from diffusers import DDIMScheduler
+    (theirs := DDIMScheduler(timestep_spacing="leading")).save_pretrained(folder / "scheduler")
+    _, schedule, _, said = heard(folder)
+    theirs.set_timesteps(25)
+    assert "spacing='leading'" in said and schedule.timesteps(25, "leading") == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(future_setting=1), "does not know.*future_setting"), (dict(timestep_type="continuous"), "does not know.*timestep_type")], ids=str)
+def test_settings_of_a_scheduler_never_heard_of_are_named(folder, change, words):
+    import re
+    edit(folder / "scheduler/scheduler_config.json", **change)
+    assert re.search(words, heard(folder)[3])
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(_class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"), (dict(_class_name="LDMPipeline"), "works on pixels"),
+    (dict(_class_name=...), "None"), (dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]), "FlowMatch.*DDIM"),
+    (dict(scheduler=["diffusers", "DDPMScheduler"]), "restore the one"), (dict(_class_name=3), "3")], ids=str)
+def test_an_index_that_says_something_else_is_refused(folder, change, words):
+    edit(folder / "model_index.json", **change)
+    for place in (folder, folder / "unet"):
+        with pytest.raises(DiffnbError, match=words): from_diffusers(place)
+
+
+def test_the_class_of_a_scheduler_is_in_the_index_too(folder):
+    edit(folder / "scheduler/scheduler_config.json", _class_name=...)
+    assert heard(folder)[2] == "eps"
+    (folder / "model_index.json").unlink()
+    with pytest.raises(DiffnbError, match="_class_name"): from_diffusers(folder)
+
+
+def test_a_solver_for_flows_is_refused(folder):
+    from diffusers import UniPCMultistepScheduler
+    UniPCMultistepScheduler(use_flow_sigmas=True).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])
+    with pytest.raises(DiffnbError, match="use_flow_sigmas"): from_diffusers(folder)
