@@ -528,12 +528,12 @@ def _refuse_inner_splits(folder, parts, classes):
     if not around and len(set(inner.values()) - {None}) < 2: return
     splits = [name for name in inner if inner[name]]
     first = f"{_as(classes, 'one class', 'classes')}, with the images of {_names(splits)} taken together"
-    how = "put the split above the class, as in train/CLASS/IMAGE" if classes[1:] else f"name {shown(folder / classes[0])}"
+    how = "put splits above classes, train/CLASS/IMAGE" if classes[1:] else f"name {shown(folder / classes[0])}"
     raise _two_readings(folder, first, _as(splits, "a split", "splits"),
                         f"For the first, give these folders other names; for the second, {how}")
 
 def _read_split(listing, split):
-    "(labels or None, class names, folder) of a split, whose images alone stay in `listing`. Classes are the training split's."
+    "(labels or None, class names, folder) of a split, whose images alone stay listed. Classes are those of training."
     splits, folder = split_folders(listing), listing.folder
     if split == "test" and "test" not in splits:
         raise NoSplit(f"{shown(folder)} has no subfolder 'test' beside 'train': make one, with the same class folders")

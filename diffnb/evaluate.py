@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
-from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes, named_sets,
-                         resize, save_grid, shown, split_folders, to_float, to_uint8, write_whole)
+from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes,
+                         named_sets, resize, save_grid, shown, split_folders, to_float, to_uint8, write_whole)
 from .guide import guided
 from .sample import ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum
@@ -490,8 +490,8 @@ def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class 
         raise DiffnbError(f"arr_0 of {shown(path)} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
     if labels is None: return images, None, ()
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
-        raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, whole "
-                          "numbers or names")
+        raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, "
+                          "whole numbers or names")
     if labels.dtype.kind == "S": labels = np.char.decode(labels, "utf-8", "replace")
     if labels.dtype.kind == "U": names, labels = np.unique(labels, return_inverse=True)
     if labels.min() < 0: raise DiffnbError(f"arr_1 of {shown(path)} has the label {labels.min()}: labels count from 0")
@@ -582,7 +582,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
     real, held_out, split = _real(reference, like, filter, data_root, "stop" if is_files else config.on_broken)
-    if is_files and y is not None and real.classes: # names meet names; without names, positions in the reference's classes
+    if is_files and y is not None and real.classes: # without names they are positions in the reference's
         y = match_classes(y, names or real.classes, real.classes, shown(source))
     if not isinstance(features, Features): features = make_features(features, real.name, device, weights)
     features = replace(features, ranks=ranks)
