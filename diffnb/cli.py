@@ -375,4 +375,3 @@ def main(args=None, # list of strings; None: those of the process
     with _terminal() as output:
         try: return _run(list(sys.argv[1:] if args is None else args)) or output.lost()
         except SystemExit as e: raise SystemExit(e.code or output.lost())
-
