@@ -74,7 +74,7 @@ class _Stream:
     def lost(self): # exit code: 1 if output was lost that somebody wanted
         self.flush()
         if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF): return 0
-        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. Files are not concerned: those named by the command are written", file=sys.stderr)
+        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. What the command wrote to files is whole", file=sys.stderr)
         return 1
 
 @contextmanager
