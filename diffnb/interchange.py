@@ -475,8 +475,9 @@ def from_diffusers(path,            # a folder on this machine
     folder = _unet_folder(path, weights, say)
     config = _read_json(folder / "config.json")
     _choice("_class_name", config.get("_class_name", "UNet2DModel"), ("UNet2DModel",))
+    tensors = _read_weights(folder, variant, say)
     if (found := _scheduler_settings(_roots(path))) is not None: schedule, prediction = _read_schedule(found, say)
     else:
         schedule, prediction = linear_schedule(), "eps"
-        say(f"no scheduler_config.json in {path}: assumed the schedule of Ho et al. 2020, linear with T = 1000, and a network that predicts eps")
-    return _build(config, _read_weights(folder, variant, say), null_class).eval(), schedule, prediction
+        say("no scheduler_config.json beside the model: assumed the schedule of Ho et al. 2020, linear with T = 1000, and a network that predicts eps")
+    return _build(config, tensors, null_class).eval(), schedule, prediction

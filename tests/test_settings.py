@@ -10,7 +10,7 @@ from functools import partial
 from unittest import mock
 
 import matplotlib; matplotlib.use("Agg")
-import matplotlib.pyplot as plt, numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
 
@@ -620,7 +620,14 @@ def of_interchange(w):
         say=print)
     yield "save_diffusers", Case(I.save_diffusers, model=model, schedule=flow, folder="a", prediction="velocity",
         say=V(print, str))
+    if not (both := w / "both").exists():                    # an average beside the last weights, and a variant of each
+        shutil.copytree(w / "two/saved", both); shutil.copytree(both / "unet", both / "unet_ema")
+        shutil.copytree(w / "one/saved/unet", both / "unet", dirs_exist_ok=True)
+        for file in both.glob("unet*/*.safetensors"):
+            halves = {k: v.half() for k, v in safetensors.torch.load_file(file).items()}
+            safetensors.torch.save_file(halves, file.with_suffix(".fp16.safetensors"))
     yield "from_diffusers", Case(I.from_diffusers, path=V(w / "one/saved", w / "two/saved"), null_class=V(True, False))
+    yield "from_diffusers", Case(I.from_diffusers, path=both, weights=V("ema", "model"), variant=V(None, "fp16"), say=V(print, str))
 
 def of_sample(w):
     S, model, other = diffnb.sample, small(), small(blocks=2)
