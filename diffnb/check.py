@@ -133,7 +133,7 @@ def exercises(): # list of Exercise
 
 def _find(id):
     id = str(id)
-    if id not in _exercises and id.split(".")[0].isdigit(): _load(int(id.split(".")[0]))
+    if id not in _exercises and id.split(".")[0].isdecimal(): _load(int(id.split(".")[0]))
     if id in _exercises: return _exercises[id]
     ids = [e.id for e in exercises()]
     near = difflib.get_close_matches(id, ids, 1, cutoff=0.1) or ids[:1]

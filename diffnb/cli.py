@@ -23,9 +23,9 @@ from . import __version__
 from .data import DiffnbError, named_sets, save_grid
 from .doctor import examine
 from .evaluate import evaluate_run
-from .guide import guided
+from .guide import guidance_for
 from .interchange import save_diffusers
-from .sample import ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
+from .sample import check_place, check_sampling, ddim, ddpm, dpmpp_2m, heun, sample_batches, sample_to
 from .scale import Ranks, plan
 from .train import (Alone, PRESETS, TrainConfig, as_command, as_options, check_config, checkpoints, load_model, pick_device,
                           pick_precision, reached, read_config, read_metrics, to_tensorboard, total_steps, train as train_run, training_now)
@@ -69,7 +69,7 @@ class _Stream:
 
     def restore(self):
         self.flush()
-        if hasattr(self.stream, "reconfigure") and not self.stream.closed and self.stream.errors != self.errors: self.stream.reconfigure(errors=self.errors)
+        if not self.failed and getattr(self.stream, "errors", None) != self.errors: self.stream.reconfigure(errors=self.errors)
 
     def lost(self): # exit code: 1 if output was lost that somebody wanted
         self.flush()
@@ -161,8 +161,9 @@ def _labels(class_, classes, n):
     if not classes: return None
     if class_ is None: return torch.arange(n) % len(classes)
     if class_ in classes: return torch.full((n,), classes.index(class_))
-    if class_.isdigit() and int(class_) < len(classes): return torch.full((n,), int(class_))
-    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)} (or a number from 0 to {len(classes) - 1})")
+    numbers = [] if any(name.isdecimal() for name in classes) else list(map(str, range(len(classes)))) # a class called 7 is not the seventh
+    if class_ in numbers: return torch.full((n,), numbers.index(class_))
+    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)}" + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
@@ -181,20 +182,19 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ):
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
-    if n < 1 or batch_size < 1: raise DiffnbError(f"--n {n} and --batch-size {batch_size} must be at least 1")
+    check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
     if eta and sampler != "ddim": raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
     with _ranks(device) as ranks:                                   # before the model is loaded: each rank has a device of its own
+        out = check_place((run if run.is_dir() else Path()) / "samples.png" if out is None else out, (".png", ".npz"))
         m = load_model(run, device=device, weights=weights)
-        m.schedule.timesteps(steps, spacing)                        # refuse impossible steps before anything is written
-        if guidance != 1 and m.classes and not m.config.label_dropout:
-            raise DiffnbError(f"--guidance {guidance}: this model never saw a withheld label (label_dropout was 0), so there is nothing to guide away from")
+        check_sampling(m.schedule, steps=steps, spacing=spacing)    # refuse what cannot work before anything is written
+        guide = guidance_for(m, guidance)
         settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
                         steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
-                        **({"guide": partial(guided, w=guidance)} if guidance != 1 else {}))
+                        **({"guide": guide} if guide else {}))
         settings["precision"] = pick_precision(precision, pick_device(device), m.config)
         if compile: m.model.compile()
-        out = out or (run if run.is_dir() else Path()) / "samples.png"
-        if out.suffix != ".png": sample_to(out, m.model, m.schedule, m.shape, n, ranks=ranks, **settings)
+        if out.suffix.lower() != ".png": sample_to(out, m.model, m.schedule, m.shape, n, classes=m.classes, ranks=ranks, **settings)
         elif not ranks.rank:                                           # one grid is soon made: not worth sharing
             images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
             save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
@@ -260,9 +260,10 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
 
 def doctor(run: Run,          # a run folder, finished or still training
            deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
-           out: Path | None = None # where the report goes; default: the run folder
+           out: Path | None = None # the folder for the report; default: the run folder
           ):
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
+    if out is not None: out = check_place(out)
     report = examine(run, deep)
     print(report.summary)
     print(report.write(out))
@@ -271,12 +272,13 @@ def doctor(run: Run,          # a run folder, finished or still training
 # %% ../nbs/tools/cli.ipynb #c017
 def export(run: Run,                         # a run folder, checkpoint, weights file or embedded model
            to: Literal["diffusers"] = "diffusers", # the format
-           out: Path | None = None           # folder to write; default: diffusers in RUN, or here
+           out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
           ):
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
     flow model one whose README.md has the lines that sample it."""
+    out = check_place((run if run.is_dir() else Path()) / "diffusers" if out is None else out)
+    if Path.cwd().is_relative_to(out.resolve()): raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
     m = load_model(run, device="cpu")
-    out = out or (run if run.is_dir() else Path()) / "diffusers"
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
     if m.classes and not m.schedule.straight: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)
@@ -346,7 +348,7 @@ def _check_arguments(args):
     if any(not a or valueless(a) for a in args):                             # Path("") would be the folder one stands in
         raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
-        raise DiffnbError(f"{os.fsencode(odd[0])!r:.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
+        raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
     if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
     if not args or args[0].startswith("-") or args[0] in commands: return
     near = difflib.get_close_matches(args[0], commands, 1)
@@ -373,4 +375,3 @@ def main(args=None, # list of strings; None: those of the process
     with _terminal() as output:
         try: return _run(list(sys.argv[1:] if args is None else args)) or output.lost()
         except SystemExit as e: raise SystemExit(e.code or output.lost())
-

@@ -138,7 +138,7 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     if scale > 1: images = resize(images, [scale * side for side in images.shape[-2:]])
     png, mark = io.BytesIO(), PngInfo()
-    mark.add_text("Software", "diffnb")                          # so that the grid is never read as an image to learn from
+    mark.add_text("Software", "diffnb")                          # so that nobody learns from the grid
     grid = rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c")
     Image.fromarray(grid.numpy()).save(png, format="PNG", pnginfo=mark)
     return write_whole(path, png.getvalue())
@@ -146,7 +146,7 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
 # %% ../nbs/01_data.ipynb #c024b
 @contextmanager
 def _alone(path):
-    "One process or thread at a time passes for each `path`. Gives False on a file system without locks, where all pass at once."
+    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
     lock = FileLock(f"{path}.lock")
     try: lock.acquire(timeout=1)
     except Timeout:
@@ -169,7 +169,7 @@ class ImageData:
     size: int = 0                # side of what `take` returns
     filter: str = "bicubic"      # how one became the other
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
-    digest: str = ""             # of a folder: sha256 of names and contents, the same wherever the folder is; else name and split
+    digest: str = ""             # of a folder: sha256 of names and contents, wherever it is; else name and split
     split: str = ""              # "train" or "test", where the set has splits
 
     def __len__(self): return len(self.images)
@@ -233,7 +233,8 @@ def _fashion_mnist(split, root, url, **_):
 
 # %% ../nbs/01_data.ipynb #c038
 image_formats = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEBP": ".webp", "BMP": ".bmp .dib",
-                 "GIF": ".gif", "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k", "AVIF": ".avif"}
+                 "GIF": ".gif", "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k",
+                 "AVIF": ".avif"}
 
 def open_image(path,                   # an image file
                formats=image_formats,  # as which it may be read; Pillow's names
@@ -262,8 +263,8 @@ def decode(path,                  # an image file
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #c038a
-_turns = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-              Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+_turns = {order: getattr(Image.Transpose, name) for order, name in enumerate((
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
 
 def _open(path, formats):
     "As Image.open, but without the formats that this Pillow does not know."
@@ -278,7 +279,7 @@ def _scale_transparency(im):
     elif scale and isinstance(clear, tuple): im.info["transparency"] = tuple(int(level * scale) for level in clear)
 
 def _upright(im):
-    "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and one malformed tag would stop it."
+    "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and malformed ones stop it."
     try: orientation = im.getexif().get(0x0112)
     except Exception: orientation = None                         # malformed tags too raise a dozen kinds
     if orientation not in range(1, 9): orientation = _orientation(im.info.get("exif") or b"")
@@ -311,10 +312,11 @@ def _eight_bits(im):
     "16-bit and float greys in 8 bits: `convert` would clip them. A grey that stands for transparency stays so."
     grey = np.nan_to_num(np.asarray(im, dtype=np.float64), nan=0, posinf=0, neginf=0)
     if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PNG":
-        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535           # some scanners have 12 bits
+        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535          # 12, of some scanners
     else: top = 65535 if grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
     levels = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    if isinstance(clear := im.info.get("transparency"), int): levels.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    if isinstance(clear := im.info.get("transparency"), int):
+        levels.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     levels.info["icc_profile"] = im.info.get("icc_profile")
     return levels
 
@@ -322,8 +324,8 @@ def _eight_bits(im):
 def _transform(profile, mode):
     "From a colour profile to sRGB."
     source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                                   ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
 
 @lru_cache(maxsize=64)
 def _is_srgb(profile, mode):
@@ -347,7 +349,7 @@ _system = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 @dataclass
 class Listing:
-    "What a folder holds: the images taken, in the order of their names, and all else that was found, by the reason to leave it."
+    "What a folder holds: images taken, in the order of their names, and everything else, by the reason to leave it."
     folder: Path
     taken: list = field(default_factory=list) # paths
     left: dict = field(default_factory=dict)  # reason -> paths
@@ -363,12 +365,18 @@ class Listing:
         self.taken = [path for path in self.taken if wanted(path)]
 
     def __str__(self):
-        some = [shown(name) for name in self.classes[:10]] + ["…"] * (len(self.classes) > 10)
-        left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})" for reason, paths in sorted(self.left.items())]
-        return (f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}" + (f" in {len(self.classes)} class{'es' * (len(self.classes) > 1)} ({', '.join(some)})" if some else "")
-                + (f"; none of {', '.join(map(shown, self.missing))}" if self.missing else "") + f"; left out: {', '.join(left) or 'nothing'}")
+        text = f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}"
+        if n := len(self.classes): text += f" in {n} class{'es' * (n > 1)} ({_names(self.classes)})"
+        if self.missing: text += f"; none of {_names(self.missing)}"
+        left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})"
+                for reason, paths in sorted(self.left.items())]
+        return f"{text}; left out: {', '.join(left) or 'nothing'}"
 
-def _below(path, folder): return path.parts[len(folder.parts):]  # as path.relative_to(folder).parts, and ten times as fast
+def _names(names): # the first ten
+    return ", ".join([shown(name) for name in sorted(names)[:10]] + ["…"] * (len(names) > 10))
+
+def _below(path, folder): # as path.relative_to(folder).parts, and ten times as fast
+    return path.parts[len(folder.parts):]
 
 def our_own(folder): # -> str, what it is, or ""
     "Did this package write that folder? Its pictures are grids, charts and samples, not data."
@@ -379,9 +387,10 @@ def our_own(folder): # -> str, what it is, or ""
     return ""
 
 def is_grid(path): # an image file -> bool
-    "Is it one of our own sample grids or charts? They carry a mark; before they did, those of an evaluation had fixed names."
+    "Is it one of our own sample grids or charts? They carry a mark; those of an evaluation have fixed names, too."
     folder, name = os.path.split(path)
-    if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")): return True
+    if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")):
+        return True                                              # made before there was a mark
     with suppress(OSError), open(path, "rb") as f: return b"Software\0diffnb" in f.read(1024)
     return False
 
@@ -390,12 +399,13 @@ def list_images(folder,
                 generated=False,       # may the folder hold images that a model made?
                 on_broken="stop",      # a subfolder that cannot be opened: "stop", or "skip" it
                ):                      # Listing
-    """Every image in a folder and below it. Anything else is left for a reason. Links are followed, and no folder is read twice.
+    """Every image in a folder and below it. All else is left for a reason. Links are followed; no folder is read twice.
     Raises DiffnbError if the folder cannot be opened or is our own."""
     listing, root = Listing(Path(folder)), os.path.realpath(folder)
     if (own := our_own(folder)) and not (generated and "model" in own):
-        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are no data. If you want some of them, copy these elsewhere"
-                          + ("" if "cache" in own else f"; to score them: diffnb evaluate {shlex.quote(shown(folder))}"))
+        score = "" if "cache" in own else f"; to score them: diffnb evaluate {shlex.quote(shown(folder))}"
+        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are no data. "
+                          f"If you want some of them, copy these elsewhere{score}")
     seen, folders, links = set(), [listing.folder], []
     while folders or links:                                      # links last, so that what is here keeps its own name
         here = folders.pop() if folders else links.pop(0)
@@ -413,12 +423,12 @@ def list_images(folder,
     return listing
 
 def _entries(folder, formats, on_broken):
-    "Sorted (path, reason to leave it) of what is in a folder; the reason is empty for an image. Itself, if it cannot be opened or is empty."
+    "Sorted (path, reason as of `_reason`) of what is in a folder; of itself, if it cannot be opened or is empty."
     try: entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
         if on_broken == "skip": return [(folder, "cannot be opened")]
-        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave such folders out "
-                          "with on_broken='skip' (command line: --on-broken skip)") from e
+        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave "
+                          "such folders out with on_broken='skip' (command line: --on-broken skip)") from e
     return [(folder / entry.name, _reason(entry, formats)) for entry in entries] or [(folder, "empty folder")]
 
 @lru_cache
@@ -433,11 +443,13 @@ def _reason(entry, formats):
     if is_folder: return our_own(entry.path) or ("linked folder" if linked else "folder")
     if not is_file: return "neither file nor folder" if not linked or os.path.exists(entry.path) else "broken link"
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in _suffixes(formats): return "grid or chart of diffnb" if suffix == ".png" and is_grid(entry.path) else ""
-    if suffix: return f"image, but no {' or '.join(formats)}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
+    if suffix == ".png" and is_grid(entry.path): return "grid or chart of diffnb"
+    if suffix in _suffixes(formats): return ""
+    wanted = "image" if len(formats) == len(image_formats) else " or ".join(formats)
+    if suffix: return f"image, but no {wanted}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
     try:
         with _open(entry.path, formats): return ""
-    except Exception: return f"no suffix, and no {'image' if len(formats) == len(image_formats) else ' or '.join(formats)} inside"
+    except Exception: return f"no suffix, and no {wanted} inside"
 
 # %% ../nbs/01_data.ipynb #c041b
 def match_classes(labels, # int64 (N,), positions in `have`
@@ -448,8 +460,8 @@ def match_classes(labels, # int64 (N,), positions in `have`
     "Labels of one set in the order of another, matched by name. Raises DiffnbError naming what has no counterpart."
     have, want = tuple(map(str, have)), tuple(map(str, want))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(have):
-        raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class names: "
-                          "a label is the position of its name, counted from 0")
+        raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class "
+                          "names: a label is the position of its name, counted from 0")
     used = [have[i] for i in labels.unique().tolist()]
     if extra := sorted(set(used) - set(want)):
         missing = sorted(set(want) - set(have))
@@ -465,65 +477,76 @@ class NoSplit(DiffnbError):
 
 def split_of(name): # of a folder -> "train", "test", "val" or None
     "Which split a folder's name stands for, in any letter case: train, Training, test_set, val2017, …"
-    known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)([ _.-]?(set|split|data|images|\d{4}))?",
-                         name.strip().casefold())
+    known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)"
+                         r"([ _.-]?(set|split|data|images|\d{4}))?", name.strip().casefold())
     return known and {"tr": "train", "te": "test"}.get(known[1][:2], "val")
 
 def _two_readings(folder, first, second, how):
     return DiffnbError(f"{shown(folder)} can be read in two ways: {first}; or {second}. {how}")
 
-def _names(names): return ", ".join([shown(name) for name in sorted(names)[:10]] + ["…"] * (len(names) > 10))
+def _as(names, one, many): return f"{_names(names)} as {one if len(names) == 1 else many}"
 
-def split_folders(listing):
-    "{split: folder} if the folders at the top of a Listing are splits, else {}. Raises DiffnbError if both can be meant."
+def split_folders(listing): # a Listing -> {split: name of its folder}, empty if the folders at the top are no splits
+    "Raises DiffnbError if they may be splits or not."
     parts = [_below(path, listing.folder) for path in listing.taken]
     tops = {t[0]: split_of(t[0]) for t in parts if len(t) > 1}
     splits, others = [t for t in tops if tops[t]], [t for t in tops if not tops[t]]
-    deep = {t[0] for t in parts if len(t) > 2}                   # those that hold folders
-    if others and (len({tops[t] for t in splits}) > 1 or splits and deep.issuperset(splits) and deep.isdisjoint(others)):
-        raise _two_readings(listing.folder, f"{_names(splits)} as {'splits' if splits[1:] else 'a split'}, and {_names(others)} left out",
-                            f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} elsewhere; "
-                            f"for the second, give {_names(splits)} other names")
-    for split in {tops[t] for t in splits} if not others else ():
+    deep = {t[0] for t in parts if len(t) > 2}                   # hold folders themselves
+    unlike = splits and deep.issuperset(splits) and deep.isdisjoint(others)
+    if others and (unlike or len({tops[t] for t in splits}) > 1):
+        raise _two_readings(listing.folder, f"{_as(splits, 'a split', 'splits')}, and {_names(others)} left out",
+                            f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} "
+                            f"elsewhere; for the second, give {_names(splits)} other names")
+    if others: return {}                                         # a class may be called "train" too, beside "bus"
+    for split in {tops[t] for t in splits}:
         if len(same := [t for t in splits if tops[t] == split]) > 1:
             raise _two_readings(listing.folder, f"{_names(same)} as one split", f"as {len(same)} classes",
-                                "For the first, move their images into one folder; for the second, give them other names")
-    return {tops[t]: t for t in splits} if not others else {}
+                                "For the first, put their images together; for the second, give them other names")
+    return {tops[t]: t for t in splits}
 
 def _find_classes(paths, folder):
-    "(labels or None, class names) of the images below `folder`. Raises DiffnbError for folders that say two things."
+    "(labels or None, class names) of the images below `folder`. Raises DiffnbError if they may be read otherwise."
     parts = [_below(path, folder) for path in paths]
     classes = tuple(sorted({t[0] for t in parts if len(t) > 1}))
     if not classes: return None, ()
     if loose := next((t[0] for t in parts if len(t) == 1), None):
-        raise _two_readings(folder, f"{_names(classes)} as classes, and the images beside them left out (for instance {shown(loose)})",
-                            "all as one set without classes", "Put every image into a class folder, or none")
-    inner = {t[1] for t in parts if len(t) > 2}
-    splits, inner = {split_of(name) for name in inner}, [name for name in inner if split_of(name)]
-    if len(splits - {None}) > 1 or len(classes) == 1 and all(len(t) > 2 for t in parts) and None not in splits:
-        raise _two_readings(folder, f"{_names(classes)} as {'classes' if classes[1:] else 'one class'}, with the images of {_names(inner)} taken together",
-                            f"{_names(inner)} as {'splits' if inner[1:] else 'a split'}", "For the first, give these folders other names; for the second, " + (
-                            f"name {shown(folder / classes[0])}" if len(classes) == 1 else "put the split above the class: train/CLASS/IMAGE"))
+        beside = f"and the images beside them left out (for instance {shown(loose)})"
+        raise _two_readings(folder, f"{_as(classes, 'a class', 'classes')}, {beside}", "all as one set without classes",
+                            "Put every image into a class folder, or none")
+    _refuse_inner_splits(folder, parts, classes)
     for name in classes:
         try: name.encode()
-        except UnicodeEncodeError: raise DiffnbError(f"the class folder {shown(folder / name)} has a name that is not UTF-8: rename it") from None
-    return torch.tensor([classes.index(t[0]) for t in parts]), classes
+        except UnicodeEncodeError as e:
+            raise DiffnbError(f"the class folder {shown(folder / name)} has a name that is not UTF-8: rename it") from e
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[t[0]] for t in parts]), classes
+
+def _refuse_inner_splits(folder, parts, classes):
+    "Raises DiffnbError if there are splits within the classes, or if the one class is a folder around splits."
+    inner = {t[1]: split_of(t[1]) for t in parts if len(t) > 2}
+    around = len(classes) == 1 and all(len(t) > 2 for t in parts) and None not in inner.values()
+    if not around and len(set(inner.values()) - {None}) < 2: return
+    splits = [name for name in inner if inner[name]]
+    first = f"{_as(classes, 'one class', 'classes')}, with the images of {_names(splits)} taken together"
+    how = "put splits above classes, train/CLASS/IMAGE" if classes[1:] else f"name {shown(folder / classes[0])}"
+    raise _two_readings(folder, first, _as(splits, "a split", "splits"),
+                        f"For the first, give these folders other names; for the second, {how}")
 
 def _read_split(listing, split):
-    "(labels or None, class names, folder) of one split, whose images alone stay in `listing`. Classes are those of the training split."
+    "(labels or None, class names, folder) of a split, whose images alone stay listed. Classes are those of training."
     splits, folder = split_folders(listing), listing.folder
     if split == "test" and "test" not in splits:
         raise NoSplit(f"{shown(folder)} has no subfolder 'test' beside 'train': make one, with the same class folders")
-    if splits and split not in splits: raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
     if not splits: return *_find_classes(listing.taken, folder), folder
-    top = {path: _below(path, folder) for path in listing.taken}
-    train = [path for path in listing.taken if top[path][0] == splits.get("train")]
-    listing.keep(lambda path: len(top[path]) > 1, "beside the split folders")
-    listing.keep(lambda path: top[path][0] == splits[split], "other split")
+    if split not in splits:
+        raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
+    train = [path for path in listing.taken if _below(path, folder)[0] == splits.get("train")]
+    listing.keep(lambda path: len(_below(path, folder)) > 1, "beside the split folders")
+    listing.keep(lambda path: _below(path, folder)[0] == splits[split], "other split")
     labels, classes = _find_classes(listing.taken, folder / splits[split])
     if split == "train" or not train: return labels, classes, folder / splits[split]
     known = _find_classes(train, folder / splits["train"])[1]
-    if not known or labels is None: return None, (), folder / splits[split]         # one of the two has no classes
+    if not known or labels is None: return None, (), folder / splits[split]              # one of the two has no classes
     listing.missing = tuple(sorted(set(known) - set(classes)))
     return match_classes(labels, classes, known, f"the test split of {shown(folder)}"), known, folder / splits[split]
 
@@ -537,7 +560,8 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress, g
     labels, listing.classes, root = _read_split(listing, split)
     paths, digest = listing.taken, _digest(listing.taken, root, cache, progress)
     key = hashlib.sha256(json.dumps([digest, size, filter, channels, on_broken, _reader]).encode()).hexdigest()[:16]
-    images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, size, filter, channels, on_broken, progress)
+    settings = size, filter, channels, on_broken, progress
+    images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, *settings)
     whole = {paths[i] for i in kept}
     listing.keep(whole.__contains__, "cannot be read")
     if progress and os.environ.get("RANK", "0") == "0": print(listing)           # of several processes, one says it
@@ -552,12 +576,14 @@ def _digest(paths, root, cache, progress):
         found = []
         for path in some:
             try:
-                with open(path, "rb") as f: found.append(["/".join(_below(path, root)), hashlib.file_digest(f, "sha256").hexdigest()])
-            except OSError: found.append(["/".join(_below(path, root)), "unreadable"])
+                with open(path, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError: content = "unreadable"
+            found.append(["/".join(_below(path, root)), content])
         return found
     try: stamps = [str(root), *map(stamp, paths)]
     except OSError as e:
-        raise DiffnbError(f"{shown(e.filename)} was there a moment ago ({e.strerror}): start again, and leave the folder as it is") from e
+        raise DiffnbError(f"{shown(e.filename)} was there a moment ago ({e.strerror}): start again, and leave the "
+                          "folder as it is") from e
     memo = cache / f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}.sha256"
     with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()): return known
@@ -572,8 +598,8 @@ def _cached(path):
     "(images, numbers of the files they come from, native size), or None if they are not there as a whole."
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        images = torch.from_numpy(np.load(path.with_suffix(".npy"), mmap_mode="c"))  # "c": copy on write; the file stays as it is
-        return images[:len(facts["kept"])], facts["kept"], facts["native_size"]
+        images = np.load(path.with_suffix(".npy"), mmap_mode="c")      # "c": copy on write; the file stays as it is
+        return torch.from_numpy(images)[:len(facts["kept"])], facts["kept"], facts["native_size"]
     except (OSError, EOFError, ValueError, KeyError, TypeError): return None
 
 @contextmanager
@@ -587,7 +613,8 @@ def _fill_cache(paths, path, *settings): # as `_cached`
     "Decode `paths` into an array file, unless another process has meanwhile. Raises DiffnbError if there is no room."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n")
+        tag = "Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n"
+        (path.parent / "CACHEDIR.TAG").write_text(tag)
         with _alone(path) as locked:
             if locked:                                           # then these are of processes that were killed
                 for left in path.parent.glob(f"{path.name}.*.partial"): left.unlink()
@@ -610,7 +637,8 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
     try:
         out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
         with _threads() as pool:
-            for i, (image, side) in enumerate(tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)):
+            decoded = tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)
+            for i, (image, side) in enumerate(decoded):
                 if side: out[len(kept)] = image; kept.append(i); sides.append(side)
                 elif on_broken == "skip": print(f"left out: {image}")
                 else: raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
@@ -649,11 +677,14 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
         images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):
-        if size is None: raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 (--image-size 64)")
-        images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken, root / "cache",
-                                                                 progress, generated)
+        if size is None:
+            raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 "
+                              "(--image-size 64)")
+        images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken,
+                                                                 root / "cache", progress, generated)
     else:
-        raise DiffnbError(f"data {shown(name)!r} is neither a known set ({', '.join(named_sets)}) nor a folder that exists")
+        raise DiffnbError(f"data {shown(name)!r} is neither a known set ({', '.join(named_sets)}) "
+                          "nor a folder that exists")
     return ImageData(images, labels, classes, native, size or native, filter, str(name), digest, split)
 
 # %% ../nbs/01_data.ipynb #c058

@@ -9,10 +9,10 @@ __all__ = ['LEAST_ROWS', 'SPIKE_MADS', 'SPIKE_RATIO', 'FLOOR_DIMS', 'FLOOR_IMAGE
            'watch', 'dashboard', 'live_dashboard']
 
 # %% ../nbs/08_doctor.ipynb #c004
-import base64, html, io, itertools, json, math, textwrap, time, warnings
+import base64, html, io, itertools, json, math, shlex, textwrap, time, warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 # %% ../nbs/08_doctor.ipynb #c005
@@ -23,8 +23,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/08_doctor.ipynb #c006
-from .data import DiffnbError, addressed, load_data, resize, to_float, write_whole
-from .evaluate import load_statistics
+from .data import DiffnbError, addressed, load_data, match_classes, resize, to_float, write_whole
+from .evaluate import load_statistics, nearest
+from .sample import check_place
 from .schedule import gaussian_loss_floor, image_spectrum, make_schedule
 from .train import (BINS, TrainConfig, checkpoints, diffusion_loss, load_weights, lr_at, make_averages,
                           make_config, pick_device, plot_metrics, read_config, read_metrics, read_tensors,
@@ -113,8 +114,14 @@ class Facts:
         share = self.config.decay_share
         return share is not None and min(self.config.warmup, self.total // 10) < self.step < (1 - share) * self.total
 
+    @cached_property
+    def copied(self): return copies(self.grid[1], self.images) # asked for by a check and twice by the report
+
     parameters = property(lambda self: _network_facts(json.dumps(self.net))[0])
     flops = property(lambda self: _network_facts(json.dumps(self.net))[1]) # of one image through the network, forward
+
+    def command(self, name, *options): # as a shell takes it
+        return shlex.join(["diffnb", name, str(self.run), *options])
 
     def late(self, share=1 / 3): # the metrics' last third, at least LEAST_ROWS rows if there are so many
         n = len(self.metrics["step"])
@@ -159,8 +166,12 @@ FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes s
 
 def _load(f, split, size): # ImageData, or None with the reason noted
     c = f.config
-    try: return load_data(c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
-                          on_broken="skip", channels=f.data["channels"], progress=False)
+    try:
+        data = load_data(c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
+                         on_broken="skip", channels=f.data["channels"], progress=False)
+        if data.labels is None or not c.conditional: return data
+        labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.data}")
+        return replace(data, labels=labels, classes=tuple(f.data["classes"]))
     except DiffnbError as e:
         f.missing.append(f"the {split} images: {str(e).splitlines()[0].split(' and could not be downloaded')[0]}")
 
@@ -175,7 +186,10 @@ def _read_data(f):
     resized = f.size != f.native
     f.spectrum = _spectrum(f.images, f"{name}_{f.size}" + (f"_{f.data['filter']}" if resized else ""))
     f.native_spectrum = f.spectrum if not resized else _spectrum(f.images and replace(f.images, size=f.native), f"{name}_{f.native}")
-    if f.spectrum is not None: f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
+    if f.spectrum is not None and not f.spectrum.sum() > 0:
+        f.spectrum = f.native_spectrum = None
+        f.missing.append("the Gaussian floor of the loss: all training images are equal, so there is nothing to learn about them")
+    elif f.spectrum is not None: f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
     else: f.missing.append("the Gaussian floor of the loss: it needs more images than an image has values, or statistics that ship with diffnb")
 
 # %% ../nbs/08_doctor.ipynb #c024
@@ -187,6 +201,9 @@ def _measure(f):
     device, c, schedule = pick_device("auto"), f.config, f.schedule
     afford = BUDGET["cpu" if device.type == "cpu" else "other"] / 3 / f.flops
     n = int(min(max(afford, 48), 1000, len(f.images), len(f.test or f.images)))
+    if n < LEAST_ROWS:
+        f.missing.append(f"held-out loss and the loss of the EMA: {n} image(s) are too few to measure them on, {LEAST_ROWS} are needed")
+        return
     t, g = torch.arange(n) * c.T // n, addressed("doctor", n)
     if c.logit_normal: # as often as training draws them
         t = torch.searchsorted(f.chances.cumsum(0), (torch.arange(n).double() + 0.5) / n).clamp(max=c.T - 1)
@@ -383,7 +400,7 @@ def _stopped_early(f):
     if f.step >= f.total: return None
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
     if f.age < 1800 + 10 * usual: return None                                      # it may be running
-    advice, severity = f"diffnb resume {f.run}", None
+    advice, severity = f.command("resume"), None
     if f.holding: # a run of `now` epochs would begin its decay at this step
         now, severity = f.step * f.config.batch_size / f.data["images"] / (1 - f.config.decay_share), "minor"
         advice += f", or with --epochs {now:.2f} to let the rate decay from here, or more epochs to extend"
@@ -489,7 +506,7 @@ def mirror_test(images, labels=None, n=1500):
         warnings.simplefilter("ignore", ConvergenceWarning)
         odd = flat(x - x.flip(-1)); sides = lambda v: (np.concatenate([v, -v]), np.repeat([1, 0], len(v)))
         told = read().fit(*sides(odd[:half])).score(*sides(odd[half:]))
-        if labels is None or len(labels.unique()) < 2: return None, None, told
+        if labels is None or len(labels[index[:half]].unique()) < 2: return None, None, told
         y = labels[index].numpy(); model = read().fit(flat(x[:half]), y[:half])
     return model.score(flat(x[half:]), y[half:]), model.score(flat(x[half:].flip(-1)), y[half:]), told
 
@@ -578,14 +595,19 @@ COPY, COPIES = 0.5, 0.1 # nearer than half of the usual nearest distance; in a t
 def picture_facts(made, real): # uint8 (N, C, H, W) each -> (ratio of contrasts, correlation of neighbours made, and real)
     def neighbours(x): a, b = x[..., 1:].flatten(), x[..., :-1].flatten(); return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num().item()
     made, real = to_float(made), to_float(real)
-    return (made.std() / real.std()).item(), neighbours(made), neighbours(real)
+    grey = torch.tensor(1 / 127.5)                                                  # the least contrast there is: one grey level
+    return (made.std().maximum(grey) / real.std().maximum(grey)).item(), neighbours(made), neighbours(real)
 
 def copies(made, images): # uint8 (N, C, H, W), ImageData -> (median nearest distance made, usual among training images, share of copies)
-    pool = to_float(images.take(slice(None, None, max(1, len(images) // 5000)))).flatten(1)
-    some = pool[:: max(1, len(pool) // 200)]
-    usual = torch.cdist(some, pool).topk(2, largest=False).values[:, 1].median()    # the nearest is the image itself
-    near = torch.cdist(to_float(made).flatten(1), pool).min(1).values
-    return near.median().item(), usual.item(), (near < COPY * usual).double().mean().item()
+    """Distances from made pictures to the nearest of all training images. What is usual among these counts no copies, and is 0 if
+    all are equal; within one grey level a picture is a copy in any case."""
+    batches = lambda step=1: (to_float(images.take(slice(i, i + 4000 * step, step))).flatten(1) for i in range(0, len(images), 4000 * step))
+    some, near = torch.cat(list(batches(max(1, len(images) // 200)))), to_float(made).flatten(1)
+    to_some, to_made = zip(*((nearest(some, pool, skip_self=True)[0], nearest(near, pool)[0]) for pool in batches()))
+    usual, near = torch.stack(to_some).amin(0).median(), torch.stack(to_made).amin(0)
+    usual = usual.nan_to_num(posinf=0)                                              # nothing differs from anything
+    grey = math.sqrt(some.shape[1]) / 127.5
+    return near.median().item(), usual.item(), (near < usual.mul(COPY).clamp(min=grey)).double().mean().item()
 @looks_for("samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits", "metrics grid")
 def _samples_off(f):
     if f.done < LATE: return None
@@ -595,7 +617,7 @@ def _samples_off(f):
     return Problem(text, "Look at the grid: grey, noise, or saturation? Check prediction, schedule and EMA.", "Samples near the data's own numbers.", "samples")
 @looks_for("copies", "critical", "Samples are copies of training images", "07_evaluate: Precision, recall, and copying", "metrics grid images")
 def _copies(f):
-    near, usual, share = copies(f.grid[1], f.images)
+    near, usual, share = f.copied
     text = f"Distance to the nearest training image: {near:.2f} (median), among training images {usual:.2f}; nearer than half of that: {share:.0%} of {len(f.grid[1])}."
     if share <= COPIES: return text
     return Problem(text, "More data, fewer epochs, dropout; do not publish these samples as new.", "None that a score would show: Fréchet distance rewards copies.", "samples")
@@ -603,7 +625,7 @@ def _copies(f):
 def _no_samples(f):
     if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs): return None
     if any((f.run / "samples").glob("*.png")): return None
-    return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f"diffnb sample {f.run}", "The loss cannot see what an eye sees at once.", "loss")
+    return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f.command("sample"), "The loss cannot see what an eye sees at once.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c064
 SCORE_LEAST, SCORE_ERROR = 5000, 0.1 # images below which Fréchet distances mostly measure n; a tenth: interval against value
@@ -781,9 +803,13 @@ def _stop(f, found): # sentence 3: may I stop?
                 "peak.")
     return f"All {f.total:,} steps are done, but the learning rate never decayed: let it decay before you stop."
 
+def _no_metrics(f): # why
+    why = next((m for m in f.missing if m.startswith("metrics: ")), "")
+    return why.removeprefix("metrics: ") if "damaged" in why else "there are no metrics yet"
+
 def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
     "Is my loss good, may I stop? The first three sentences answer; more follow if pictures were scored."
-    if facts.metrics is None: return ["Nothing can be said about the loss: there are no metrics yet.", *[x.title + "." for x in found if x.severity == "critical"]]
+    if facts.metrics is None: return [f"Nothing can be said about the loss: {_no_metrics(facts)}.", *[x.title + "." for x in found if x.severity == "critical"]]
     said = [_good(facts), _falling(facts), _stop(facts, found)]
     if facts.scores: said.append(f"How good the pictures are is another question, and was measured: {facts.scores['score'].get('text', facts.scores['score']['value'])}; real images get {facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}.")
     else: said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
@@ -796,7 +822,7 @@ def _quality(f): # what can be expected of the pictures, with the numbers behind
         if "precision" in f.scores: yield f"Precision {f.scores['precision']['value']:.2f} (real {f.scores['real_precision']:.2f}): how many pictures look real. Recall {f.scores['recall']['value']:.2f} (real {f.scores['real_recall']:.2f}): how much of the variety is there."
     else: yield "No score has been measured, so no number can be promised."
     if f.grid: contrast, mine, theirs = picture_facts(*reversed(f.grid)); yield f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of neighbouring pixels {mine:.2f} (real {theirs:.2f})."
-    if f.grid and f.images is not None: yield "Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; copies: {:.0%}.".format(*copies(f.grid[1], f.images))
+    if f.grid and f.images is not None: yield "Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; copies: {:.0%}.".format(*f.copied)
     seen = f.step * f.config.batch_size; yield f"{seen:,} images seen so far, {seen / f.parameters:.3g} for each of {f.parameters:,} parameters; published CIFAR-10 runs: {PUBLISHED}."
     if f.size > f.native: yield f"Samples have the detail of {f.native} pixels at the best, at whatever size they are shown."
 
@@ -810,11 +836,11 @@ def _watch(f): # metrics to watch, with their usual range in this run
     if f.losses and "held-out" in f.losses: yield f"held-out loss of the EMA: {f.losses['held-out'].mean():.4f} (training images {f.losses['train'].mean():.4f})"
 
 def _next(f, problems):
-    if f.metrics is None: yield "Let it run until the first rows are logged, then examine it again."
-    elif f.step < f.total and not any(x.severity == "critical" for x in problems): yield f"diffnb resume {f.run} (if it is not running)"
+    if f.metrics is None: yield f"{_no_metrics(f)[:1].upper()}{_no_metrics(f)[1:]}: let it run until the first rows are logged, then examine it again."
+    elif f.step < f.total and not any(x.severity == "critical" for x in problems): yield f"{f.command('resume')} (if it is not running)"
     if problems: yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
-    if not f.scores and f.saved: yield f"diffnb evaluate {f.run} --n 10000"
-    if f.saved: yield f"diffnb sample {f.run}, and look at them beside real images"
+    if not f.scores and f.saved: yield f.command("evaluate", "--n", "10000")
+    if f.saved: yield f"{f.command('sample')}, and look at them beside real images"
 
 # %% ../nbs/08_doctor.ipynb #c079
 @dataclass
@@ -845,7 +871,7 @@ class Report:
 
     def write(self, folder=None): # where; None: the run folder -> path of report.html
         "Write report.md and report.html, each whole or not at all."
-        folder = Path(folder or self.facts.run)
+        folder = self.facts.run if folder is None else check_place(folder)
         write_whole(folder / "report.md", self.markdown())
         return write_whole(folder / "report.html", self.html())
 
@@ -862,7 +888,7 @@ def examine(run,       # a run folder, finished or still running
 
 # %% ../nbs/08_doctor.ipynb #c080
 def _markdown(report):
-    lines = [f"# Report on {report.facts.run.name}", ""]
+    lines = [f"# Report on {report.facts.run.resolve().name}", ""]
     for heading, kind, items in report.sections():
         if not items: continue
         lines += [f"## {heading}", ""]
@@ -903,7 +929,7 @@ def _html(report):
             body.append(f"<{tag}{css}>" + "".join(f"<li>{esc(item)}</li>" for item in items) + f"</{tag}>")
     counts = ", ".join(f"{sum(x.severity == s for x in report.findings)} {s}" for s in ("critical", "moderate", "minor"))
     subtitle = f"{f.data['name']}, {f.size}x{f.size}, {f.parameters:,} parameters, step {f.step:,} of {f.total:,}. Problems: {counts}. Measured well: {sum(x.severity == 'good' for x in report.findings)}."
-    return PAGE.format(title=esc(f"Report on {f.run.name}"), subtitle=esc(subtitle), body="\n".join(body))
+    return PAGE.format(title=esc(f"Report on {f.run.resolve().name}"), subtitle=esc(subtitle), body="\n".join(body))
 
 # %% ../nbs/08_doctor.ipynb #c090
 def watch(run,        # the run folder that train will fill

@@ -230,7 +230,7 @@ def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(d for d in there if there[d]))
     kind, _, index = str(name).partition(":")
-    if not there.get(kind) or index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
+    if not there.get(kind) or index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise DiffnbError(f"device {name!r} is not available here: choose {', '.join(d for d in there if there[d])}, or auto")
     return torch.device(name)
 
@@ -432,6 +432,8 @@ def read_tensors(path, # a file written by write_tensors
         problem = "its checksum does not match its contents"
     except KeyError: problem = "it was not written by diffnb"
     except (safetensors.SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as e: problem = str(e)[:300]
+    if path.suffix.lower() != ".safetensors":
+        raise DiffnbError(f"{path} holds no model that can be read ({problem}): give a run folder, or a .safetensors file that diffnb wrote")
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
 # %% ../nbs/04_train.ipynb #c057b

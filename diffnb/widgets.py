@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 # %% ../nbs/tools/widgets.ipynb #c005
 from .data import DiffnbError, addressed, load_data, tile, to_float, to_uint8
-from .guide import guided
+from .guide import guidance_for
 from .sample import ddim, draw_noise
 from .train import load_model, plot_metrics, read_metrics
 from .unet import Attention
@@ -194,10 +194,13 @@ def sampling(trained,     # from load_model, a model with classes
     if unknown := set(axes) - set(fixed): raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
     live = {k: v for k, v in axes.items() if isinstance(v, (list, tuple, range))}
     fixed |= {k: v for k, v in axes.items() if k not in live}
+    for w in live.get("guidance", [fixed["guidance"]]): guidance_for(trained, w)              # refused now, not when it is drawn
     y = torch.arange(len(trained.classes))
     def draw(**values):
         s = fixed | values
-        out = ddim(guided(trained.model, y, s["guidance"]), trained.schedule, (len(y), *trained.shape), s["steps"], s["eta"],
+        guide = guidance_for(trained, s["guidance"])
+        network, told = (guide(trained.model, y), None) if guide else (trained.model, y)
+        out = ddim(network, trained.schedule, (len(y), *trained.shape), s["steps"], s["eta"], y=told,
                    prediction=trained.config.prediction, generator=addressed(s["seed"], "sampling"))
         return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}

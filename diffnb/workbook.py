@@ -4,7 +4,7 @@
 __all__ = ['learners_page', 'make_workbook']
 
 # %% ../nbs/tools/workbook.ipynb #c002
-import hashlib, json, re
+import hashlib, importlib, json, re
 from pathlib import Path
 
 # %% ../nbs/tools/workbook.ipynb #c003
@@ -24,12 +24,16 @@ def _originals(): # list of (name, path): pages of the course; the checks of exe
     return [(p.relative_to(root).as_posix(), p) for p in pages]
 
 # %% ../nbs/tools/workbook.ipynb #c011
+def _jupyter(module):
+    "A module that comes with JupyterLab; DiffnbError says how to install it."
+    try: return importlib.import_module(module)
+    except ImportError as e: raise DiffnbError(f"a workbook needs JupyterLab and nbconvert ({e}): pip install 'diffnb[notebook]'") from e
+
 def learners_page(nb,             # a notebook as nbformat reads it; it is changed
                   solutions=False # keep the solutions, folded
                  ):               # the same notebook
     "Take the solutions of the exercises out of a page, and the outputs of stubs and checks."
-    try: from nbconvert.preprocessors import TagRemovePreprocessor
-    except ImportError: raise DiffnbError("a workbook needs JupyterLab and nbconvert: pip install 'diffnb[notebook]'") from None
+    TagRemovePreprocessor = _jupyter("nbconvert.preprocessors").TagRemovePreprocessor
     if not solutions: nb, _ = TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nb, {})
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
@@ -81,7 +85,7 @@ def make_workbook(out,            # folder: new, empty, or a workbook made earli
     if out.exists() and any(out.iterdir()) and not progress.exists():
         raise DiffnbError(f"{out} is not empty and is no workbook (it has no progress.json): name a new folder, or an empty one")
     said = read_progress(progress) if progress.exists() else {"diffnb": "", "solved": {}, "files": {}}
-    import nbformat
+    nbformat = _jupyter("nbformat")
     texts = {name: nbformat.writes(learners_page(nbformat.read(path, 4), solutions)) + "\n" for name, path in pages}
     texts["progress.ipynb"] = nbformat.writes(_progress_page()) + "\n"
     save = lambda: write_whole(progress, json.dumps({**said, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")

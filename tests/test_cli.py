@@ -1,9 +1,14 @@
-"What the page of the command line leaves to a machine: presets, averages by name, and what is refused before work starts."
-from dataclasses import replace
+"What the page of the command line leaves to a machine: presets, averages by name, what is refused before work starts, and the shell around it."
+import errno, functools, inspect, io, os, re, shlex, signal, subprocess, sys, time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, replace
+from unittest import mock
 
-import pytest
+import pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from diffnb.cli import _without_preset, main
+from diffnb import __version__
+from diffnb.cli import _without_preset, commands, main
 from diffnb.train import PRESETS, TrainConfig, check_config, load_model, read_config
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 --batch-size 8 "
@@ -75,3 +80,221 @@ def test_a_flow_is_exported_with_the_lines_that_sample_it(tmp_path, capsys):
     assert main(run) == 0 and main(["export", str(tmp_path / "x"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "out/README.md").exists() and not (tmp_path / "out/model_index.json").exists() and "DDIMPipeline loads it" not in said
+
+
+# ---- help, names and numbers
+
+def said(capsys, *args):
+    "(exit code, standard output, standard error); usage errors exit as they do from a shell."
+    try: code = main([str(a) for a in args])
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+@pytest.mark.parametrize("command", commands)
+def test_every_option_is_explained(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")                                      # one column of boxes
+    code, out, _ = said(capsys, command, "--help")
+    entries = dict(re.findall(r"^[│ ]{1,4}(--[a-zA-Z][\w-]+|--[nT]|PATH)(.*?)(?=^[│ ]{1,4}[-\w]|^ *$|^╰|\Z)", out, re.S | re.M))
+    expected = set(inspect.signature(commands[command]).parameters) - {"config"}
+    if command == "train": expected |= {f.name for f in fields(TrainConfig)}
+    first = "PATH" if "PATH" in entries else None
+    assert code == 0 and entries.keys() - {first} >= {f"--{n.removesuffix('_').replace('_', '-')}" for n in expected - {"run" * (first is not None), "source", "out" * (command == "workbook")}}
+    for option, text in entries.items():
+        about = re.sub(r"\{[^}]*\}|\((default|required)[^)]*\)|--no-\S+", "", text)
+        assert re.search(r"[a-z]{2,} .*[a-z]{2,}|[a-z]+, [a-z]+", about), (option, text)
+
+def test_a_comment_beside_a_parameter_is_its_help(capsys):
+    assert "image k depends on (seed, k) alone" in " ".join(said(capsys, "sample", "--help")[1].split())
+    assert "measured steps" in said(capsys, "train", "--help")[1] and "a run folder" in said(capsys, "resume", "--help")[1]
+
+def test_version(capsys):
+    import platform
+    code, out, _ = said(capsys, "--version")
+    assert code == 0 and out.startswith(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+
+@pytest.mark.parametrize("typed, meant", [("trian", "train"), ("sampel", "sample"), ("Info", "info"), ("eval", "evaluate"), ("zzz", None)])
+def test_an_unknown_command(typed, meant, capsys):
+    code, _, err = said(capsys, typed, "run")
+    assert code == 2 and (f"did you mean {meant}?" in err if meant else "did you mean" not in err) and "workbook" in err
+
+@pytest.mark.parametrize("args, near", [(["train", "--epoch", "3"], "--epochs"), (["sample", "digits", "--stepz", "3"], "--steps"),
+                                        (["resume", "x", "--tensorbord"], "--tensorboard")])
+def test_an_unknown_option(args, near, capsys):
+    code, _, err = said(capsys, *args)
+    assert code == 2 and near in err
+
+def test_two_presets_are_one_too_many(capsys):
+    for args in (["--preset", "clothes", "--preset", "clothes"], ["--preset=clothes", "--preset", "None"]):
+        code, _, err = said(capsys, "train", *args)
+        assert code == 1 and "twice" in err
+
+@pytest.mark.parametrize("args", [["info", "r\udcff"], ["train", "--data", "\udcc3"], ["sample", "digits", "--out=x\udcff.png"], ["\udcff"], ["info", "\ud800"]], ids=ascii)
+def test_arguments_that_are_not_text(args, capsys):
+    code, _, err = said(capsys, *args)
+    assert code == 1 and "is not UTF-8" in err
+
+def seen(monkeypatch, name):
+    "What the command `name` is called with; it does nothing."
+    calls = []
+    monkeypatch.setitem(commands, name, functools.wraps(commands[name])(lambda **given: calls.append(given)))
+    return calls
+
+@pytest.mark.parametrize("word", ["None", "-x", "--n", "²", "a b", "7", "é", "$x", "{None}"])
+def test_any_text_can_be_the_name_of_a_class_or_a_file(word, monkeypatch):
+    calls = seen(monkeypatch, "sample")
+    assert main(["sample", "digits", f"--class={word}", f"--out={word}"]) == main(["sample", "digits"]) == 0
+    assert calls[0]["class_"] == word and str(calls[0]["out"]) == word and calls[1]["class_"] is calls[1]["out"] is None
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "9" * 30, "-" + "9" * 30, "9" * 5000, "", "x", "0x10", "²", "None", "True"])
+@pytest.mark.parametrize("option", ["--guidance", "--n", "--seed"])
+def test_numbers_that_no_option_can_mean(option, value, monkeypatch, capsys):
+    calls = seen(monkeypatch, "sample")
+    code, _, err = said(capsys, "sample", "digits", f"{option}={value}")
+    assert code in (1, 2) and not calls and (option in err or value == "9" * 5000)
+
+def options_of(command):
+    parameters = list(inspect.signature(commands[command]).parameters.values())
+    names = [p.name for p in parameters if p.name not in ("config", "run", "source")]
+    if command == "train": names += ["run", *(f.name for f in fields(TrainConfig))]
+    return [f"--{n.removesuffix('_').replace('_', '-')}" for n in names if n not in ("dry_run", "data_url")]
+
+words = st.one_of(st.sampled_from(["nan", "-inf", "1e400", "1_000", "-1", "0", "", "None", "True", "False", "auto", "ema", ".", "..", "/", "-", "--", "=", "2", "0.5", "cpu", "²",
+                                   "٣", "9" * 25, "9" * 5000, "digits", "\udcff", "a\nb", "\u202e", "~", "*", "x" * 300]),
+                  st.integers().map(str), st.floats().map(str), st.text(st.characters(exclude_characters="\0"), max_size=8))
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.data())
+def test_whatever_options_say_is_done_or_refused(data):
+    "Property: exit code 1 or 2 with a message, or the work begins with checked settings; nothing else is ever raised."
+    command = data.draw(st.sampled_from([c for c in commands if c not in ("info", "workbook")]))
+    options = data.draw(st.lists(st.tuples(st.sampled_from(options_of(command)), words, st.booleans()), max_size=3))
+    args = [command, *([] if command == "train" else ["no-such-run"]), *(part for o, v, one in options for part in ([f"{o}={v}"] if one else [o, v]))]
+    begun, out, err = [], io.StringIO(), io.StringIO()
+    with mock.patch("diffnb.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0), redirect_stdout(out), redirect_stderr(err):
+        try: code = main(args)
+        except SystemExit as e: code = e.code
+    assert code == 0 and (begun or "usage" in out.getvalue()) or code in (1, 2) and err.getvalue().strip(), (args, code)
+    assert "Traceback" not in err.getvalue()
+
+
+# ---- where the output goes
+
+class Full(io.TextIOWrapper):
+    "A file on a full disk."
+    def __init__(self, number=errno.ENOSPC):
+        class Raw(io.RawIOBase):
+            def writable(self): return True
+            def write(self, _): raise OSError(number, os.strerror(number))
+        super().__init__(io.BufferedWriter(Raw(), 16), encoding="utf-8")
+    def close(self): pass
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "a run"
+    assert main(["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", str(run)]) == 0
+    return run
+
+def every_command(run, out):
+    "(arguments, file that must be there)."
+    small = ["--n", "16", "--steps", "2", "--device", "cpu"]
+    yield ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", out / "new"], out / "new/checkpoints/step_000000010.safetensors"
+    yield ["resume", out / "new", "--epochs", "0.06"], out / "new/checkpoints/step_000000012.safetensors"
+    yield ["info", run], run
+    yield ["sample", run, *small, "--out", out / "grid.png"], out / "grid.png"
+    yield ["sample", run, *small, "--out", out / "all.npz"], out / "all.npz"
+    yield ["evaluate", run, *small, "--out", out / "scores"], out / "scores/evaluation.json"
+    yield ["doctor", run, "--no-deep", "--out", out / "report"], out / "report/report.html"
+    yield ["export", run, "--out", out / "pipe"], out / "pipe/model_index.json"
+    yield ["workbook", out / "book"], out / "book/index.ipynb"
+    yield ["--help"], run
+    yield ["--version"], run
+
+@pytest.mark.parametrize("number, code", [(errno.ENOSPC, 1), (errno.EPIPE, 0)], ids=["full", "reader-left"])
+def test_no_command_stops_where_output_fails(a_run, tmp_path, monkeypatch, capsys, number, code):
+    pytest.importorskip("diffusers")
+    for args, there in every_command(a_run, tmp_path):
+        with monkeypatch.context() as m:
+            m.setattr("sys.stdout", Full(number))
+            assert said(capsys, *args)[::2] == (code, mock.ANY) and there.exists(), args
+    with monkeypatch.context() as m:
+        m.setattr("sys.stdout", Full(number)); m.setattr("sys.stderr", Full())
+        assert said(capsys, "sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "2.png")[0] == code
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_every_command_speaks_in_every_encoding(a_run, tmp_path, monkeypatch, capsys, encoding):
+    pytest.importorskip("diffusers")
+    for args, there in [*every_command(a_run, tmp_path), (["train", "--help"], a_run), (["info", tmp_path / "é…"], a_run)]:
+        with monkeypatch.context() as m:
+            m.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            code, _, err = said(capsys, *args)
+            sys.stdout.flush()
+            assert code == ("…" in str(args[-1])) and there.exists() and sys.stdout.errors == "strict", (args, err)
+
+def test_what_an_encoding_lacks_is_written_in_ascii():
+    assert "1 ± 2 … ² é \udcff \U0001f600".encode("ascii", "diffnb") == b"1 +- 2 ... 2 \\xe9 \xff \\U0001f600"
+    assert "é ± \udcff".encode("latin-1", "diffnb") == b"\xe9 \xb1 \xff" and "é ± \udcff".encode("utf-8", "diffnb") == "é ± ".encode() + b"\xff"
+
+@pytest.mark.parametrize("columns", ["1", "2", "5", "12", "1000000000"])
+def test_help_ends_in_any_width(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    for args in (["--help"], ["train", "--help"], ["sample", "digits", "--stepz", "3"], ["sample", "--n", "x"], []):
+        code, out, err = said(capsys, *args)
+        assert code == (0 if "--help" in args else 2) and len(out + err) < 50_000 and os.environ["COLUMNS"] == columns
+
+def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
+    for name in ("a run", "$x", "it's", "a;b"):
+        run = tmp_path / name
+        for args in (["train", "--data", "digits", *TINY, "--epochs", "0.02", "--run", run], ["workbook", tmp_path / f"{name} book"]):
+            printed = said(capsys, *args)[1]
+            line = re.search(r"(diffnb (?:sample|resume)|jupyter lab) (.*)", printed)
+            assert shlex.split(line[2]) in ([str(run)], [str(tmp_path / f"{name} book/index.ipynb")]), printed
+
+
+# ---- the process
+
+def process(*args, **kw):
+    return subprocess.Popen([sys.executable, "-m", "diffnb", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
+def test_ctrl_c_while_pytorch_is_imported(a_run):
+    waiting = [(delay, process("info", a_run)) for delay in (0.3, 0.8)]
+    for delay, p in waiting: time.sleep(delay); p.send_signal(signal.SIGINT)
+    for _, p in waiting:
+        out, err = p.communicate(timeout=60)
+        assert (p.returncode, out, err) == (130, "", "diffnb: interrupted\n")
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
+def test_a_closed_standard_output_is_not_given_to_a_file(a_run, tmp_path):
+    "The next file opened would be descriptor 1, and hold what libraries print."
+    p = process("sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "x.png", preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert p.wait(60) == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+optional = "diffusers accelerate torch_fidelity tensorboard ipywidgets IPython jupyterlab nbformat nbconvert nbdev execnb fastcore torchmetrics pytest hypothesis playwright".split()
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None): return None if name.split(".")[0] in optional else super().find_spec(name, path, target)
+sys.meta_path[:] = [Finder if f is PathFinder else f for f in sys.meta_path]
+from diffnb.cli import main
+for line in sys.stdin:
+    try: code = main(eval(line))
+    except SystemExit as e: code = e.code
+    print("CODE", code, flush=True); print("CODE", code, file=sys.stderr, flush=True)
+"""
+
+def test_every_command_without_optional_packages(a_run, tmp_path):
+    "Each works, or says what to install, before anything is written."
+    todo = [[str(a) for a in args] for args, _ in every_command(a_run, tmp_path)]
+    todo += [["train", "--data", "digits", *TINY, "--tensorboard", "--run", str(tmp_path / "t")],
+             ["evaluate", str(a_run), "--n", "16", "--features", "inception-2048", "--inception", str(a_run / "config.json"), "--steps", "2", "--out", str(tmp_path / "i")]]
+    done = subprocess.run([sys.executable, "-c", WITHOUT], input="\n".join(map(repr, todo)), capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    codes, errors = re.findall(r"CODE (\d)", done.stdout), done.stderr.split("CODE ")
+    needs = {"export": "pip install diffusers", "workbook": "pip install 'diffnb[notebook]'", "--tensorboard": "pip install tensorboard", "inception-2048": "pip install torch-fidelity"}
+    assert len(codes) == len(todo)
+    for args, code, err in zip(todo, codes, errors):
+        missing = next((text for word, text in needs.items() if word in args), None)
+        assert code == ("1" if missing else "0") and (missing is None or missing in err), (args, code, err)
+    assert not (tmp_path / "pipe").exists() and not (tmp_path / "book").exists() and not (tmp_path / "t").exists()

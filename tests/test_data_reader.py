@@ -86,8 +86,8 @@ def test_a_class_may_be_called_train_beside_bus(tmp_path):
     (("archive/train/ant/1.png",), ("archive as one class", "train as a split")),
     (("ant/train/1.png", "ant/test/1.png", "bee/train/1.png"), ("ant, bee as classes", "test, train as splits")),
     (("train/1.png", "Train/1.png"), ("Train, train as one split", "as 2 classes")),
-    (("ant/1.png", "2.png"), ("ant as classes", "without classes")),
-    (("train/ant/1.png", "train/2.png", "test/ant/1.png"), ("ant as classes", "without classes"))])
+    (("ant/1.png", "2.png"), ("ant as a class", "without classes")),
+    (("train/ant/1.png", "train/2.png", "test/ant/1.png"), ("ant as a class", "without classes"))])
 def test_what_can_be_read_in_two_ways_is_refused(tmp_path, names, readings):
     put(tmp_path / "d", *names)
     with pytest.raises(DiffnbError, match="two ways") as e: read(tmp_path / "d")

@@ -44,7 +44,7 @@ bug("exif-ignored", "photographs taken upright lie on their side", "return im.tr
 bug("sixteen-bits-clipped", "16-bit images are clipped to white instead of scaled", "(grey * (255 / top))", "(grey)")
 bug("alpha-dropped", "transparent pixels show the colour hidden under them", "if im.has_transparency_data:", "if False:")
 bug("squeezed", "images that are not square are squeezed instead of cropped", 'ImageOps.fit(im, (size, size),', 'im.resize((size, size),')
-bug("labels-by-position", "labels of a test split count in its own list of classes", "return torch.tensor(order, dtype=torch.int64, device=labels.device)[labels]", "return labels")
+bug("classes-by-position", "labels of a test split count in its own list of classes", "return torch.tensor(order, dtype=torch.int64, device=labels.device)[labels]", "return labels")
 bug("suffix-case", "images whose suffix is in capitals are left out", "os.path.splitext(entry.name)[1].lower()", "os.path.splitext(entry.name)[1]")
 bug("labels-shift", "after a broken file all labels shift by one", 'labels[kept]', 'labels[:len(kept)]')
 bug("cache-stale", "the cache of decoded images does not depend on size and filter", "json.dumps([digest, size, filter, channels, on_broken, _reader])", "json.dumps([digest])")
@@ -109,6 +109,7 @@ bug("v-undivided", "x0 from v is right only where variance is preserved", " / (a
 bug("floor-v-preserving", "the loss floor of v is right only where variance is preserved", '"v": (a ** 2 + s ** 2) ** 2,', '"v": 1,')
 bug("equal-whatever-s", "schedules are equal if their signals are, whatever their noise",
     "\n                and torch.equal(self.s, other.s))", ")", tests="test_schedule.py -k equality")
+bug("beta-end-ignored", "the last beta is 0.02, whatever was asked for", "beta = torch.linspace(beta_start, beta_end,", "beta = torch.linspace(beta_start, 0.02,")
 
 
 # ---------------------------------------------------------------- 03 unet
@@ -153,6 +154,12 @@ bug("patches-transposed", "patches are put back with rows and columns exchanged"
     "F.pixel_shuffle(x, patch_size)", "F.pixel_shuffle(x.unflatten(1, (-1, patch_size, patch_size)).mT.flatten(1, 3), patch_size)")
 bug("attention-in-pixels", "resolutions are counted in pixels although the network works on patches",
     'size = c["image_size"] // c["patch_size"]', 'size = c["image_size"]')
+bug("dropout-forgotten", "dropout is made and never called", "self.conv2(self.dropout(F.silu(h)))", "self.conv2(F.silu(h))")
+bug("dropout-frozen", "dropout switches off the same units in every call", "        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))",
+    "        with torch.random.fork_rng([]): torch.manual_seed(0); h = self.dropout(F.silu(h))\n        return self.shortcut(x) + self.conv2(h)")
+bug("dropout-not-handed-on", "the UNet keeps its dropout to itself", 'c["norm_groups"], c["dropout"], c["film"]', 'c["norm_groups"], 0.0, c["film"]')
+bug("groups-not-handed-on", "blocks have 16 groups, whatever was asked for", '4 * widths[0], c["norm_groups"], c["dropout"]', '4 * widths[0], 16, c["dropout"]')
+bug("head-dim-not-handed-on", "attention has a single head, whatever was asked for", 'Attention(width, c["head_dim"],', "Attention(width, None,")
 
 
 # ---------------------------------------------------------------- 04 train
@@ -232,6 +239,28 @@ bug("muon-momentum-forgotten", "a resumed run forgets Muon's momentum", "for m i
 bug("version-1-rows", "metrics of version 0.1, without processor time, are refused", "if list(m) not in (columns, columns[:-1]):", "if list(m) != columns:", tests="test_versions.py")
 bug("version-1-model", "checkpoints of version 0.1, which know no patches, are refused", '_same_model(_whole(meta["model"]), model, path)', '_same_model(meta["model"], model, path)', tests="test_versions.py")
 bug("processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)', "0.0", tests="test_train.py -k processor")
+bug("clipping-measured-only", "gradients are measured, and never clipped", "clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)", "clip_grad_norm_(model.parameters(), math.inf)")
+bug("ema-before-step", "the average is taken before the optimiser's step",
+    "state.optimizer.step(); state.optimizer.zero_grad()\n        for ema in state.averages.values(): ema.update(model, state.step)",
+    "for ema in state.averages.values(): ema.update(model, state.step)\n        state.optimizer.step(); state.optimizer.zero_grad()")
+bug("ema-of-last-step-only", "the average counts its updates from the end, so that its warm-up never ends", "ema.update(model, state.step)", "ema.update(model, 0)")
+bug("ema-decay-ignored", "the average decays by its default", "EMA(model, config.ema_decay, config.fused)", "EMA(model, fused=config.fused)")
+bug("weight-decay-ignored", "weight decay is ignored", "weight_decay=config.weight_decay, fused=fused", "weight_decay=0.0, fused=fused")
+bug("jitter-ignored", "colour jitter is ignored", "g, config.flip, config.jitter)", "g, config.flip)")
+bug("flip-ignored", "images are never mirrored", "g, config.flip, config.jitter)", "g, False, config.jitter)")
+bug("dropout-same-units", "dropout drops the same units at every step", 'addressed(config.seed, "dropout", state.step, *ranks.address)', 'addressed(config.seed, "dropout", *ranks.address)')
+bug("dropout-asleep", "the network trains in eval mode, in which nothing is dropped", "network.train()", "network.eval()")
+bug("rate-of-first-step", "the learning rate is worked out once instead of in each step", 'group["lr"] = lr_at(state.step,', 'group["lr"] = lr_at(0,')
+bug("warmup-ignored", "the loop warms up for 500 steps, whatever was asked for", "lr_at(state.step, total, config.lr, config.warmup,", "lr_at(state.step, total, config.lr, 500,")
+bug("accumulate-ignored", "a batch goes through the network in one piece, whatever memory there is", "b.chunk(config.accumulate) for b in batch", "[b] for b in batch")
+bug("label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, config.label_dropout,", "drop_labels(y, TrainConfig.label_dropout,")
+bug("conditional-ignored", "the network is told the class although it should not be", "if config.conditional and data.labels is not None else None", "if data.labels is not None else None")
+bug("noise-ignores-seed", "runs with different seeds draw the same noise", 'addressed(config.seed, "batch", step,', 'addressed(0, "batch", step,')
+bug("images-ignore-seed", "runs with different seeds see the images in one order", "config.batch_size, config.seed, step)", "config.batch_size, 0, step)")
+bug("bf16-training-ignored", "bf16 is ignored in training", 'enabled=precision == "bf16"):\n                loss =', "enabled=False):\n                loss =")
+bug("bf16-grids-inverted", "sample grids are drawn in bf16 by all runs but those that ask for it", 'enabled=config.precision == "bf16"):\n        made', 'enabled=config.precision != "bf16"):\n        made')
+bug("grid-always-eps", "sample grids take every output for eps", "y=y, prediction=config.prediction)\n    with", 'y=y, prediction="eps")\n    with')
+bug("weights-argument-ignored", "load_model gives the average, whatever weights were asked for", 'load_weights(model, tensors, f"{weights}.")', 'load_weights(model, tensors, "ema.")')
 
 
 # ---------------------------------------------------------------- 05 sample
@@ -282,6 +311,12 @@ bug("fingerprint-forgets-noise", "samples of two schedules with one signal curve
     "if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes())", "pass")
 bug("heun-at-pure-noise", "Heun divides by a signal of zero", "if t_next >= 0 and a > 0:", "if t_next >= 0:")
 bug("dpm-at-pure-noise", "DPM-Solver++ takes the logarithm of a signal of zero", "if s2 > 0 and a > 0 else", "if s2 > 0 else")
+bug("bf16-sampling-ignored", "bf16 is ignored in sampling", 'enabled=precision == "bf16"):\n            x0 =', "enabled=False):\n            x0 =")
+bug("ddpm-spacing-ignored", "DDPM visits the same timesteps, whatever spacing was asked for", "schedule.T if steps is None else steps, spacing)", "schedule.T if steps is None else steps)")
+bug("heun-forgets-labels", "the second evaluation of Heun is not told the labels", "euler, t_next, y, prediction, clip)", "euler, t_next, None, prediction, clip)")
+bug("settings-not-handed-on", "the sampler never hears of the settings it was given", "for k in ks], device), **settings)", "for k in ks], device), steps=settings.get(\"steps\", 50))")
+bug("start-ignores-seed", "every seed starts from the same noise", '[addressed(seed, "start", k) for k in ks]', '[addressed(0, "start", k) for k in ks]')
+bug("fresh-noise-ignores-seed", "with eta above 0 every seed draws the same fresh noise", '[addressed(seed, "sample", k) for k in ks]', '[addressed(0, "sample", k) for k in ks]')
 
 
 # ---------------------------------------------------------------- 06 guide
@@ -295,6 +330,8 @@ bug("null-is-last", "the last class is taken for the null class", "torch.full_li
 bug("outside-unconditional", "outside the interval labels are forgotten", "out, cond)", "out, uncond)")
 bug("rescale-inverted", "rescaling raises the contrast instead of lowering it", "std = _std(cond) / _std(out)", "std = _std(out) / _std(cond)")
 bug("rescale-whole-batch", "rescaling uses the contrast of the batch, not of each image", "x.std((1, 2, 3), keepdim=True)", "x.std()")
+bug("w-whole", "a guidance scale of 1.5 counts as 1", "uncond + self.w * (cond - uncond)", "uncond + int(self.w) * (cond - uncond)")
+bug("rescale-all-or-nothing", "rescaling a little rescales all", "self.rescale * std * out + (1 - self.rescale) * out", "std * out")
 bug("rescale-share", "rescale 0.3 acts like 0.7", "self.rescale * std * out + (1 - self.rescale) * out", "(1 - self.rescale) * std * out + self.rescale * out")
 bug("images-interleaved", "images are doubled one by one, labels as a block", "x_t.repeat(2, 1, 1, 1)", "x_t.repeat_interleave(2, 0)")
 bug("times-interleaved", "timesteps are doubled one by one, images as a block", "t.repeat(2)", "t.repeat_interleave(2)")
@@ -319,9 +356,9 @@ bug("few-images-silent", "too few images for a covariance pass without a warning
 bug("kid-biased", "KID counts the kernel of each image with itself", "(m.sum() - m.diagonal().sum()) / (size * (size - 1))", "m.mean()")
 bug("kid-dimension", "KID's kernel forgets to divide by the dimension", "(x @ y.T / x.shape[1] + 1) ** 3", "(x @ y.T + 1) ** 3")
 bug("kid-one-subset", "all subsets of KID are the same", 'addressed(seed, "kid", k, which)', 'addressed(seed, "kid", which)')
-bug("precision-recall-swapped", "precision and recall are exchanged", "return inside(generated, real), inside(real, generated)", "return inside(real, generated), inside(generated, real)", "toshas/torch-fidelity#58")
-bug("reach-counts-self", "the third neighbour is the second: an image counts as its own", "d.kthvalue(k + 1)", "d.kthvalue(k)")
-bug("nearest-is-self", "the nearest image of a set is always the image itself", "d.topk(1 + skip_self,", "d.topk(1,")
+bug("precision-recall-swapped", "precision and recall are exchanged", "return inside(generated, real, True), inside(real, generated, False)", "return inside(real, generated, True), inside(generated, real, False)", "toshas/torch-fidelity#58")
+bug("reach-counts-self", "the third neighbour is the second: an image counts as its own", "d.kthvalue(min(k + 1, ", "d.kthvalue(min(k, ")
+bug("nearest-is-self", "the nearest image of a set is always the image itself", "(d.masked_fill(d == 0, math.inf) if skip_self else d)", "d")
 bug("jackknife-factor", "the jackknife's error is that of a mean", "math.sqrt(len(values) - 1) * float(np.std(values))", "float(np.std(values)) / math.sqrt(len(values))")
 bug("floor-with-itself", "real images are compared with a set that contains them", "reference.without(p) if apart else reference", "reference")
 bug("infinity-slope", "the score at infinite n is the slope of the line", ", 1)[1])", ", 1)[0])")
@@ -335,6 +372,12 @@ bug("farthest-pairs", "the closest pairs are the most distant ones", "first = d.
 bug("features-range", "the feature network is shown another range than it was trained on", "self.body(x / 127.5 - 1)", "self.body(x / 255)")
 bug("features-aliased", "images are shrunk for the feature network without antialiasing", 'resize(x, 8, "bilinear")', 'resize(x, 8, "nearest")', "Lightning-AI/torchmetrics#3130")
 bug("read-layout", "pixels read from an .npz are reshaped where axes must be permuted", "torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous()", "torch.from_numpy(images[:n]).reshape(-1, images.shape[3], *images.shape[1:3])")
+bug("loss-ignores-seed", "the measured loss has one noise for all seeds", 'addressed(seed, "loss_by_timestep", t, i)', 'addressed(0, "loss_by_timestep", t, i)')
+bug("kid-ignores-seed", "KID takes the same subsets for all seeds", 'addressed(seed, "kid", k, which)', 'addressed(0, "kid", k, which)')
+bug("evaluate-forgets-seed", "an evaluation does not tell KID its seed", "kid(f, f_real, max(2, sub), seed=seed)", "kid(f, f_real, max(2, sub))")
+bug("evaluate-forgets-batch-size", "features are worked out 256 images at a time, whatever was asked for", "features(images, batch_size), features(reference, batch_size)", "features(images), features(reference)")
+bug("jackknife-ignores-groups", "the jackknife always has 20 groups", "shuffled.chunk(min(groups, len(f) // 2))", "shuffled.chunk(min(20, len(f) // 2))")
+bug("run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for", "guide=guide, steps=steps, prediction", "guide=guide, steps=50, prediction")
 
 
 # ---------------------------------------------------------------- 08 doctor
@@ -365,9 +408,9 @@ bug("mirror-inverted", "flips are called harmful where they do no harm", "if m[0
 bug("mirror-leaks", "the mirror test scores on the images it learned from", ".score(*sides(odd[half:]))", ".score(*sides(odd[:half]))")
 bug("imbalance-lenient", "classes may differ thirtyfold", "if high <= 3 * max(low, 1)", "if high <= 30 * max(low, 1)")
 bug("amplitude-power", "what is left of the signal is given as power, so that too much passes", "left = float(f.schedule.a[-1])", "left = float(f.schedule.alpha_bar[-1])")
-bug("copies-self", "each training image is its own nearest neighbour", ".topk(2, largest=False).values[:, 1]", ".topk(2, largest=False).values[:, 0]")
-bug("copies-far", "pictures far from the training images count as copies", "(near < COPY * usual)", "(near > COPY * usual)")
-bug("contrast-inverted", "contrast is that of the real images over the made ones", "(made.std() / real.std())", "(real.std() / made.std())")
+bug("copies-self", "each training image is its own nearest neighbour", "nearest(some, pool, skip_self=True)[0]", "nearest(some, pool)[0]")
+bug("copies-far", "pictures far from the training images count as copies", "(near < usual.mul(COPY).clamp(min=grey))", "(near > usual.mul(COPY).clamp(min=grey))")
+bug("contrast-inverted", "contrast is that of the real images over the made ones", "(made.std().maximum(grey) / real.std().maximum(grey))", "(real.std().maximum(grey) / made.std().maximum(grey))")
 bug("sizes-agree", "sizes that disagree pass", "if v}) == 1: return f\"All agree", "if v}) >= 1: return f\"All agree")
 bug("upscaled-inverted", "images that were shrunk are called enlarged", "scale = f.size / f.native", "scale = f.native / f.size")
 bug("mildest-first", "the mildest problems come first", "key=lambda x: order.index(x.severity)", "key=lambda x: -order.index(x.severity)")
