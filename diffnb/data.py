@@ -355,6 +355,7 @@ class Listing:
     left: dict = field(default_factory=dict)  # reason -> paths
     classes: tuple = ()                       # names of the classes, once they are known
     missing: tuple = ()                       # those without images here
+    strange: tuple = ()                       # classes that only the test split has
 
     def leave(self, path, reason): self.left.setdefault(reason, []).append(path)
 
@@ -368,6 +369,7 @@ class Listing:
         text = f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}"
         if n := len(self.classes): text += f" in {n} class{'es' * (n > 1)} ({_names(self.classes)})"
         if self.missing: text += f"; none of {_names(self.missing)}"
+        if self.strange: text += f"; the test split alone has {_names(self.strange)}"
         left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})"
                 for reason, paths in sorted(self.left.items())]
         return f"{text}; left out: {', '.join(left) or 'nothing'}"
@@ -541,9 +543,11 @@ def _read_split(listing, split):
     if split not in splits:
         raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
     train = [path for path in listing.taken if _below(path, folder)[0] == splits.get("train")]
+    tested = {t[1] for t in (_below(path, folder) for path in listing.taken) if t[0] == splits.get("test") and len(t) > 2}
     listing.keep(lambda path: len(_below(path, folder)) > 1, "beside the split folders")
     listing.keep(lambda path: _below(path, folder)[0] == splits[split], "other split")
     labels, classes = _find_classes(listing.taken, folder / splits[split])
+    if split == "train" and classes: listing.strange = tuple(tested - set(classes))       # said now, refused when it is read
     if split == "train" or not train: return labels, classes, folder / splits[split]
     known = _find_classes(train, folder / splits["train"])[1]
     if not known or labels is None: return None, (), folder / splits[split]              # one of the two has no classes

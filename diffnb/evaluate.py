@@ -540,7 +540,8 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
                               "score), or an .npz")
         if splits := split_folders(listing):
             raise DiffnbError(f"{shown(source)} has splits, {', '.join(map(shown, splits.values()))}: give one of them")
-        if any(p.name != "samples.json" for paths in listing.left.values() for p in paths): print(listing)
+        notes = ("samples.json", ".lock", ".partial")            # of sampling itself: nothing to speak of
+        if any(not p.name.endswith(notes) for paths in listing.left.values() for p in paths): print(listing)
         images = [decode(path, formats=("PNG",)).transpose(1, 2, 0) for path in listing.taken[:n]]
         for path, image in zip(listing.taken, images):
             if image.shape[:2] != images[0].shape[:2]:
