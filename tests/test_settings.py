@@ -595,13 +595,14 @@ def recorded_run(f,
 def of_evaluate_run(w):
     run, other = recorded_run(diffnb.evaluate.evaluate_run), diffnb.train.Alone(); other.rank = 1
     dear = diffnb.evaluate.digits_features()
-    yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(3, 4), reference=V(None, "fashion"),
+    np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
+    yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"),
         out=V("a", "b"), features=V("digits", dear), weights=V(None, "file"), steps=V(50, 3), guidance=V(1.0, 2.0),
                                sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu",
                                    batch_size=V(None, 3), data_root=V(None, "there"), progress=V(True, False),
                                    precision=V("float32", "bf16"),
                                ranks=V(diffnb.train.Alone(), other))
-    yield "evaluate_run", Case(run, source=w / "u", n=3, out="a", device=refused("cpu", "cuda:99"))
+    yield "evaluate_run", Case(run, source=w / "u", n=16, out="a", device=refused("cpu", "cuda:99"))
 
 def of_interchange(w):
     pytest.importorskip("diffusers")
