@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 # %% ../nbs/04_train.ipynb #c006
+import diffnb
 from . import __version__
 from .data import (DiffnbError, ImageData, addressed, augment, batch_indices, load_data, named_sets, save_grid,
                          show_images, to_float, to_uint8, write_whole)
@@ -1188,22 +1189,23 @@ def save_weights(trained, # Trained
     return write_tensors(path, {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()},
                          {"step": trained.step, "config": asdict(trained.config), "model": c, "data": {"classes": list(trained.classes)}})
 
+def _embedded(): # the models that come with the package: name -> path
+    found = sorted((Path(diffnb.__file__).parent / "weights").glob("*.safetensors"))
+    return {p.stem: p for p in found if not p.stem.endswith("_features")}             # those are networks that look, for scores
+
 def load_model(source,        # run folder, checkpoint or weights file, or the name of an embedded model: "digits", "clothes"
                device="auto", # where to put it
                weights="ema", # or "model": the last weights themselves; "ema2", …: the other horizons of ema_half_lives
               ):              # Trained
     "A trained model, ready to sample. Raises DiffnbError if there is none, or if file and configuration disagree."
-    embedded = Path(__file__).parent / "weights" / f"{source}.safetensors" if "__file__" in globals() else Path("no/where")
-    path, moved = Path(source), {}
+    path, moved, embedded = Path(source), {}, _embedded()
     if path.is_dir():
         facts = read_config(path); found = last_checkpoint(path, facts["model"])
         if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
         moved = {"data": facts["config"].data}                               # where the images are now
-    elif path.is_file() or embedded.is_file(): tensors, meta = read_tensors(path if path.is_file() else embedded)
-    else:
-        names = ", ".join(sorted(p.stem for p in embedded.parent.glob("*.safetensors")))
-        raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {names}")
+    elif path.is_file() or str(source) in embedded: tensors, meta = read_tensors(path if path.is_file() else embedded[str(source)])
+    else: raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {', '.join(embedded)}")
     try:
         config, net, step = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"]
         classes = _names(meta["data"]["classes"])

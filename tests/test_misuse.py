@@ -1,10 +1,10 @@
 "What people do by mistake when they sample, score, examine and export: it is refused in words, before work is done, or it is right."
-import errno, functools, json, math, os, re, shlex, warnings
+import errno, functools, json, math, os, re, shlex, shutil, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import hypothesis, numpy as np, pytest, torch
+import diffnb, hypothesis, numpy as np, pytest, torch
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -479,3 +479,13 @@ def test_options_of_sampling_are_refused_where_the_images_exist(here, digits, op
     pictures(here / "set", digits.images[:20, 0].numpy())
     assert main(["evaluate", "set", "--reference", "digits", "--device", "cpu", *option]) == 1
     assert option[0] in capsys.readouterr().err and not (here / "set.evaluation").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/dev/null", "../weights", "digits_features"])
+def test_what_is_no_model_is_told_which_come_along(name):
+    with pytest.raises(DiffnbError, match="embedded model: clothes, digits$"): load_model(name)
+
+
+def test_a_path_is_no_name_of_an_embedded_model(tmp_path):
+    shutil.copy(Path(diffnb.__file__).parent / "weights/digits.safetensors", tmp_path)
+    with pytest.raises(DiffnbError, match="embedded model"): load_model(tmp_path / "digits")
