@@ -640,6 +640,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     facts, filter = {"source": str(source)}, "bicubic"
     if kind == "files":
         if reference is None: raise DiffnbError(f"{source} is not a run folder, so say what to compare its images with: reference=... (command line: --reference)")
+        if guidance != 1 or steps != 50:
+            raise DiffnbError(f"{source} holds images that are made already: leave --steps and --guidance out, which say how to make some")
         images, y, names = read_images(source, n)
         like = images
     else:

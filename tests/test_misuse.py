@@ -473,3 +473,9 @@ def test_other_numbers_of_python_callers(digits):
                  lambda: check("²", None)):
         with pytest.raises((DiffnbError, KeyError, ValueError)) as caught: call()
         assert "invalid literal" not in str(caught.value) and "range()" not in str(caught.value)
+
+@pytest.mark.parametrize("option", [["--guidance", "3"], ["--guidance", "nan"], ["--steps", "7"]])
+def test_options_of_sampling_are_refused_where_the_images_exist(here, digits, option, capsys):
+    pictures(here / "set", digits.images[:20, 0].numpy())
+    assert main(["evaluate", "set", "--reference", "digits", "--device", "cpu", *option]) == 1
+    assert option[0] in capsys.readouterr().err and not (here / "set.evaluation").exists()

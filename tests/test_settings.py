@@ -388,8 +388,8 @@ class Case: # one function with its arguments; `see(result, arguments)`: what is
         case.f, case.see, case.arguments = f, see, arguments
 
 # What is made of them is what they are given
-RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features", "Score", "Evaluation", "Facts", "Report",
-           "TrainConfig", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
+RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features", "Score", "Evaluation", "Facts",
+           "Report", "TrainConfig", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
            "TrainingStopped", "Run"}
 
 def public(module):
@@ -636,7 +636,8 @@ def recorded_run(f,
 def of_evaluate_run(w):
     run, other = recorded_run(diffnb.evaluate.evaluate_run), diffnb.train.Alone(); other.rank = 1
     dear = diffnb.evaluate.digits_features()
-    yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, "fashion"),
+    np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
+    yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"),
         out=V("a", "b"), features=V("digits", dear), weights=V(None, "file"), steps=V(50, 3), guidance=V(1.0, 2.0),
                                sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu",
                                    batch_size=V(None, 3), data_root=V(None, "there"), progress=V(True, False),
@@ -668,7 +669,8 @@ def of_interchange(w):
             halves = {k: v.half() for k, v in safetensors.torch.load_file(file).items()}
             safetensors.torch.save_file(halves, file.with_suffix(".fp16.safetensors"))
     yield "from_diffusers", Case(I.from_diffusers, path=V(w / "one/saved", w / "two/saved"), null_class=V(True, False))
-    yield "from_diffusers", Case(I.from_diffusers, path=both, weights=V("ema", "model"), variant=V(None, "fp16"), say=V(print, str))
+    yield "from_diffusers", Case(I.from_diffusers, path=both, weights=V("ema", "model"), variant=V(None, "fp16"),
+        say=V(print, str))
 
 def of_sample(w):
     S, model, other = diffnb.sample, small(), small(blocks=2)
