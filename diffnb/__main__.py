@@ -19,7 +19,7 @@ def _leave(number, frame): # nothing has been done yet, and libraries half impor
 def main(): # exit code
     "The process of the `diffnb` command."
     _fill_closed_streams()
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler   # not under nohup, or in the background of a script
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # not under nohup, nor in the background
     if usual: signal.signal(signal.SIGINT, _leave)
     from diffnb.cli import main
     if usual: signal.signal(signal.SIGINT, signal.default_int_handler)

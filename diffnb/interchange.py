@@ -77,7 +77,8 @@ _fixed = dict(  # and those that we do not, with the values that mean what our U
     downsample_type=("conv",), upsample_type=("conv",),
     class_embed_type=(None,), num_train_timesteps=None,
     # how diffusers' EMAModel made an average: it writes that among the settings of the network
-    **dict.fromkeys(("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")))
+    **dict.fromkeys(("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
+                     "power")))
 
 def _unsupported(name, value, why): return DiffnbError(f"unsupported setting {name}={value!r}: {why}")
 
@@ -271,7 +272,7 @@ def save_diffusers(model,            # our UNet
             (part / "README.md").write_text(_how_to_sample(model, schedule), encoding="utf-8")
         else: _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
         if not folder.exists(): part.replace(place)
-        else:                                                # empty, and perhaps the shell's own: it stays, and is filled
+        else:                                      # empty, and perhaps where the shell is: it stays, and is filled
             for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"): p.replace(place / p.name)
     except OSError as e:
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
@@ -302,8 +303,8 @@ def _weight_files(folder):
         if variant is None: continue
         shards = [s for s in _shards(p) if (folder / s).is_file()]
         if variant[1] in files and shards:
-            raise DiffnbError(f"{folder} holds the weights twice, in {files[variant[1]].name} and in {len(shards)} shards "
-                              f"with {p.name}: remove the set that is out of date.")
+            raise DiffnbError(f"{folder} holds the weights twice, in {files[variant[1]].name} and in {len(shards)} "
+                              f"shards with {p.name}: remove the set that is out of date.")
         if variant[1] not in files: files[variant[1]] = p
     return files
 
@@ -321,14 +322,17 @@ def _load_whole(file):
     "The tensors of one file, or of all shards of an index."
     shards = _shards(file) if file.suffix == ".json" else {file.name: None}
     if lost := [s for s in shards if not (file.parent / s).is_file()]:
-        raise DiffnbError(f"{file.parent}: of {len(shards)} shards {len(lost)} are missing: {', '.join(lost[:5])}. Copy them too.")
+        raise DiffnbError(f"{file.parent}: of {len(shards)} shards {len(lost)} are missing: {', '.join(lost[:5])}. "
+                          "Copy them too.")
     weights = {}
     for name, tensors in shards.items():
         try: part = load_file(file.parent / name)
-        except (OSError, SafetensorError) as e: raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again.") from e
+        except (OSError, SafetensorError) as e:
+            raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again.") from e
         if tensors is not None and part.keys() != tensors:
             odd = sorted(part.keys() ^ tensors)[0]
-            raise DiffnbError(f"{name} and {file.name} disagree about {odd}: they belong to different models. Copy both again.")
+            raise DiffnbError(f"{name} and {file.name} disagree about {odd}: they belong to different models. "
+                              "Copy both again.")
         weights |= part
     return weights
 
@@ -337,8 +341,8 @@ def _no_weights(folder):
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
     if pickles:
         return DiffnbError(
-            f"{folder} has no {_stem}.safetensors, only {pickles[0]}, a pickle file, which can run code when it is loaded. If you "
-            "trust where it comes from, convert it in an environment of its own: "
+            f"{folder} has no {_stem}.safetensors, only {pickles[0]}, a pickle file, which can run code when it is "
+            "loaded. If you trust where it comes from, convert it in an environment of its own: "
             f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')")
     others = sorted(p.name for p in folder.iterdir() if p.name != "config.json")
     return DiffnbError(f"{folder} has no {_stem}.safetensors, nor an index of shards or a variant of it" + (
@@ -353,7 +357,8 @@ def _read_weights(folder, variant=None, say=print):
         if not files: raise _no_weights(folder)
         if variant is not None or len(kinds) > 1:
             raise DiffnbError(f"{folder} has no {'weights of ' + repr(variant) if variant else 'usual weights'}: "
-                              f"choose variant={' or '.join(map(repr, kinds))}" + (", or none." if None in files else "."))
+                              f"choose variant={' or '.join(map(repr, kinds))}"
+                              + (", or none." if None in files else "."))
         variant = kinds[0]
         say(f"{folder} has only weights of the variant {variant!r}, so these were read"
             + (": half precision, rounded to three digits" if variant in ("fp16", "bf16") else ""))
@@ -385,9 +390,10 @@ _describes = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", 
               "rescale_betas_zero_snr")  # the schedule itself
 _as_ours = dict(clip_sample_range=1, thresholding=False, set_alpha_to_one=True, steps_offset=0, use_karras_sigmas=False,
                 use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, final_sigmas_type="zero")
-_solver = ("dynamic_thresholding_ratio", "sample_max_value", "variance_type", "skip_prk_steps", "solver_order", "algorithm_type",
-           "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0", "disable_corrector", "solver_p",
-           "flow_shift", "use_dynamic_shifting", "time_shift_type", "sigma_min", "sigma_max", "shift_terminal", "use_flow_sigmas")
+_solver = ("dynamic_thresholding_ratio", "sample_max_value", "variance_type", "skip_prk_steps", "solver_order",
+           "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0",
+           "disable_corrector", "solver_p", "flow_shift", "use_dynamic_shifting", "time_shift_type", "sigma_min",
+           "sigma_max", "shift_terminal", "use_flow_sigmas")
 
 def _say_sampling(config, say):
     "Tells how diffusers would sample, where our samplers do otherwise unless they are told."
@@ -395,7 +401,8 @@ def _say_sampling(config, say):
     spacing = config.get("timestep_spacing", "leading" if old else "linspace")
     clip = config.get("clip_sample", config["_class_name"] in ("DDPMScheduler", "DDIMScheduler"))
     arguments = [f"spacing={spacing!r}"] * (spacing != "trailing") + ["clip=False"] * (not clip)
-    if arguments: say(f"its scheduler samples in another way than diffnb by default: give the sampler {', '.join(arguments)}")
+    if arguments:
+        say(f"its scheduler samples in another way than diffnb by default: give the sampler {', '.join(arguments)}")
     unlike = [f"{k}={config[k]!r}" for k, ours in _as_ours.items() if k in config and config[k] != ours]
     if unlike: say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
     known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample"}
@@ -432,10 +439,12 @@ def _unet_folder(path, weights, say):
     "Where the network's config.json is: in unet_ema or unet, or in `path` itself."
     _choice("weights", weights, ("ema", "model"))
     there = [d for d in ("unet_ema", "unet") if (path / d / "config.json").is_file()]
-    if weights == "model" and there == ["unet_ema"]: raise DiffnbError(f"{path} holds only the average, unet_ema: leave out weights='model'.")
+    if weights == "model" and there == ["unet_ema"]:
+        raise DiffnbError(f"{path} holds only the average, unet_ema: leave out weights='model'.")
     if len(there) == 2:
         there = there[weights == "model":]
-        say(f"of unet_ema (an average) and unet (the last weights) {there[0]} was read; weights={'model' if weights == 'ema' else 'ema'!r} reads the other")
+        say(f"of unet_ema (an average) and unet (the last weights) {there[0]} was read; "
+            f"weights={'model' if weights == 'ema' else 'ema'!r} reads the other")
     folder = path / there[0] if there else path
     if not (folder / "config.json").is_file():
         raise DiffnbError(f"no model in {path}: expected a folder with config.json, or unet/config.json. A name on a "
@@ -445,23 +454,26 @@ def _unet_folder(path, weights, say):
 def _roots(path):
     "The folder, and for a part of a pipeline or a checkpoint of a training script those above it."
     roots = [path.resolve()]
-    while roots[-1].name in ("unet", "unet_ema") or roots[-1].name.startswith("checkpoint-"): roots.append(roots[-1].parent)
+    while roots[-1].name in ("unet", "unet_ema") or roots[-1].name.startswith("checkpoint-"):
+        roots.append(roots[-1].parent)
     return roots
 
 def _scheduler_settings(roots):
-    "What scheduler_config.json says, its class completed and compared by model_index.json; None if there is no such file."
+    "What scheduler_config.json says, its class completed and compared by model_index.json; None without such a file."
     files = [root / d / "scheduler_config.json" for root in roots for d in ("scheduler", ".")]
     config = next((_read_json(f) for f in files if f.is_file()), None)
-    if (index := next((_read_json(f) for r in roots if (f := r / "model_index.json").is_file()), None)) is None: return config
+    index = next((_read_json(f) for r in roots if (f := r / "model_index.json").is_file()), None)
+    if index is None: return config
     if (name := index.get("_class_name")) not in _pipelines:
-        raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works on pixels.")
+        raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works "
+                          "on pixels.")
     named = index.get("scheduler", [None, None])
     named = named[-1] if isinstance(named, list) and named else named
     if config is None or named is None: return config
     config = {"_class_name": named, **config}
     if config["_class_name"] != named:
-        raise DiffnbError(f"model_index.json names the scheduler {named!r}, and scheduler_config.json is of {config['_class_name']!r}: "
-                          "restore the one that belongs to this model.")
+        raise DiffnbError(f"model_index.json names the scheduler {named!r}, and scheduler_config.json is of "
+                          f"{config['_class_name']!r}: restore the one that belongs to this model.")
     return config
 
 def from_diffusers(path,            # a folder on this machine
@@ -479,5 +491,6 @@ def from_diffusers(path,            # a folder on this machine
     if (found := _scheduler_settings(_roots(path))) is not None: schedule, prediction = _read_schedule(found, say)
     else:
         schedule, prediction = linear_schedule(), "eps"
-        say("no scheduler_config.json beside the model: assumed the schedule of Ho et al. 2020, linear with T = 1000, and a network that predicts eps")
+        say("no scheduler_config.json beside the model: assumed the schedule of Ho et al. 2020, linear with T = 1000, "
+            "and a network that predicts eps")
     return _build(config, tensors, null_class).eval(), schedule, prediction
