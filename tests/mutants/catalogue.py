@@ -377,7 +377,7 @@ bug("kid-ignores-seed", "KID takes the same subsets for all seeds", 'addressed(s
 bug("evaluate-forgets-seed", "an evaluation does not tell KID its seed", "kid(f, f_real, max(2, sub), seed=seed)", "kid(f, f_real, max(2, sub))")
 bug("evaluate-forgets-batch-size", "features are worked out 256 images at a time, whatever was asked for", "features(images, batch_size), features(reference, batch_size)", "features(images), features(reference)")
 bug("jackknife-ignores-groups", "the jackknife always has 20 groups", "shuffled.chunk(min(groups, len(f) // 2))", "shuffled.chunk(min(20, len(f) // 2))")
-bug("run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for", "guide=guide, steps=steps, prediction", "guide=guide, steps=50, prediction")
+bug("run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for", "steps=steps, seed=seed, prediction", "steps=50, seed=seed, prediction")
 
 
 # ---------------------------------------------------------------- 08 doctor
