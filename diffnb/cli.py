@@ -35,7 +35,7 @@ from .unet import UNet, count_parameters
 _ascii = dict(zip("…±•→×≥≤─│²", ("...", "+-", "*", "->", "x", ">=", "<=", "-", "|", "2")))
 
 def _encodable(error):
-    "For codecs: what an encoding lacks becomes ASCII; the bytes of a file name that is not text go out as they came in."
+    "For codecs: what an encoding lacks becomes ASCII; bytes of a file name that are not text go out as they came in."
     if not isinstance(error, UnicodeEncodeError): raise error
     char = error.object[error.start]
     if "\udc80" <= char <= "\udcff": return bytes([ord(char) - 0xdc00]), error.start + 1
@@ -44,11 +44,12 @@ def _encodable(error):
 codecs.register_error("diffnb", _encodable)
 
 class _Stream:
-    "Standard output or error that never stops the work. After a failed write all goes nowhere, and `failed` is the error."
+    "Standard output or error that never stops the work. After a failed write all goes nowhere; `failed` is the error."
     def __init__(self, stream):
         self.stream, self.failed = stream or open(os.devnull, "w"), None     # None: it was closed before Python started
         self.errors = getattr(self.stream, "errors", None)
-        if self.errors in ("strict", "surrogateescape") and hasattr(self.stream, "reconfigure"): self.stream.reconfigure(errors="diffnb")
+        if self.errors in ("strict", "surrogateescape") and hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="diffnb")
 
     def __getattr__(self, name): return getattr(self.stream, name)
 
@@ -69,17 +70,19 @@ class _Stream:
 
     def restore(self):
         self.flush()
-        if not self.failed and getattr(self.stream, "errors", None) != self.errors: self.stream.reconfigure(errors=self.errors)
+        if not self.failed and getattr(self.stream, "errors", None) != self.errors:
+            self.stream.reconfigure(errors=self.errors)
 
     def lost(self): # exit code: 1 if output was lost that somebody wanted
         self.flush()
         if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF): return 0
-        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. Files are not concerned: those named by the command are written", file=sys.stderr)
+        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. What the command wrote to files is whole",
+              file=sys.stderr)
         return 1
 
 @contextmanager
 def _terminal(narrowest=40, widest=1000): # columns
-    "What a command prints on: streams that cannot fail, and a width that tyro can lay help out in; it never ends in 5 columns."
+    "What a command prints on: streams that cannot fail, and a width that help fits in; in 5 columns tyro never ends."
     old, width = (sys.stdout, sys.stderr, os.environ.get("COLUMNS")), shutil.get_terminal_size().columns
     if not narrowest <= width <= widest: os.environ["COLUMNS"] = str(min(max(width, narrowest), widest))
     sys.stdout, sys.stderr = streams = [_Stream(s) for s in old[:2]]
@@ -307,13 +310,15 @@ def _free_text(annotation):
     kind = get_args(base)[0]
     spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar=kind.__name__.upper(), instance_from_str=lambda words: kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind), str_from_instance=lambda value: [str(value)])
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)])
     return Annotated[base, spec, *rest]
 
 def _check_number(name, value):
     "Raises DiffnbError for a number that no option can mean."
     numbers = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, (int, float))]
-    if not all(abs(v) < 2**63 for v in numbers): raise DiffnbError(f"--{name.replace('_', '-')} {value} is not possible: it must be a number below 2^63 in size")
+    if not all(abs(v) < 2**63 for v in numbers):
+        raise DiffnbError(f"--{name.replace('_', '-')} {value} is not possible: it must be a number below 2^63 in size")
 
 def _command(f):
     "The function as tyro shall see it: the comments beside its parameters as help."
@@ -322,14 +327,15 @@ def _command(f):
         for name, value in given.items(): _check_number(name, value)
         return f(**given)
     notes = {name: re.search(rf"\b{name}: .*?# (.+)", source) for name in signature.parameters}
-    command.__doc__ = inspect.getdoc(f) + "\n\nArgs:\n" + "\n".join(f"    {name}: {note[1]}" for name, note in notes.items() if note)
+    arguments = [f"    {name}: {note[1]}" for name, note in notes.items() if note]
+    command.__doc__ = "\n".join([inspect.getdoc(f) or "", "", "Args:", *arguments])
     parameters = [p.replace(annotation=_free_text(p.annotation)) for p in signature.parameters.values()]
     command.__signature__ = signature.replace(parameters=parameters)
     command.__annotations__, command.__name__ = {p.name: p.annotation for p in parameters}, f.__name__
     return command
 
 # %% ../nbs/tools/cli.ipynb #c021
-commands = {"train": train, "resume": resume, "sample": sample, "info": info, "evaluate": evaluate, "doctor": doctor, "export": export, "workbook": workbook}
+commands = {f.__name__: f for f in (train, resume, sample, info, evaluate, doctor, export, workbook)}
 
 def _without_preset(args):
     "The arguments with `--preset NAME` replaced by the options it stands for, so that later ones win."
@@ -343,16 +349,20 @@ def _without_preset(args):
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _check_arguments(args):
-    "Raises DiffnbError for what no command can take; exit code 2, and the nearest name, for a command that does not exist."
-    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="    # of that tyro knows more to say
-    if any(not a or valueless(a) for a in args):                             # Path("") would be the folder one stands in
+    "Raises DiffnbError for what no command takes; exit code 2, and the nearest name, for a command that does not exist."
+    # tyro says more about an empty --preset; Path("") would be the folder one stands in
+    valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="
+    if any(not a or valueless(a) for a in args):
         raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
-        raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a checkpoint can hold it. Rename that file or folder")
-    if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1: raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
+        raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a "
+                          "checkpoint can hold it. Rename that file or folder")
+    if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1:
+        raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
     if not args or args[0].startswith("-") or args[0] in commands: return
     near = difflib.get_close_matches(args[0], commands, 1)
-    print(f"diffnb: there is no command {args[0]!r}" + (f"; did you mean {near[0]}?" if near else ".") + f" Commands: {', '.join(commands)}", file=sys.stderr)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    print(f"diffnb: there is no command {args[0]!r}{hint} Commands: {', '.join(commands)}", file=sys.stderr)
     raise SystemExit(2)
 
 def _run(args):
@@ -363,10 +373,14 @@ def _run(args):
     try:
         _check_arguments(args)
         return tyro.extras.subcommand_cli_from_dict(
-            {name: _command(f) for name, f in commands.items()}, args=_without_preset(args), prog="diffnb", config=(tyro.conf.OmitArgPrefixes,),
-            description="Train, sample, measure and examine diffusion models. diffnb --version says which version this is.") or 0
+            {name: _command(f) for name, f in commands.items()}, args=_without_preset(args), prog="diffnb",
+            config=(tyro.conf.OmitArgPrefixes,),
+            description="Train, sample, measure and examine diffusion models. diffnb --version says which version this "
+                        "is.") or 0
     except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1
-    except OSError as e: print(f"diffnb: {e}. Is the disk full, or a file or folder not yours to read or write?", file=sys.stderr); return 1
+    except OSError as e:
+        print(f"diffnb: {e}. Is the disk full, or a file or folder not yours to read or write?", file=sys.stderr)
+        return 1
     except KeyboardInterrupt: print("diffnb: interrupted", file=sys.stderr); return 130
 
 def main(args=None, # list of strings; None: those of the process
