@@ -1127,7 +1127,8 @@ def of_widgets(w):
         y=V(torch.tensor([1]), torch.tensor([2])), seed=V(0, 1))
     @functools.wraps(W.dashboard)
     def dashboard(**kw): # its curves are those of plot_metrics
-        def curves(metrics, floor): return plt.figure(figsize=(2, 1)).text(0, 0, f"{metrics['loss']} {floor}").figure
+        def curves(metrics, floor): # the floor first: the end of a long text lies outside the picture
+            return plt.figure(figsize=(2, 1)).text(0, 0, f"{floor} {metrics['loss']}").figure
         with mock.patch.object(W, "plot_metrics", curves): return W.dashboard(**kw).frames()
     yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
