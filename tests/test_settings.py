@@ -202,6 +202,7 @@ OPTIONS = {
         "dry_run": ("", "--dry-run"), "tensorboard": ("", "--tensorboard"), "shard": ("", "--shard")}),
     "resume": ("resume {u}", {
         "run": ("", "{v}"), "epochs": ("", "--epochs 1"), "device": ("", "--device meta"),
+        "data": ("", "--data fashion"), "data_root": ("", "--data-root there"),
         "tensorboard": ("", "--tensorboard"), "shard": ("", "--shard")}),
     "sample": ("sample {u} --n 2 --steps 3 --device cpu --out a.png", {
         "run": ("", "{v}"), "out": ("", "--out b.png"), "n": ("", "--n 3"), "steps": ("", "--steps 4"),
@@ -288,12 +289,14 @@ def test_every_setting_is_an_option_of_train(monkeypatch, recorded, tmp_path):
     usual = TrainConfig()
     def said(value): return [str(x) for x in value] if isinstance(value, tuple) else [str(value)]
     for name, (a, b, *_) in {**SETTINGS, **SPEED_SETTINGS}.items():
+        company = v if name == "zero_terminal_snr" else {}                 # refused without
         value = next(x for x in (a, b) if x is not None and x != getattr(usual, name))
         if name in ("channel_mult", "ema_half_lives"): value = tuple(map(float, value))
         line = ["train", f"--{name.replace('_', '-')}", *said(value)]
+        line += [word for k, x in company.items() for word in (f"--{k}", x)]
         got = []
         monkeypatch.setattr(cli, "_train", lambda config, *rest: got.append(config) or 0)
-        assert cli.main(line) == 0 and got == [replace(usual, **{name: value})], name
+        assert cli.main(line) == 0 and got == [replace(usual, **company, **{name: value})], name
 
 
 # ---------------------------------------------------------------- parameters of public functions
@@ -385,8 +388,8 @@ class Case: # one function with its arguments; `see(result, arguments)`: what is
         case.f, case.see, case.arguments = f, see, arguments
 
 # What is made of them is what they are given
-RECORDS = {"Exercise", "Progress", "ImageData", "Trained", "Features", "Score", "Evaluation", "Facts", "Report",
-           "TrainConfig", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
+RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features", "Score", "Evaluation", "Facts",
+           "Report", "TrainConfig", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
            "TrainingStopped", "Run"}
 
 def public(module):
@@ -438,8 +441,13 @@ def of_data(w):
     yield "tile", Case(D.tile, images=V(images, 255 - images), cols=V(10, 1), padding=V(1, 2))
     yield "save_grid", Case(D.save_grid, images=V(images, 255 - images), path=V("a.png", "b.png"), cols=V(10, 1),
         scale=V(1, 2))
+    yield "shown", Case(D.shown, name=V("a", "b"))
+    formats = refused(D.image_formats, ("JPEG",))
+    yield "open_image", Case(D.open_image, lambda im, args: np.asarray(im),
+        path=V(w / "flat/0.png", w / "flat/1.png"), formats=formats)
     yield "decode", Case(D.decode, path=V(w / "flat/0.png", w / "flat/1.png"), size=V(8, 9),
-        filter=V("bicubic", "nearest"), channels=V(3, 1))
+        filter=V("bicubic", "nearest"), channels=V(3, 1), formats=formats)
+    yield from of_reader(w)
     yield "load_data", Case(D.load_data, name=V("digits", "fashion"), size=V(None, 12), split=V("train", "test"),
         filter=V("bicubic", "nearest"))
     yield "load_data", Case(D.load_data, lambda data, args: (len(data), data.images.shape,
@@ -447,6 +455,8 @@ def of_data(w):
                             name=w / "pics", size=8, root=V("one", "two"), channels=V(3, 1), progress=V(True, False))
     yield "load_data", Case(D.load_data, lambda data, args: len(data), name=w / "broken", size=8, root="one",
         on_broken=refused("stop", "skip"), progress=False)
+    yield "load_data", Case(D.load_data, lambda data, args: len(data), name=w / "made", size=8, root="one",
+        generated=refused(True, False), progress=False)
     yield "load_data", Case(D.load_data, name="cifar10", root="none",
         url=refused("file:///no/one.tar.gz", "file:///no/two.tar.gz"))
     yield "augment", Case(D.augment, x0=V(x0, -x0), generator=V(new(lambda: addressed(0)), new(lambda: addressed(1))),
@@ -454,6 +464,32 @@ def of_data(w):
     yield "batch_indices", Case(D.batch_indices, n=V(20, 30), batch_size=V(4, 5), seed=V(0, 1), step=V(0, 1))
     yield "ImageData.take", Case(ImageData.take, self=few, index=V(slice(0, 2), slice(2, 4)))
     yield "ImageData.to", Case(ImageData.to, lambda d, args: d.images, self=few, device=V("cpu", "meta"))
+
+def of_reader(w):
+    D, a, b = diffnb.data, pathlib.Path("d/a"), pathlib.Path("d/b")
+    if not (w / "made").exists(): shutil.copytree(w / "flat", w / "made"); (w / "made/samples.json").write_text("{}")
+    listing = new(lambda: D.Listing(pathlib.Path("d"), [a, b]))
+    said = lambda _, args: (args.self.taken, str(args.self))
+    yield "Listing.leave", Case(D.Listing.leave, said, self=listing, path=V(a, b), reason=V("old", "new"))
+    yield "Listing.keep", Case(D.Listing.keep, said, self=listing, wanted=V(a.__eq__, b.__eq__), reason=V("old", "new"))
+    yield "our_own", Case(D.our_own, folder=V(w / "u", w / "flat"))
+    D.save_grid(load_data("digits").images[:4], w / "grid.png")
+    yield "is_grid", Case(D.is_grid, path=V(w / "grid.png", w / "flat/0.png"))
+    listed = lambda found, args: (found.taken, str(found))
+    yield "list_images", Case(D.list_images, listed, folder=V(w / "flat", w / "pics"),
+        formats=V(D.image_formats, ("JPEG",)))
+    yield "list_images", Case(D.list_images, listed, folder=w / "made", generated=refused(True, False))
+    def scandir(folder, real=os.scandir): # rights do not stop everybody
+        if folder == w / "pics/test": raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+    yield "list_images", Case(patched(D.list_images, D.os, scandir=scandir), listed, folder=w / "pics",
+        on_broken=refused("stop", "skip"))
+    labels, names = V(torch.tensor([0, 1]), torch.tensor([1, 1])), V(("a", "b"), ("b", "a"))
+    yield "match_classes", Case(D.match_classes, labels=labels, have=names, want=names, what="x")
+    yield "match_classes", Case(D.match_classes, labels=labels.values[0], have=("a", "b"), want=("a",),
+        what=refused("x", "y"))
+    yield "split_of", Case(D.split_of, name=V("train", "val"))
+    yield "split_folders", Case(D.split_folders, listing=V(D.list_images(w / "pics"), D.list_images(w / "flat")))
 
 def of_doctor(w):
     D = diffnb.doctor
@@ -482,6 +518,7 @@ def of_doctor(w):
     yield "Report.mark", Case(D.Report.mark, self=warned, c=V(D.CHECKS["plateau"], D.CHECKS["spikes"]))
     yield "Report.write", Case(D.Report.write, self=report, folder=V("a", "b"))
     yield "Facts.in_training", Case(D.Facts.in_training, self=u, curve=V(u.floor, 2 * u.floor))
+    yield "Facts.command", Case(D.Facts.command, self=u, name=V("sample", "resume"), options=V((), ("--n", "3")))
     late_run(w / "u", w / "late")
     yield "Facts.late", Case(D.Facts.late, self=D.gather(w / "late", live=True), share=V(1 / 3, 1.0))
     yield "examine", Case(D.examine, lambda r, args: (r.facts.run, r.facts.losses), run=V(w / "u", w / "v"),
@@ -568,6 +605,10 @@ def of_guide(w):
         y=V(torch.tensor([1, 2]), torch.tensor([3, 2])), w=V(3.0, 2.0), rescale=V(0.0, 0.5),
         interval=V((0, 999), (0, 100)), null=V(10, 3))
 
+    u = load_model(w / "u", "cpu")
+    yield "guidance_for", Case(diffnb.guide.guidance_for, lambda guide, args: guide.keywords,
+        trained=refused(u, replace(u, config=replace(u.config, label_dropout=0.0))), w=V(2.0, 3.0))
+
 def recorded_run(f,
         E=diffnb.evaluate): # evaluate_run without sampling, scoring and drawing: what it asks for is what is compared
     @functools.wraps(f)
@@ -628,7 +669,8 @@ def of_interchange(w):
             halves = {k: v.half() for k, v in safetensors.torch.load_file(file).items()}
             safetensors.torch.save_file(halves, file.with_suffix(".fp16.safetensors"))
     yield "from_diffusers", Case(I.from_diffusers, path=V(w / "one/saved", w / "two/saved"), null_class=V(True, False))
-    yield "from_diffusers", Case(I.from_diffusers, path=both, weights=V("ema", "model"), variant=V(None, "fp16"), say=V(print, str))
+    yield "from_diffusers", Case(I.from_diffusers, path=both, weights=V("ema", "model"), variant=V(None, "fp16"),
+        say=V(print, str))
 
 def of_sample(w):
     S, model, other = diffnb.sample, small(), small(blocks=2)
@@ -665,11 +707,22 @@ def of_sample(w):
         S.sample_batches, lambda made, args: torch.cat([images for _, images in made]), model=model, schedule=linear,
             shape=(1, 8, 8), numbers=[0, 1, 2], y=labels.values[0], settings=dict(steps=3), progress=False,
             batch_size=V(64, 2, speed=True))
+    yield "check_sampling", Case(S.check_sampling, schedule=linear, n=refused(1, 0), batch_size=refused(1, 0),
+        seed=refused(0, -1), steps=refused(5, 21), spacing=refused("trailing", "nothing"), eta=refused(0.0, 2.0))
+    yield "check_sampling", Case(S.check_sampling, schedule=refused(linear, diffnb.schedule.linear_schedule(10)),
+        steps=15)
+    yield "check_place", Case(S.check_place, out=V("a.png", "b.png"), suffixes=refused((".png",), ()))
+    def names_inside(held, args):
+        with held: return sorted(map(str, pathlib.Path().rglob("*")))
+    yield "alone_in", Case(S.alone_in, names_inside, folder=V(pathlib.Path("a"), pathlib.Path("b")),
+        doing=V("sampling", "scoring"))
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
     second = diffnb.train.Alone(); second.world = 2
     yield "sample_to", Case(S.sample_to, out=V("a", "b"), model=V(model, other), schedule=V(linear, cosine),
         shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.train.Alone(), second),
                             settings=V(dict(steps=3, progress=False), dict(steps=4, progress=False)))
+    yield "sample_to", Case(S.sample_to, out="a.npz", model=model, schedule=linear, shape=(1, 8, 8), n=3,
+        y=y.values[0].repeat(2), classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
 
 def of_scale(w):
     C, config = diffnb.scale, replace(T, epochs=1)
@@ -846,7 +899,8 @@ def of_train(w):
     def read_back(path, args): return path, M.read_tensors(path), path.unlink()   # its names are in no order
     yield "write_tensors", Case(M.write_tensors, read_back, path=V("a", "b"), tensors=V({"a": x0}, {"a": noise}),
         meta=V({}, {"b": 1}))
-    yield "read_tensors", Case(M.read_tensors, path=V(checkpoints(w / "u")[0], checkpoints(w / "v")[0]))
+    yield "read_tensors", Case(M.read_tensors, path=V(checkpoints(w / "u")[0], checkpoints(w / "v")[0]),
+        facts_only=V(False, True))
     yield "orthogonalize", Case(M.orthogonalize, m=V(normal(4, 6), normal(4, 6, seed=1)), steps=V(5, 1))
     yield "hidden_matrices", Case(M.hidden_matrices, model=V(model, other))
     def muon_step(_, args):
@@ -910,6 +964,10 @@ def of_train(w):
     yield "last_checkpoint", Case(silent(M.last_checkpoint), lambda found, args: found[1]["step"],
         run=V(new(spoilt), w / "u"), model=refused(None, {**M.read_config(w / "u")["model"], "blocks": 5}),
         set_aside=V(False, True))
+    yield "reached", Case(M.reached, run=V(w / "u", new(spoilt)))
+    yield "total_steps", Case(M.total_steps, config=V(T, replace(T, epochs=1)), images=V(5000, 9000))
+    yield "as_options", Case(M.as_options, config=V(T, replace(T, lr=1.0)), names=V(("lr",), ("lr", "channel_mult")))
+    yield "as_command", Case(M.as_command, name=V("info", "doctor"), words=V((w / "u",), (w / "v",)))
     yield "read_config", Case(M.read_config, run=V(w / "u", w / "v"))
     yield "make_config", Case(M.make_config, values=V({}, {"lr": 1.0}))
     yield "training_now", Case(M.training_now, run=V(w / "u", held(w)))
@@ -1069,7 +1127,8 @@ def of_widgets(w):
         y=V(torch.tensor([1]), torch.tensor([2])), seed=V(0, 1))
     @functools.wraps(W.dashboard)
     def dashboard(**kw): # its curves are those of plot_metrics
-        def curves(metrics, floor): return plt.figure(figsize=(2, 1)).text(0, 0, f"{metrics['loss']} {floor}").figure
+        def curves(metrics, floor): # the floor first: the end of a long text lies outside the picture
+            return plt.figure(figsize=(2, 1)).text(0, 0, f"{floor} {metrics['loss']}").figure
         with mock.patch.object(W, "plot_metrics", curves): return W.dashboard(**kw).frames()
     yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
