@@ -4,7 +4,7 @@
 __all__ = ['Wrong', 'Exercise', 'exercise', 'fresh', 'same', 'exercises', 'read_progress', 'check', 'Progress', 'progress']
 
 # %% ../nbs/tools/check.ipynb #c002
-import datetime, difflib, html, importlib, json, linecache, sysconfig, traceback
+import datetime, difflib, html, importlib, json, linecache, shlex, sysconfig, traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -240,5 +240,5 @@ def progress(path=None, # folder of a workbook; None: the one we are in, if we a
             ):          # Progress
     "A table of all exercises: solved, or not yet. Raises DiffnbError if there is no workbook at `path`."
     file = _progress_file(path)
-    if path and not file: raise DiffnbError(f"{path} is no workbook: there is no progress.json in it or above it. Make one: diffnb workbook {path}")
+    if path and not file: raise DiffnbError(f"{path} is no workbook: there is no progress.json in it or above it. Make one: diffnb workbook {shlex.quote(str(path))}")
     return Progress(exercises(), read_progress(file)["solved"] if file else {})

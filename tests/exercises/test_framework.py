@@ -139,7 +139,8 @@ def test_all_exercises_are_listed_without_a_workbook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = progress()
     assert not table.solved and all(e.id in repr(table) and e.stars in table._repr_html_() for e in exercises())
-    with pytest.raises(DiffnbError, match="is no workbook"): progress(tmp_path)
+    (odd := tmp_path / "my folder").mkdir()
+    with pytest.raises(DiffnbError, match="is no workbook.*diffnb workbook .[^ ]*my folder.$"): progress(odd)
 
 
 # the learner's copy
