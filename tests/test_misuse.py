@@ -220,7 +220,7 @@ def _no_warnings(but="nothing"): # except those about few images
         warnings.simplefilter("error"); warnings.filterwarnings("ignore", message=but)
         yield
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(st.integers(1, 6), st.integers(4, 40), st.integers(4, 40), st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 300.0]))
 def test_any_sets_with_copies_have_shares_between_0_and_1(values, n, m, key, shift):
     "Features drawn from few values, so that most have copies."

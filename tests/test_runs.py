@@ -227,7 +227,7 @@ text = st.text(st.characters(), max_size=30) | st.text(st.characters(categories=
        lr=st.floats(1e-300, 1), widths=st.lists(st.floats(0.5, 2), min_size=1, max_size=3))
 @example(names=["e\u0301", "é"], data="set", seed=2**53 + 1, lr=5e-324, widths=[1.0])
 @example(names=["T-shirt/top", "a/b"], data="a b", seed=2**62 + 1, lr=0.1, widths=[1.0])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_what_is_written_is_read_back_or_refused(tmp_path, names, data, seed, lr, widths):
     "Any class names, folder name and settings: refused with a message, or the same after config.json and a checkpoint."
     run, config = tmp_path / "run", None
