@@ -253,7 +253,9 @@ def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
 # ---- the process
 
 def process(*args, **kw):
-    return subprocess.Popen([sys.executable, "-m", "diffnb", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # a shell's background jobs are born deaf to it
+    return subprocess.Popen([sys.executable, "-m", "diffnb", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, preexec_fn=hear, **kw)
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 def test_ctrl_c_while_pytorch_is_imported(a_run):

@@ -3,6 +3,8 @@ import json, pathlib
 
 import pytest
 
+from diffnb.train import columns
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
@@ -73,10 +75,11 @@ def test_dashboard_follows_a_run(open_notebook, page, notebooks):
     nbformat = pytest.importorskip("nbformat")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(nb, notebooks / "watch.ipynb")
-    names = ["step", "images", "loss", "lr", "grad_norm", *[f"loss_bin_{i}" for i in range(10)]]
-    row = lambda step: ",".join(map(str, [step, step * 64, 1 / step, 1e-3, 0.5, *[1 / step] * 10])) + "\n"
+    def row(step):
+        values = {"step": step, "images": 64 * step, "lr": 1e-3, "grad_norm": 0.5}
+        return ",".join(str(values.get(name, 1 / step)) for name in columns) + "\n"
     (notebooks / "watched").mkdir()
-    log = notebooks / "watched" / "metrics.csv"; log.write_text(",".join(names) + "\n" + row(5) + row(10) + row(20))
+    log = notebooks / "watched" / "metrics.csv"; log.write_text(",".join(columns) + "\n" + row(5) + row(10) + row(20))
     lab = open_notebook("nbs/watch.ipynb")
     lab.run_all(300)
     assert lab.errors() == []
