@@ -41,7 +41,7 @@ def test_the_runner_tells_caught_from_missed(tmp_path):
     (tmp_path / "tests").mkdir()                                             # not beside the package: pytest would import that one
     (tmp_path / "tests/test_half.py").write_text("from toypackage.toy import half\ndef test_half(): assert half(4) == 2\n")
     test = tmp_path / "tests/test_half.py"
-    (tmp_path / "bugs.py").write_text("from collections import namedtuple\nBug = namedtuple('Bug', 'lesson id what old new seen tests')\nBug.module = 'toy'\n"
+    (tmp_path / "bugs.py").write_text("from collections import namedtuple\nBug = namedtuple('Bug', 'lesson id what old new seen tests page', defaults=[True])\nBug.module = 'toy'\n"
         f"b = lambda id, old, new: Bug('01_toy', id, id, old, new, '', {str(test)!r})\n"
         "BUGS = [b('plain', '2 * x', '3 * x'), b('harmless', '2 * x', 'x * 2'), b('second', 'x / 2', 'x // 3'), b('crash', 'x / 3', 'x / 0'), b('own', 'double(x): ', 'double(x=y): ')]")
     done = subprocess.run([sys.executable, root / "tests/mutants/run.py", "--catalogue", tmp_path / "bugs.py", "--notebooks", tmp_path, "--package", tmp_path / "toypackage"],
@@ -56,7 +56,7 @@ def test_the_runner_tells_caught_from_missed(tmp_path):
 
 def test_a_lesson_that_fails_without_any_bug_is_no_kill(tmp_path):
     notebook(tmp_path / "01_toy.ipynb", "#| export\nx = 1", "assert x == 2", "")
-    (tmp_path / "bugs.py").write_text("from collections import namedtuple\nBug = namedtuple('Bug', 'lesson id what old new seen tests')\n"
+    (tmp_path / "bugs.py").write_text("from collections import namedtuple\nBug = namedtuple('Bug', 'lesson id what old new seen tests page', defaults=[True])\n"
                                       "BUGS = [Bug('01_toy', 'one', '', 'x = 1', 'x = 3', '', '')]")
     done = subprocess.run([sys.executable, root / "tests/mutants/run.py", "--catalogue", tmp_path / "bugs.py", "--notebooks", tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "cell 1, without any bug: AssertionError" in done.stderr

@@ -2,17 +2,19 @@
 
 `bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the lesson. `seen`: project and issue or pull
 request where this bug, or a question caused by it, can be read. `tests`: what runs if the lesson lets the bug through,
-"test_file.py" or "test_file.py -k word"; by default tests/test_MODULE.py; "" for none.
+"test_file.py" or "test_file.py -k word"; by default tests/test_MODULE.py; "" for none. `page=False`: the lesson is not about
+this and is not asked, only the tests are.
 '''
 from collections import namedtuple
 
-Bug = namedtuple("Bug", "lesson id what old new seen tests")
+Bug = namedtuple("Bug", "lesson id what old new seen tests page", defaults=(True,))
 BUGS = []
 
 def lesson(name, tests=None):
     "The function that adds bugs to one lesson."
     usual = f"test_{name[3:]}.py" if tests is None else tests
-    def bug(id, what, old, new, seen="", tests=usual): BUGS.append(Bug(name, id, what, old, new, seen, tests))
+    def bug(id, what, old, new, seen="", tests=usual, page=True):
+        BUGS.append(Bug(name, id, what, old, new, seen, tests, page))
     return bug
 
 Bug.module = property(lambda self: self.lesson[3:])  # 05_sample -> diffnb/sample.py
@@ -203,11 +205,11 @@ bug("meter-not-restored", "a resumed run forgets the sums since the last row", '
 bug("resume-from-zero", "a resumed run counts from 0 and replays its first batches", 'state.restore(tensors, meta["step"],', 'state.restore(tensors, 0,', tests="test_train.py -k resumed_metrics")
 bug("metrics-twice", "a resumed run repeats rows of metrics.csv", 'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)", tests="test_train.py -k written_once")
 bug("picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if saved and sampler and", "if False and", tests="test_faults.py -k killed_20")
-bug("other-images-go-on", "a run goes on with other images, if they are as many and of the same classes", '"class_counts", "digest")', '"class_counts")', tests="test_runs.py -k one_changed_pixel")
-bug("plan-over", "a run that is past the end of its new plan is called finished", "if over(config.epochs):", "if False:", tests="test_runs.py -k plan_that_is_over")
-bug("reader-disturbed", "a reader gives up if a running training removes the checkpoint it has chosen", "if path not in checkpoints(run): return", "if False: return", tests="test_runs.py -k rotated_away")
-bug("sweep-of-others", "a resumed run removes files that other commands are writing", '"samples/.step_*"', '"*/.*"', tests="test_runs.py -k left_alone")
-bug("run-among-images", "a run may be kept in its folder of images, which then has a class more", "in (here, *here.parents)", "in ()", tests="test_runs.py -k among_its_images")
+bug("other-images-go-on", "a run goes on with other images, if they are as many and of the same classes", '"class_counts", "digest")', '"class_counts")', tests="test_runs.py -k one_changed_pixel", page=False)
+bug("plan-over", "a run that is past the end of its new plan is called finished", "if over(config.epochs):", "if False:", tests="test_runs.py -k plan_that_is_over", page=False)
+bug("reader-disturbed", "a reader gives up if a running training removes the checkpoint it has chosen", "if path not in checkpoints(run): return", "if False: return", tests="test_runs.py -k rotated_away", page=False)
+bug("sweep-of-others", "a resumed run removes files that other commands are writing", '"samples/.step_*"', '"*/.*"', tests="test_runs.py -k left_alone", page=False)
+bug("run-among-images", "a run may be kept in its folder of images, which then has a class more", "in (here, *here.parents)", "in ()", tests="test_runs.py -k among_its_images", page=False)
 bug("norm-after-clipping", "the gradient norm is reported after clipping", "config.grad_clip or math.inf)", "config.grad_clip or math.inf).clamp(max=config.grad_clip or math.inf)")
 bug("accumulation-undivided", "parts of a batch add up to a gradient that is too large", "(loss.sum() * ranks.world / config.batch_size).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
 bug("gradients-pile-up", "gradients are never set back to zero", "state.optimizer.step(); state.optimizer.zero_grad()", "state.optimizer.step()")

@@ -109,7 +109,7 @@ def lesson_process(notebook, ids, seconds, catalogue): # prints one line of JSON
         for bug in bugs:
             if todo[bug.id] != i: continue
             before = time.time()
-            fate = forked(lambda: with_bug(shell, bug, lesson, i), seconds)
+            fate = forked(lambda: with_bug(shell, bug, lesson, i), seconds) if bug.page else {"by": None, "text": "not of this page"}
             files_as_before(files, copy)
             spent += time.time() - before
             if fate["by"]: furthest = max(furthest, fate["cell"] if fate["cell"] >= 0 else lesson[-1][0])
