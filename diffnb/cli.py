@@ -7,7 +7,6 @@ __all__ = ['Run', 'samplers', 'commands', 'train', 'resume', 'sample', 'info', '
 import os, sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 

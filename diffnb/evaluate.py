@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/07_evaluate.ipynb #c006
 import diffnb
 from .data import (DiffnbError, ImageData, NoSplit, addressed, decode, list_images, load_data, match_classes,
-                         named_sets, resize, save_grid, shown, split_folders, to_float, to_uint8, write_whole)
+                         resize, save_grid, shown, split_folders, to_float, to_uint8, write_whole)
 from .guide import guidance_for
 from .sample import alone_in, check_place, check_sampling, ddim, sample_to
 from .schedule import gaussian_loss_floor, image_spectrum

@@ -275,6 +275,8 @@ def save_diffusers(model,            # our UNet
         else:                                      # empty, and perhaps where the shell is: it stays, and is filled
             for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"): p.replace(place / p.name)
     except OSError as e:
+        if place.is_dir() and any(p for p in place.iterdir() if p != part):
+            raise DiffnbError(f"{folder} was filled by another process meanwhile: choose another folder.") from e
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
     if schedule.straight:

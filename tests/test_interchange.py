@@ -642,3 +642,20 @@ def test_a_solver_for_flows_is_refused(folder):
     UniPCMultistepScheduler(use_flow_sigmas=True).save_pretrained(folder / "scheduler")
     edit(folder / "model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])
     with pytest.raises(DiffnbError, match="use_flow_sigmas"): from_diffusers(folder)
+
+
+@pytest.mark.parametrize("there, refused", [(False, "another process meanwhile"), (True, "exists already")])
+def test_two_exports_into_one_folder_do_not_mix(tmp_path, monkeypatch, there, refused):
+    "A new folder belongs to whoever finishes first, an empty one to whoever begins first; the other is told."
+    from diffusers import DDIMPipeline
+    model, write = UNet(**SMALL), DDIMPipeline.save_pretrained
+    if there: (tmp_path / "out").mkdir()
+    def export(): save_diffusers(model, linear_schedule(), tmp_path / "out")
+    def second_in_between(pipeline, folder):
+        write(pipeline, folder)
+        monkeypatch.setattr(DDIMPipeline, "save_pretrained", write)
+        export()
+    monkeypatch.setattr(DDIMPipeline, "save_pretrained", second_in_between)
+    with pytest.raises(DiffnbError, match=refused): export()
+    assert not list(tmp_path.rglob("*.partial"))
+    if not there: assert DDIMPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 8
