@@ -13,7 +13,8 @@ cifar10: .venv/ready  ## the same for CIFAR-10 in twenty minutes; DATA=FOLDER if
 	$(BIN)/diffnb train --preset cifar10-20min --run runs/cifar10-20min $(if $(DATA),--data-root $(DATA))
 	@$(BIN)/diffnb sample runs/cifar10-20min --guidance 2 --sampler dpmpp_2m --steps 20 --out runs/cifar10-20min/samples.png
 
-test: .venv/ready  ## generated code in step with the notebooks, every notebook run, tests/
+test: .venv/ready  ## no name that nothing defines, generated code in step with the notebooks, every notebook run, tests/
+	$(BIN)/ruff check
 	$(BIN)/python tests/sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder
