@@ -10,9 +10,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from diffnb.evaluate import load_statistics
+from diffnb.schedule import load_statistics
 from diffnb.schedule import gaussian_loss_floor, make_schedule
-from diffnb.train import read_config, read_metrics, timestep_probabilities
+from diffnb.train import timestep_probabilities
+from diffnb.workshop.folder import read_config, read_metrics
 
 
 def curve(run, statistics, out):

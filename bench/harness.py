@@ -18,7 +18,7 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffnb.train import fast_bf16
+from diffnb.core import fast_bf16
 from diffnb.unet import UNet, count_parameters
 
 HERE = Path(__file__).parent
@@ -53,14 +53,15 @@ def ddpm_unet(shape, flash=False):
 def network(library, shape, **settings): # a freshly initialised network of that library
     if library == "ddpm-pytorch": return ddpm_unet(shape, **settings)
     if library == "ours": return shape.ours()
-    from diffnb.interchange import unet_to_diffusers
+    from diffnb.workshop.interchange import unet_to_diffusers
     return unet_to_diffusers(shape.ours())
 
 
 def flops(library, shape, backward): # of one image; a multiplication with its addition counts as two
     "Counted by PyTorch on tensors without memory, so that every attention counts as its two products."
     with torch.device("meta"):
-        if library == "diffusers": from diffusers import UNet2DModel; from diffnb.interchange import _their_settings; model = UNet2DModel(**_their_settings(shape.ours().config))
+        if library == "diffusers": from diffusers import UNet2DModel; from diffnb.workshop.interchange import (
+                                                                                                               _their_settings); model = UNet2DModel(**_their_settings(shape.ours().config))
         else: model = network(library, shape)
         x, t = torch.empty(1, 3, shape.image_size, shape.image_size), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):

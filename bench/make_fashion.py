@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import diffnb
-from diffnb.data import load_data, write_whole
+from diffnb.core import write_whole
+from diffnb.workshop.datasets import load_data
 
 EACH = {"train": 1000, "test": 200}  # images of each class
 

@@ -6,7 +6,7 @@
     python bench/sample.py --quick                       # a tiny network, few steps: does it run?
 
 What is timed, noise to pictures on the CPU
-- ours: `diffnb.sample.sample_batches` with `ddim`, which addresses every image's noise and gives bytes; as it comes in the precision that
+- ours: `diffnb.workshop.generate.sample_batches` with `ddim`, which addresses every image's noise and gives bytes; as it comes in the precision that
   the command `diffnb sample` picks, not compiled.
 - diffusers: `DDIMPipeline(num_inference_steps=50, output_type="np")`, progress bar off. bf16 is autocast, as with the others: moved
   to bfloat16 whole, the pipeline cannot make its pictures (NumPy knows no bfloat16).
@@ -27,9 +27,10 @@ def weights(model): # a fresh network ends in zeros and would predict nothing; r
     return model.eval().requires_grad_(False)
 
 def ours(shape, batch, device, options, steps, model=None, prediction="eps"):
-    from diffnb.sample import ddim, sample_batches
+    from diffnb.sample import ddim
+    from diffnb.workshop.generate import sample_batches
     from diffnb.schedule import linear_schedule
-    from diffnb.train import TrainConfig, pick_precision
+    from diffnb.workshop.settings import TrainConfig, pick_precision
     network, schedule = model or weights(shape.ours()).to(device), linear_schedule()
     if "channels_last" in options: network = network.to(memory_format=torch.channels_last)
     if options & {"compile", "graphs"}: network.compile(mode="reduce-overhead" if "graphs" in options else None)
@@ -45,8 +46,8 @@ def ours(shape, batch, device, options, steps, model=None, prediction="eps"):
 
 def diffusers(shape, batch, device, options, steps, model=None, prediction="eps"):
     from diffusers import DDIMPipeline
-    from diffnb.data import addressed
-    from diffnb.interchange import to_diffusers
+    from diffnb.core import addressed
+    from diffnb.workshop.interchange import to_diffusers
     from diffnb.schedule import linear_schedule
     unet, scheduler = to_diffusers(model or weights(shape.ours()), linear_schedule(), prediction)
     unet, cast = unet.eval().requires_grad_(False).to(device), autocast(device, options)

@@ -29,7 +29,7 @@ def batch_of(data, batch): # floats in [-1, 1], mirrored at random: what the oth
 
 
 def our_state(shape, batch, device, options):
-    "(TrainState, precision) as `diffnb.train.train` makes them."
+    "(TrainState, precision) as `diffnb.workshop.run.train` makes them."
     import diffnb.train as dt
     asked = {}
     if options:                                                   # without options every setting stays as it comes

@@ -2,26 +2,17 @@
 
 # %% auto #0
 __all__ = ['MOST_SAMPLES', 'denoise', 'draw_noise', 'ddpm', 'ddim', 'heun', 'dpmpp_2m', 'ddim_invert', 'slerp', 'inpaint',
-           'check_sampling', 'sample_batches', 'check_place', 'alone_in', 'fingerprint', 'sample_to']
+           'check_sampling']
 
-# %% ../nbs/05_sample.ipynb #c004
-import hashlib, json, math, os, re, shutil, warnings
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from pathlib import Path
+# %% ../nbs/05_sample.ipynb #i0
+import math
 
-# %% ../nbs/05_sample.ipynb #c005
+# %% ../nbs/05_sample.ipynb #i1
 import numpy as np
 import torch
-from einops import rearrange
-from filelock import FileLock, Timeout
-from PIL import Image
-from tqdm.auto import tqdm
 
-# %% ../nbs/05_sample.ipynb #c006
-from .data import DiffnbError, addressed, to_uint8, write_whole
-from .schedule import NoiseSchedule
-from .train import Alone, load_model
+# %% ../nbs/05_sample.ipynb #i2
+from .core import DiffnbError
 
 # %% ../nbs/05_sample.ipynb #c012
 def denoise(model, schedule,
@@ -203,173 +194,3 @@ def _check_labels(model, y, n): # before work starts; None: no labels
     null = (getattr(model, "config", None) or {}).get("num_classes")
     if null is not None and not 0 <= y.min() <= y.max() <= null:
         raise DiffnbError(f"labels run from {y.min()} to {y.max()}: expected classes 0 to {null - 1}, or {null}, the null class")
-
-# %% ../nbs/05_sample.ipynb #c079
-def sample_batches(model, schedule,
-                   shape,           # of one image: (C, H, W)
-                   numbers,         # which images: list of ints; image k is made from noise addressed by (seed, k)
-                   *, y=None,       # labels of images 0, 1, 2, …, int64; None: an unconditional model, or the null class
-                   seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
-                   guide=None,      # called as guide(model, y), gives the model to sample from; e.g. partial(guided, w=2.0)
-                   precision="float32", # of the network's arithmetic, or "bf16"; the sampler's own stays in float32
-                   **settings       # for the sampler: steps, prediction, …
-                  ):                # yields (numbers of the batch, uint8 (B, C, H, W) on the CPU)
-    "Sample images by their numbers, batch by batch; the batch size changes nothing but the speed."
-    check_sampling(batch_size=batch_size, seed=seed)
-    compiled = getattr(model, "_compiled_call_impl", None) is not None
-    for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
-        asked = numbers[start:start + batch_size]
-        ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked     # another batch size would be compiled anew
-        labels = None if y is None else y[ks].to(device)
-        network, told = (guide(model, labels), None) if guide else (model, labels)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            x0 = sampler(network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
-                         x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
-        yield asked, to_uint8(x0[:len(asked)]).cpu()
-
-# %% ../nbs/05_sample.ipynb #c081a
-_of_files = {".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
-
-def check_place(out,       # where a folder is to be
-                suffixes=() # or a file that ends in one of these, in capitals or not
-               ):          # the path
-    "Raises DiffnbError if nothing can be written there, or if the name is that of a file of another kind."
-    if not str(out).strip(): raise DiffnbError("the place for the results (command line: --out) is an empty name: give a folder")
-    out = Path(out)
-    stop = next((p for p in (out, *out.parents) if p.exists()), out)
-    is_file = out.suffix.lower() in suffixes
-    if stop.exists() and not stop.is_dir() and not (is_file and stop == out):
-        raise DiffnbError(f"{stop} is a file" + (", and a folder is needed" if stop == out else f", so {out} cannot be made") +
-                          ": choose another place (command line: --out)")
-    if is_file and out.is_dir(): raise DiffnbError(f"{out} is a folder: choose another name (command line: --out)")
-    if not is_file and not out.exists() and out.suffix.lower() in _of_files | set(Image.registered_extensions()):
-        files = f", or a file that ends in {' or '.join(suffixes)}" if suffixes else ""
-        raise DiffnbError(f"{out.name} would become a folder: give the name of a folder{files} (command line: --out)")
-    return out
-
-@contextmanager
-def alone_in(folder, # made if need be
-             doing,  # what no other process may do there meanwhile, e.g. "sampling"
-            ):
-    "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
-    lock, made = FileLock(folder / f".{doing}.lock"), not folder.exists()
-    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0)
-    except Timeout as e:
-        raise DiffnbError(f"another process is {doing} in {folder}: wait for it, or choose another place (command line: --out)") from e
-    except NotImplementedError:
-        warnings.warn(f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
-    except OSError as e: raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to") from e
-    try: yield
-    finally:
-        with suppress(OSError):
-            os.unlink(lock.lock_file)                              # before the release, so that nobody holds a file that is gone
-            if made: folder.rmdir()                                # nothing came of it
-        lock.release()
-
-# %% ../nbs/05_sample.ipynb #c082
-def _told(f): # a name that is the same in every process
-    return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
-
-def _name_of(y): return " ".join(map(str, y.tolist())) + " "        # so that the labels of fewer images begin those of more
-
-def fingerprint(model, schedule):
-    "A short name of weights and schedule, so that samples of two models are never mixed. Wrappers change nothing."
-    h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
-    if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes()) # else alpha_bar says it all
-    for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
-        k = re.sub(r"^(_orig_mod\.|module\.)+", "", k)                 # of torch.compile and DistributedDataParallel
-        h.update(k.encode()); h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
-def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels, classes their names
-              model, schedule, shape,
-              n,               # how many images
-              *, y=None, seed=0, classes=(), ranks=Alone(), **settings # as in sample_batches; ranks: each process makes its share
-             ):                # path of the folder or file
-    """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
-    Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
-    out = check_place(out, (".npz",))
-    check_sampling(schedule, n=n, seed=seed, **{k: settings[k] for k in ("batch_size", "steps", "spacing", "eta") if k in settings})
-    _check_labels(model, y, n)
-    packed = out.suffix.lower() == ".npz"
-    folder = out.with_name(out.name + ".parts") if packed else out
-    facts, told = folder / "samples.json", {"seed": seed, "shape": list(shape), "model": fingerprint(model, schedule), **{
-        k: _told(v) for k, v in settings.items() if k not in ("batch_size", "device", "progress")}, "labels": "" if y is None else _name_of(y[:n])}
-    with ExitStack() as held:
-        ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told, held, out if packed else None))
-        missing = [k for k in range(ranks.rank, n, ranks.world) if not (folder / f"{k:06d}.png").exists()]
-        for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
-            for k, image in zip(ks, images): _write_png(image, folder / f"{k:06d}.png")
-        if ranks.any(False) or ranks.rank: return out                                        # asked, so that all ranks have finished
-        if packed: _pack(folder, out, n, shape, y, classes)
-    return out
-
-def _write_png(image, path): # uint8 (C, H, W)
-    pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()      # squeeze: grey images have no last axis
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _what_is_made_stays(partial_path, path):
-        Image.fromarray(pixels).save(partial_path, format="PNG"); partial_path.replace(path)
-
-def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
-    images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
-    labels = {} if y is None else {"arr_1": y[:n].cpu().numpy()} | ({"classes": np.array(classes)} if len(classes) else {})
-    with _what_is_made_stays(folder / "all.npz", out):
-        np.savez(folder / "all.npz", arr_0=images, **labels)
-        (folder / "all.npz").replace(out)
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.partial")), ignore_errors=True)
-
-@contextmanager
-def _what_is_made_stays(partial_path, path):
-    "A full disk, or one that fails: leave nothing half-written, and say how to go on."
-    try: yield
-    except OSError as e:
-        with suppress(OSError): partial_path.unlink()
-        raise DiffnbError(f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the folder "
-                          "writable, and the same call makes the rest") from e
-
-# ---- what a folder of samples was made with
-_usual = {"guide": "None", "eta": "0.0", "spacing": "'trailing'", "precision": "'float32'", "sampler": "ddim"} # where nothing is said
-_options = {"guide": "--guidance", "labels": "--class", "model": "--weights", "shape": "", "prediction": ""}
-
-def _open_samples(folder, facts, told, held, packed=None):
-    "Lock the folder, refuse it if it holds something else, and write down what its images are made with."
-    strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
-    if strange and folder.exists() and not facts.exists():
-        raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
-    _refuse_existing(packed)
-    held.enter_context(alone_in(folder, "sampling"))
-    _refuse_existing(packed)                                                # another process may have finished just now
-    for left in folder.glob(".*.partial"): left.unlink()                    # of a process that was killed
-    if facts.exists():
-        before = _facts(facts)
-        if changes := _changes(before, told):
-            raise DiffnbError(f"{folder} holds samples of another model or with other settings: {'; '.join(changes)}. "
-                              "Choose another place (command line: --out), or the old settings")
-        if len(before["labels"]) > len(told["labels"]): told = before
-    write_whole(facts, json.dumps(told))
-
-def _refuse_existing(path):
-    if path and path.exists(): raise DiffnbError(f"{path} exists: remove it, or choose another name")
-
-def _facts(path): # what samples.json holds
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(facts["labels"], str): return facts
-    except (OSError, ValueError, KeyError, TypeError): pass
-    raise DiffnbError(f"{path} is damaged, so it cannot be known what the images beside it are: choose a new folder")
-
-def _changes(before, now): # list of words: what differs, the option that decides it, and both values
-    def shown(value): return re.sub(r"^guided .*'w': ([^,}]+).*", r"\1", str(value).replace("None", "1"))  # of guidance, its w
-    words = []
-    for name in dict.fromkeys((*now, *before)):
-        old, new = (d.get(name, _usual.get(name)) for d in (before, now))
-        if name == "labels":
-            pair = next(((i, a, b) for i, (a, b) in enumerate(zip(old.split(), new.split())) if a != b), None)
-            if pair: words.append("image {} was of class {} and is now of class {} (--class)".format(*pair))
-            elif not (old and new) and old != new: words.append(f"labels were {'given' if old else 'not given'} before (--class)")
-        elif old != new:
-            option = _options.get(name, f"--{name.replace('_', '-')}")
-            if name == "guide": name, old, new = "guidance", shown(old), shown(new)
-            words.append(f"{name} was {old} and is now {new}" + (f" ({option})" if option else ""))
-    return words
-

@@ -4,12 +4,16 @@
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'zero_init', 'ResBlock', 'dot_product_attention', 'Attention', 'Downsample',
            'Upsample', 'Stage', 'fold', 'unfold', 'UNet', 'count_parameters']
 
-# %% ../nbs/03_unet.ipynb #c005
+# %% ../nbs/03_unet.ipynb #i0
 import math
+
+# %% ../nbs/03_unet.ipynb #i1
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .data import DiffnbError
+
+# %% ../nbs/03_unet.ipynb #i2
+from .core import DiffnbError
 
 # %% ../nbs/03_unet.ipynb #c017
 def timestep_embedding(t,             # timesteps, (B,), any integer type, float32 or float64

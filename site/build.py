@@ -82,9 +82,9 @@ def api(notebook, module_name):
     return intro + "\n\n".join(entry(n, getattr(module, n)) for n in here) + "\n"
 
 def main():
-    # tools/checks stays out: it gives the answers of the exercises away
+    # workshop/checks stays out: it gives the answers of the exercises away
     order = ["index"] + [str(p.relative_to(root / "nbs").with_suffix("")) for p in
-                         [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "tools").glob("*.ipynb"))]]
+                         [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "workshop").glob("*.ipynb"))]]
     references = {}
     for name in order:
         nb = nbformat.read(root / "nbs" / f"{name}.ipynb", 4)

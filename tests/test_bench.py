@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffnb.train import fast_bf16
+from diffnb.core import fast_bf16
 
 BENCH = Path(__file__).parent.parent / "bench"
 OTHERS = [lib for lib, module in (("diffusers", "diffusers"), ("ddpm-pytorch", "denoising_diffusion_pytorch")) if importlib.util.find_spec(module)]

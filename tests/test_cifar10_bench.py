@@ -59,7 +59,7 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert any(k.startswith("ema2.") for k in a) and not torch.equal(a["ema.conv_in.weight"], a["ema2.conv_in.weight"])
     assert not torch.equal(kept["ema2"]["ema.conv_in.weight"], b["ema2.conv_in.weight"].half())
-    lr = common.diffnb.train.read_metrics(parts / "run")["lr"]
+    lr = common.diffnb.workshop.folder.read_metrics(parts / "run")["lr"]
     assert lr[-1] < 0.01 * lr.max()
     with pytest.raises(common.DiffnbError, match="lr=0.0001"): common.train_for(replace(tiny, lr=1.0), parts, 0.1, 0)
     with pytest.raises(common.DiffnbError, match="total_minutes"): common.train_for(tiny, parts, 9, 0)
@@ -108,7 +108,7 @@ def test_every_ablation_is_a_possible_run(common, script):
     assert len(set(names)) == len(names) and "baseline" in names and not ablations.VARIANTS[0].change
     assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)      # no two are the same experiment
     for v in ablations.VARIANTS:
-        config = common.diffnb.train.check_config(replace(ablations.BASE, **v.change))
+        config = common.diffnb.workshop.settings.check_config(replace(ablations.BASE, **v.change))
         assert v.claim and v.prediction and v.weights in ("ema", "ema2", "model")
         assert all(getattr(config, k) != getattr(ablations.BASE, k) for k in v.change)             # each change changes something
         with torch.device("meta"): common.diffnb.train.UNet(image_size=config.image_size or 32, base_channels=config.base_channels, attention=config.attention)
@@ -238,7 +238,7 @@ def long(script, monkeypatch, tmp_path):
     def go(out, *more, until=10**9):
         def stop(run):
             if module.read_metrics(run)["step"][-1] >= until: os.kill(os.getpid(), signal.SIGTERM)
-        train = module.diffnb.train.train
+        train = module.diffnb.workshop.run.train
         monkeypatch.setattr(module, "train", lambda *args, **named: train(*args, **{"on_log": stop, **named}))
         return module.train_long(arguments(out, *more))
     return SimpleNamespace(module=module, arguments=arguments, go=go, settings=tmp_path / "settings.json")
@@ -262,7 +262,7 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     total = math.ceil(32 / 0.75)                                                        # three quarters are done
     assert long.go(out, "--finish", until=36).step == 36
     assert long.go(out).step == total == common.read_json(out / "plan.json")["steps"]   # the end stays chosen
-    m = common.diffnb.train.read_metrics(out / "run")
+    m = common.diffnb.workshop.folder.read_metrics(out / "run")
     for step, lr in zip(m["step"][1:], m["lr"][1:]):                    # after the warm-up; the rate of that update
         assert lr == pytest.approx(2e-3 * min(1, (total - step + 1) / (0.25 * total)))
     assert (m["lr"][(m["step"] > 5) & (m["step"] <= 32)] == 2e-3).all() and m["lr"][-1] < 2e-3 / 10
@@ -316,7 +316,7 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
         assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
     assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
     assert config.epochs == 1e5 and long.go(new, until=28).step == 28
-    assert list(common.diffnb.train.read_metrics(new / "run")["step"]) == [24, 28]
+    assert list(common.diffnb.workshop.folder.read_metrics(new / "run")["step"]) == [24, 28]
     assert [(e["event"], e["step"]) for e in events(new)] == [
         ("began from weights", 20), ("resumed", 20), ("stopped", 28)]
     with pytest.raises(common.DiffnbError, match="exists"): long.module.planned_config(a)

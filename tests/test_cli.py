@@ -8,8 +8,10 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffnb import __version__
-from diffnb.cli import _without_preset, commands, main
-from diffnb.train import PRESETS, TrainConfig, check_config, load_model, read_config
+from diffnb.workshop.cli import _without_preset, commands, main
+from diffnb.workshop.folder import read_config
+from diffnb.workshop.models import load_model
+from diffnb.workshop.settings import PRESETS, TrainConfig, check_config
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 --batch-size 8 "
         "--device cpu --sample-steps 2").split()
@@ -18,14 +20,14 @@ TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attenti
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_configuration_of_its_name(name, monkeypatch):
     seen = []
-    monkeypatch.setattr("diffnb.cli._train", lambda config, *rest: seen.append(config) or 0)
+    monkeypatch.setattr("diffnb.workshop.cli._train", lambda config, *rest: seen.append(config) or 0)
     check_config(PRESETS[name])
     assert main(["train", "--preset", name]) == main(["train", f"--preset={name}"]) == 0
     assert seen == [PRESETS[name]] * 2
 
 def test_what_stands_after_a_preset_changes_it_and_what_stands_before_does_not(monkeypatch):
     seen = []
-    monkeypatch.setattr("diffnb.cli._train", lambda config, *rest: seen.append(config) or 0)
+    monkeypatch.setattr("diffnb.workshop.cli._train", lambda config, *rest: seen.append(config) or 0)
     main(["train", "--preset", "clothes", "--channel-mult", "1", "--lr", "0.5"])
     main(["train", "--lr", "0.5", "--preset", "clothes"])
     assert seen == [replace(PRESETS["clothes"], channel_mult=(1.0,), lr=0.5), PRESETS["clothes"]]
@@ -170,7 +172,7 @@ def test_whatever_options_say_is_done_or_refused(data):
     options = data.draw(st.lists(st.tuples(st.sampled_from(options_of(command)), words, st.booleans()), max_size=3))
     args = [command, *([] if command == "train" else ["no-such-run"]), *(part for o, v, one in options for part in ([f"{o}={v}"] if one else [o, v]))]
     begun, out, err = [], io.StringIO(), io.StringIO()
-    with mock.patch("diffnb.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0), redirect_stdout(out), redirect_stderr(err):
+    with mock.patch("diffnb.workshop.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0), redirect_stdout(out), redirect_stderr(err):
         try: code = main(args)
         except SystemExit as e: code = e.code
     assert code == 0 and (begun or "usage" in out.getvalue()) or code in (1, 2) and err.getvalue().strip(), (args, code)
@@ -279,7 +281,7 @@ class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None): return None if name.split(".")[0] in optional else super().find_spec(name, path, target)
 sys.meta_path[:] = [Finder if f is PathFinder else f for f in sys.meta_path]
-from diffnb.cli import main
+from diffnb.workshop.cli import main
 for line in sys.stdin:
     try: code = main(eval(line))
     except SystemExit as e: code = e.code

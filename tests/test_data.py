@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
 
-from diffnb.data import DiffnbError, addressed, batch_indices, filters, load_data, resize, save_grid, to_float, write_whole
+from diffnb.core import DiffnbError, addressed, write_whole
+from diffnb.data import batch_indices, filters, resize, save_grid, to_float
+from diffnb.workshop.datasets import load_data
 
 
 def picture(path, size=(20, 20), mode="RGB", seed=0):
@@ -184,7 +186,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
     picture(tmp_path / "f" / "a.png", seed=1)
     first = load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.clone()
     with monkeypatch.context() as m:
-        m.setattr("diffnb.data.decode", lambda *a: pytest.fail("decoded again"))
+        m.setattr("diffnb.workshop.reader.decode", lambda *a: pytest.fail("decoded again"))
         assert load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(first)
     picture(tmp_path / "f" / "a.png", seed=2); os.utime(tmp_path / "f" / "a.png", (1, 1))
     assert not load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(first)
@@ -226,7 +228,7 @@ def test_a_class_may_be_called_train_and_hidden_folders_are_no_classes(tmp_path)
 
 
 def test_sixteen_bit_and_float_greys_keep_their_scale(tmp_path):
-    from diffnb.data import decode
+    from diffnb.workshop.reader import decode
     for pixels, expected, name in ((np.full((8, 8), 25_700, np.uint16), 100, "dark.png"), (np.full((8, 8), 0.5, np.float32), 128, "float.tiff")):
         Image.fromarray(pixels).save(tmp_path / name)
         assert abs(int(decode(tmp_path / name, 8, channels=1)[0, 0, 0]) - expected) <= 1, name
@@ -266,5 +268,5 @@ def test_resize_is_torchvisions(filter, size):
 def test_the_command_starts_without_what_it_seldom_needs():
     "Seconds each, and every start of a command would pay them."
     slow = {"torchvision", "sklearn", "torch._dynamo", "torch.distributed.fsdp", "diffusers", "torch_fidelity", "nbconvert"}
-    told = subprocess.run([sys.executable, "-c", "import sys, diffnb.cli; print(*sys.modules)"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([sys.executable, "-c", "import sys, diffnb.workshop.cli; print(*sys.modules)"], capture_output=True, text=True, check=True).stdout
     assert not slow & set(told.split())

@@ -6,10 +6,14 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageCms
 
-from diffnb import cli, data
-from diffnb.data import (DiffnbError, NoSplit, decode, image_formats, is_grid, list_images, load_data, match_classes, our_own,
-                         save_grid, shown, split_of)
-from diffnb.evaluate import read_images
+from diffnb import data
+from diffnb.workshop import cli
+from diffnb.core import DiffnbError, shown
+from diffnb.data import save_grid
+from diffnb.workshop.datasets import load_data
+from diffnb.workshop.reader import (NoSplit, decode, image_formats, is_grid, list_images, match_classes, our_own,
+                                    split_of)
+from diffnb.workshop.scoring import read_images
 
 SMALL = "--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 --device cpu".split()
 

@@ -7,13 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from diffnb.data import DiffnbError, addressed, load_data, save_grid, to_float, to_uint8
-from diffnb.doctor import (CHECKS, FIGURES, bin_floor, copies, draw, examine, findings, gather, live_dashboard,
-                           mirror_test, spikes, trend, verdict, watch)
+from diffnb.core import DiffnbError, addressed
+from diffnb.data import save_grid, to_float, to_uint8
+from diffnb.workshop.datasets import load_data
+from diffnb.doctor import CHECKS, bin_floor, copies, findings, mirror_test, spikes, trend, verdict
+from diffnb.workshop.facts import gather
+from diffnb.workshop.report import FIGURES, draw, examine, live_dashboard, watch
 from diffnb.sample import ddim
 from diffnb.schedule import gaussian_loss_floor
-from diffnb.train import (BINS, TrainConfig, checkpoints, columns, draw_timesteps, lr_at, make_averages, read_config,
-                          read_metrics, read_tensors, timestep_probabilities, train, write_tensors)
+from diffnb.core import checkpoints, read_tensors, write_tensors
+from diffnb.train import BINS, draw_timesteps, lr_at, make_averages, timestep_probabilities
+from diffnb.workshop.folder import columns, read_config, read_metrics
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 
 BASE = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
                    log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")

@@ -9,13 +9,20 @@ import torch
 from PIL import Image
 
 import diffnb.evaluate as ev
-from diffnb.data import DiffnbError, ImageData, addressed, load_data
-from diffnb.evaluate import (Features, Moments, Score, evaluate, evaluate_run, frechet_distance, inception_features, jackknife_error, kid,
-                             load_statistics, loss_by_timestep, make_features, nearest, panel, precision_recall, read_images, score_against_n,
-                             write_statistics)
-from diffnb.sample import ddim, sample_batches
+from diffnb.core import DiffnbError, addressed
+from diffnb.data import ImageData
+from diffnb.workshop.datasets import load_data
+from diffnb.evaluate import (Moments, Score, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep,
+                             nearest, precision_recall, score_against_n)
+from diffnb.schedule import load_statistics, write_statistics
+from diffnb.workshop.features import Features, inception_features, make_features
+from diffnb.workshop.scoring import evaluate_run, panel, read_images
+from diffnb.sample import ddim
+from diffnb.workshop.generate import sample_batches
 from diffnb.schedule import cosine_schedule, flow_schedule, gaussian_loss_floor, image_spectrum, linear_schedule
-from diffnb.train import TrainConfig, load_model, train
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 
 
 def cloud(n, d, key, scale=1.0, shift=0.0): return torch.randn(n, d, generator=addressed("cloud", key)) * scale + shift
@@ -399,7 +406,7 @@ def test_guided_samples_are_kept_apart(run, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["guidance"] == 3
 
 def test_the_commands_on_a_flow_with_muon_patches_and_averages(tmp_path, capsys):
-    from diffnb.cli import main
+    from diffnb.workshop.cli import main
     config = TrainConfig(base_channels=16, channel_mult=(1, 1), blocks=1, norm_groups=8, attention=(), epochs=0.5,
                          device="cpu", schedule="flow", prediction="velocity", T=20, sample_steps=10, patch_size=2,
                          logit_normal=(0.0, 1.0), optimizer="muon", weight_decay=0.1, decay_share=0.5,

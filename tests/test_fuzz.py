@@ -8,8 +8,12 @@ from dataclasses import asdict
 import numpy as np, pytest, safetensors.torch, torch
 
 import diffnb.train as T
-from diffnb.data import DiffnbError
-from diffnb.train import TrainConfig, TrainState, last_checkpoint, load_model, make_config, read_config, read_metrics, read_tensors, write_tensors
+from diffnb.core import DiffnbError
+from diffnb.core import last_checkpoint, read_tensors, write_tensors
+from diffnb.train import TrainState
+from diffnb.workshop.folder import make_config, read_config, read_metrics
+from diffnb.workshop.models import load_model
+from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
 
 resource = pytest.importorskip("resource")

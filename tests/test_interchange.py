@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffnb.data import DiffnbError
-from diffnb.interchange import from_diffusers, key_map, save_diffusers, to_diffusers, unet_from_diffusers, unet_to_diffusers
+from diffnb.core import DiffnbError
+from diffnb.workshop.interchange import (from_diffusers, key_map, save_diffusers, to_diffusers, unet_from_diffusers,
+                                         unet_to_diffusers)
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule, sigmoid_schedule
 from diffnb.unet import UNet
 

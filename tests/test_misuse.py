@@ -8,18 +8,27 @@ import diffnb, hypothesis, numpy as np, pytest, torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffnb.cli import _labels, main
-from diffnb.data import DiffnbError, addressed, load_data, write_whole
-from diffnb.doctor import copies, examine, mirror_test, picture_facts
-from diffnb.check import check
-from diffnb.evaluate import (Moments, evaluate, evaluate_run, frechet_distance, jackknife_error, kid, loss_by_timestep, make_features, nearest,
+from diffnb.workshop.cli import _labels, main
+from diffnb.core import DiffnbError, addressed, write_whole
+from diffnb.workshop.datasets import load_data
+from diffnb.doctor import copies, mirror_test, picture_facts
+from diffnb.workshop.report import examine
+from diffnb.workshop.check import check
+from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep, nearest,
                              precision_recall, score_against_n)
-from diffnb.guide import guidance_for, guided
-from diffnb.sample import alone_in, check_place, check_sampling, ddim, fingerprint, sample_batches, sample_to
+from diffnb.workshop.features import make_features
+from diffnb.workshop.scoring import evaluate_run
+from diffnb.guide import guided
+from diffnb.workshop.generate import guidance_for
+from diffnb.sample import check_sampling, ddim
+from diffnb.workshop.folder import alone_in, check_place
+from diffnb.workshop.generate import fingerprint, sample_batches, sample_to
 from diffnb.schedule import linear_schedule
-from diffnb.train import TrainConfig, Trained, load_model, save_weights, train
+from diffnb.workshop.models import Trained, load_model, save_weights
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
-from diffnb.widgets import sampling
+from diffnb.workshop.widgets import sampling
 
 quick = ["--steps", "2", "--device", "cpu"]
 net = dict(image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), blocks=1, norm_groups=8, attention=())
@@ -305,7 +314,7 @@ def test_an_npz_in_capitals_is_one_and_is_read_as_one(here, capsys):
 def test_places_that_cannot_be_written_are_refused_before_work(here, command, capsys, monkeypatch):
     (here / "file").write_text("mine"); before = left(here)
     def never(*_, **__): raise AssertionError("worked first")
-    for name in ("sample_batches", "sample_to", "examine", "save_diffusers"): monkeypatch.setattr(f"diffnb.cli.{name}", never)
+    for name in ("sample_batches", "sample_to", "examine", "save_diffusers"): monkeypatch.setattr(f"diffnb.workshop.cli.{name}", never)
     for out, says in (("file", "file is a file"), ("file/sub", "file is a file"), ("file/a/b", "file is a file"), ("", "empty"), ("  ", "empty name")):
         assert main([command, "digits.safetensors", "--out", out]) == 1
         assert says in capsys.readouterr().err and left(here) == before

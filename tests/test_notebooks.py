@@ -221,7 +221,7 @@ def execute(nb, folder):
     return nb
 
 # Neither timings, nor training, whose last digits differ from processor to processor, nor (index) what the machine is; nbdev_test runs the others.
-same_everywhere = ["01_data", "02_schedule", "tools/check", "tools/data_reader", "tools/interchange", "tools/widgets", "tools/workbook"]
+same_everywhere = ["01_data", "02_schedule", "workshop/check", "workshop/data_reader", "workshop/interchange", "workshop/widgets", "workshop/workbook"]
 
 @pytest.mark.parametrize("name", same_everywhere)
 def test_stored_outputs_match_their_code(name, tmp_path):

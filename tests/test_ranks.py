@@ -6,11 +6,18 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 
-from diffnb.data import DiffnbError, load_data
-from diffnb.evaluate import evaluate_run
-from diffnb.sample import ddim, sample_to
-from diffnb.scale import Ranks, plan
-from diffnb.train import Alone, TrainConfig, checkpoints, load_model, read_metrics, read_tensors, train
+from diffnb.core import DiffnbError
+from diffnb.workshop.datasets import load_data
+from diffnb.workshop.scoring import evaluate_run
+from diffnb.sample import ddim
+from diffnb.workshop.generate import sample_to
+from diffnb.scale import Ranks
+from diffnb.workshop.planning import plan
+from diffnb.core import Alone, checkpoints, read_tensors
+from diffnb.workshop.folder import read_metrics
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
                    sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")                                       # 20 steps

@@ -1,6 +1,6 @@
 """A run folder in the hands of its users: names, places, moved data, changed plans, other processes, Ctrl-C, full disks.
 
-Everything goes through `diffnb.cli.main` in this process, as a user would call it, with a run of three steps."""
+Everything goes through `diffnb.workshop.cli.main` in this process, as a user would call it, with a run of three steps."""
 import builtins, contextlib, errno, io, json, os, shlex, shutil, signal, threading, unicodedata, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,10 +10,15 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 import diffnb.data, diffnb.train as T
-from diffnb.cli import main
-from diffnb.data import DiffnbError, load_data
+from diffnb.workshop.cli import main
+from diffnb.core import DiffnbError
+from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim
-from diffnb.train import TrainConfig, checkpoints, last_checkpoint, load_model, read_config, read_metrics, read_tensors, train, write_tensors
+from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
+from diffnb.workshop.folder import read_config, read_metrics
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 --device cpu --sample-steps 2 "
         "--checkpoint-every 0.5 --data-root cache --log-every 1").split()                       # 12 images: an epoch is a step and a half
@@ -275,7 +280,7 @@ def test_a_run_is_not_kept_among_its_images(here, monkeypatch):
 @pytest.mark.parametrize("data, run", [("..", "runs/pictures-8"), ("../", "runs/pictures-8"), ("../../pictures", "runs/pictures-8"), ("digits", "runs/digits-8")])
 def test_a_run_is_named_after_the_folder_not_after_the_way_there(tmp_path, monkeypatch, data, run):
     images(tmp_path / "pictures"); work = tmp_path / "pictures" / "work"; work.mkdir(); monkeypatch.chdir(work)
-    seen = []; monkeypatch.setattr("diffnb.cli._train", lambda config, run, *rest: seen.append(str(run)) or 0)
+    seen = []; monkeypatch.setattr("diffnb.workshop.cli._train", lambda config, run, *rest: seen.append(str(run)) or 0)
     assert shell("train", "--data", data, *TINY)[0] == 0 and seen == [run]
     assert shell("train", "--data", "/", *TINY)[0] == 1
 

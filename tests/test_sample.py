@@ -3,11 +3,14 @@ import math
 
 import pytest, torch
 
-from diffnb.data import DiffnbError, addressed, load_data, to_float
+from diffnb.core import DiffnbError, addressed
+from diffnb.data import to_float
+from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
-from diffnb.sample import ddim, ddim_invert, ddpm, dpmpp_2m, heun, inpaint, sample_batches, sample_to
+from diffnb.sample import ddim, ddim_invert, ddpm, dpmpp_2m, heun, inpaint
+from diffnb.workshop.generate import sample_batches, sample_to
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
-from diffnb.train import load_model
+from diffnb.workshop.models import load_model
 
 diffusers = pytest.importorskip("diffusers")
 schedules = {"linear": linear_schedule(), "squaredcos_cap_v2": cosine_schedule()}

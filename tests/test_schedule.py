@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffnb.data import DiffnbError, load_data, to_float
+from diffnb.core import DiffnbError
+from diffnb.data import to_float
+from diffnb.workshop.datasets import load_data
 from diffnb.schedule import (PREDICTIONS, NoiseSchedule, cosine_schedule, flow_schedule, gaussian_loss_floor,
                              image_spectrum, linear_schedule, make_schedule, sigmoid_schedule)
 

@@ -14,11 +14,16 @@ import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
 
-import diffnb.check, diffnb.cli as cli, diffnb.course, diffnb.data, diffnb.doctor, diffnb.evaluate, diffnb.guide
-import diffnb.interchange, diffnb.sample, diffnb.scale, diffnb.schedule, diffnb.train, diffnb.unet
-import diffnb.widgets, diffnb.workbook
-from diffnb.data import ImageData, addressed, load_data
-from diffnb.train import TrainConfig, checkpoints, load_model, train
+import diffnb.workshop.check, diffnb.workshop.cli as cli, diffnb.workshop.course, diffnb.data, diffnb.doctor, diffnb.evaluate, diffnb.guide
+import diffnb.workshop.interchange, diffnb.sample, diffnb.scale, diffnb.schedule, diffnb.train, diffnb.unet
+import diffnb.workshop.widgets, diffnb.workshop.workbook
+from diffnb.core import addressed
+from diffnb.data import ImageData
+from diffnb.workshop.datasets import load_data
+from diffnb.core import checkpoints
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig
 
 # words of a comment that say: this changes speed or memory alone
 SPEED = r"memory|faster|speed|fuse|a few calls|on a GPU|on the GPU|at a time|a batch is cut"
@@ -54,19 +59,19 @@ def quick(monkeypatch):
     "What takes longest in a run of three steps: the digits are read once, and sample grids are not compressed."
     digits = load_data("digits", 8)
     def load(name, size, **rest): return digits if (name, size) == ("digits", 8) else load_data(name, size, **rest)
-    def save(images, path, **rest): return diffnb.data.write_whole(path, images.numpy().tobytes())
+    def save(images, path, **rest): return diffnb.core.write_whole(path, images.numpy().tobytes())
     monkeypatch.setattr(diffnb.train, "load_data", load)
     monkeypatch.setattr(diffnb.train, "save_grid", save)
 
 def trained(config, folder, sampler=None): # -> what a run leaves, by name; an error is something left, too
     try: state = train(config, folder, sampler=sampler, progress=False)
-    except diffnb.data.DiffnbError as e: return {"error": str(e).replace(str(folder), "RUN")}
+    except diffnb.core.DiffnbError as e: return {"error": str(e).replace(str(folder), "RUN")}
     flat = lambda model: torch.cat([p.detach().flatten().double() for p in model.parameters()])
     files = sorted(p for p in folder.rglob("*.*") if p.is_file())
     return {
         "weights": flat(state.model), "average": flat(state.ema.model), "names": sorted(state.tensors()),
         "step": state.step, "moments": type(state.optimizer).__name__,
-        "rows": diffnb.train.read_metrics(folder)["step"].tolist(),
+        "rows": diffnb.workshop.folder.read_metrics(folder)["step"].tolist(),
         "files": [str(p.relative_to(folder)) for p in files],
         "grid": [p.read_bytes() for p in files if p.suffix == ".png"]}
 
@@ -155,7 +160,7 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
     seen = {}
     monkeypatch.setattr(ImageData, "to", lambda self, device: seen.update(moved=True) or self)
     monkeypatch.setattr(nn.Module, "compile", lambda self: seen.update(compiled=True))
-    def recompute(model, real=diffnb.train.recompute): seen.update(recomputed=True); return real(model)
+    def recompute(model, real=diffnb.workshop.memory.recompute): seen.update(recomputed=True); return real(model)
     monkeypatch.setattr(diffnb.train, "recompute", recompute)
     def look(state, *rest, real=diffnb.train.train_steps):
         fused = state.optimizer.defaults["fused"], state.ema.fused
@@ -176,8 +181,8 @@ def test_every_draw_depends_on_the_seed(work):
     "Of everything random: each kind by itself, since any one of them makes the whole result another."
     data, config = load_data("digits"), replace(T, dropout=0.5, label_dropout=0.5, batch_size=64, flip=True, jitter=0.1)
     def draws(seed):
-        c = replace(config, seed=seed); net = diffnb.train.resolve(c)[2]; b = diffnb.train.draw_batch(data, c, 0, "cpu")
-        state, off = diffnb.train.new_state(net, c, torch.device("cpu")), []
+        c = replace(config, seed=seed); net = diffnb.workshop.settings.resolve(c)[2]; b = diffnb.train.draw_batch(data, c, 0, "cpu")
+        state, off = diffnb.workshop.run.new_state(net, c, torch.device("cpu")), []
         first = state.model.conv_in.weight.detach().clone()
         state.model.mid.blocks[0].dropout.register_forward_hook(lambda layer, given, out: off.append(out == 0))
         next(iter(diffnb.train.train_steps(state, data, diffnb.schedule.linear_schedule(), 1)))
@@ -186,7 +191,7 @@ def test_every_draw_depends_on_the_seed(work):
             noise.extend([torch.randn(4, generator=generator[0]), x_T])
             return x_T
         how = dict(seed=seed, sampler=look, progress=False, y=torch.tensor([0]))
-        list(diffnb.sample.sample_batches(u.model, u.schedule, u.shape, [0], **how))
+        list(diffnb.workshop.generate.sample_batches(u.model, u.schedule, u.shape, [0], **how))
         return {"order": diffnb.data.batch_indices(len(data), 64, seed, 0), "t": b.t, "noise": b.noise,
             "labels": b.y == 10, "weights": first, "dropout": off[0], "fresh": noise[0], "start": noise[1]}
     zero, one = draws(0), draws(1)
@@ -224,7 +229,7 @@ SPEED_OPTIONS = {("sample", "batch_size"), ("sample", "compile")}
 
 def in_words(x): # the arguments of a recorder
     if isinstance(x, nn.Module): return round(sum(p.double().abs().sum().item() for p in x.parameters()), 6)
-    named = callable(x) or isinstance(x, (diffnb.train.Alone, diffnb.schedule.NoiseSchedule))
+    named = callable(x) or isinstance(x, (diffnb.core.Alone, diffnb.schedule.NoiseSchedule))
     return type(x).__name__ if named else x
 
 @pytest.fixture
@@ -242,9 +247,9 @@ def recorded(monkeypatch):
                          ("examine", report)):
         monkeypatch.setattr(cli, name, recorder(name, answer))
     monkeypatch.setattr(cli, "save_diffusers", recorder("export", None))
-    monkeypatch.setattr(diffnb.workbook, "make_workbook", recorder("workbook", []))
+    monkeypatch.setattr(diffnb.workshop.workbook, "make_workbook", recorder("workbook", []))
     monkeypatch.setattr(nn.Module, "compile", recorder("compile", None))
-    class Two(diffnb.train.Alone):
+    class Two(diffnb.core.Alone):
         def __init__(self, shard, device): self.world, self.shard = 2, shard; said.append(("ranks", shard, device))
         def guard(self): return contextlib.nullcontext()
     monkeypatch.setattr(cli, "Ranks", Two)
@@ -407,7 +412,7 @@ def public(module):
     return {k: p for k, p in found.items() if p}
 
 def of_check(w):
-    from diffnb.check import check, exercise, progress, read_progress, same, Exercise, Progress, _exercises
+    from diffnb.workshop.check import check, exercise, progress, read_progress, same, Exercise, Progress, _exercises
     for name, solved in (("one", {}), ("two", {"4.1": "2026-01-01"})):
         (w / name).mkdir(exist_ok=True)
         (w / name / "progress.json").write_text(json.dumps({"solved": solved, "files": {}}))
@@ -423,8 +428,8 @@ def of_check(w):
 
 def of_course(w):
     def drawn(y): fig, ax = plt.subplots(); ax.plot([0, 1], [0, y]); return fig
-    yield "describe", Case(diffnb.course.describe, fig=V(drawn(1), drawn(2)))
-    yield "you_are_here", Case(diffnb.course.you_are_here, name=V(None, "03_unet"))
+    yield "describe", Case(diffnb.workshop.course.describe, fig=V(drawn(1), drawn(2)))
+    yield "you_are_here", Case(diffnb.workshop.course.you_are_here, name=V(None, "03_unet"))
 
 def of_data(w):
     D, images, x0 = diffnb.data, torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6).to(torch.uint8), normal(4, 3, 6,
@@ -606,7 +611,7 @@ def of_guide(w):
         interval=V((0, 999), (0, 100)), null=V(10, 3))
 
     u = load_model(w / "u", "cpu")
-    yield "guidance_for", Case(diffnb.guide.guidance_for, lambda guide, args: guide.keywords,
+    yield "guidance_for", Case(diffnb.workshop.generate.guidance_for, lambda guide, args: guide.keywords,
         trained=refused(u, replace(u, config=replace(u.config, label_dropout=0.0))), w=V(2.0, 3.0))
 
 def recorded_run(f,
@@ -634,20 +639,20 @@ def recorded_run(f,
     return run
 
 def of_evaluate_run(w):
-    run, other = recorded_run(diffnb.evaluate.evaluate_run), diffnb.train.Alone(); other.rank = 1
-    dear = diffnb.evaluate.digits_features()
+    run, other = recorded_run(diffnb.workshop.scoring.evaluate_run), diffnb.core.Alone(); other.rank = 1
+    dear = diffnb.workshop.features.digits_features()
     np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
     yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"),
         out=V("a", "b"), features=V("digits", dear), weights=V(None, "file"), steps=V(50, 3), guidance=V(1.0, 2.0),
                                sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu",
                                    batch_size=V(None, 3), data_root=V(None, "there"), progress=V(True, False),
                                    precision=V("float32", "bf16"),
-                               ranks=V(diffnb.train.Alone(), other))
+                               ranks=V(diffnb.core.Alone(), other))
     yield "evaluate_run", Case(run, source=w / "u", n=16, out="a", device=refused("cpu", "cuda:99"))
 
 def of_interchange(w):
     pytest.importorskip("diffusers")
-    I, linear, flow = diffnb.interchange, diffnb.schedule.linear_schedule(20), diffnb.schedule.flow_schedule(20)
+    I, linear, flow = diffnb.workshop.interchange, diffnb.schedule.linear_schedule(20), diffnb.schedule.flow_schedule(20)
     model, plain = small(attention=(), norm_groups=8), small(attention=(), num_classes=None)
     for name, m in (("one", model), ("two", plain)):
         if not (w / name / "unet").exists(): I.save_diffusers(m, linear, w / name / "saved", say=str)
@@ -717,16 +722,16 @@ def of_sample(w):
     yield "alone_in", Case(S.alone_in, names_inside, folder=V(pathlib.Path("a"), pathlib.Path("b")),
         doing=V("sampling", "scoring"))
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
-    second = diffnb.train.Alone(); second.world = 2
+    second = diffnb.core.Alone(); second.world = 2
     yield "sample_to", Case(S.sample_to, out=V("a", "b"), model=V(model, other), schedule=V(linear, cosine),
-        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.train.Alone(), second),
+        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.core.Alone(), second),
                             settings=V(dict(steps=3, progress=False), dict(steps=4, progress=False)))
     yield "sample_to", Case(S.sample_to, out="a.npz", model=model, schedule=linear, shape=(1, 8, 8), n=3,
         y=y.values[0].repeat(2), classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
 
 def of_scale(w):
     C, config = diffnb.scale, replace(T, epochs=1)
-    _, data, net = diffnb.train.resolve(config)
+    _, data, net = diffnb.workshop.settings.resolve(config)
     yield "count_flops", Case(C.count_flops, model=V(small(), small(blocks=2)), train=V(False, True))
     yield "matmul_speed", Case(shapes_of(C.matmul_speed), device=V("cpu", "meta"),
         dtype=V(torch.float32, torch.float64), n=V(8, 16))
@@ -1091,7 +1096,7 @@ def of_unet(w):
     yield "count_parameters", Case(U.count_parameters, model=V(small(), small(blocks=2)))
 
 def of_widgets(w):
-    W, digits, model = diffnb.widgets, load_data("digits"), load_model(w / "u", "cpu")
+    W, digits, model = diffnb.workshop.widgets, load_data("digits"), load_model(w / "u", "cpu")
     other, image = load_model(w / "v", "cpu"), digits.images[0]
     shown = lambda figure, args: (figure.frames(), figure.live)
     yield "picture", Case(W.picture, image=V(image, 255 - image), alt=V("a", "b"), width=V(20, 30),
@@ -1134,7 +1139,7 @@ def of_widgets(w):
         floor=V(None, 0.5))
 
 def of_workbook(w):
-    nbformat, B = pytest.importorskip("nbformat"), diffnb.workbook
+    nbformat, B = pytest.importorskip("nbformat"), diffnb.workshop.workbook
     from nbformat.v4 import new_code_cell as cell, new_notebook
     def page(word): return new_notebook(cells=[cell(word, id="a"), cell("assert check('1')", id="b",
             metadata={"tags": ["solution"]})])
@@ -1145,11 +1150,11 @@ def of_workbook(w):
         out=V("a", "b"), solutions=V(False, True))
 
 
-CASES = { # diffnb.cli has tables of its own
-    diffnb.check: of_check, diffnb.course: of_course, diffnb.data: of_data, diffnb.doctor: of_doctor,
+CASES = { # diffnb.workshop.cli has tables of its own
+    diffnb.workshop.check: of_check, diffnb.workshop.course: of_course, diffnb.data: of_data, diffnb.doctor: of_doctor,
     diffnb.evaluate: lambda w: (*of_evaluate(w), *of_evaluate_run(w)), diffnb.guide: of_guide,
-    diffnb.interchange: of_interchange, diffnb.sample: of_sample, diffnb.scale: of_scale, diffnb.schedule: of_schedule,
-    diffnb.train: of_train, diffnb.unet: of_unet, diffnb.widgets: of_widgets, diffnb.workbook: of_workbook}
+    diffnb.workshop.interchange: of_interchange, diffnb.sample: of_sample, diffnb.scale: of_scale, diffnb.schedule: of_schedule,
+    diffnb.train: of_train, diffnb.unet: of_unet, diffnb.workshop.widgets: of_widgets, diffnb.workshop.workbook: of_workbook}
 UNSEEN = {("train",
     "Alone.sync_gradients"): "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
     ("evaluate", "write_digits_features"): "trains the shipped network anew; its one parameter is the file"}

@@ -5,11 +5,14 @@ import numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 
 import diffnb.train as T
-from diffnb.data import DiffnbError, addressed
+from diffnb.core import DiffnbError, addressed
 from diffnb.sample import ddim
 from diffnb.schedule import make_schedule
-from diffnb.train import (TrainConfig, TrainingStopped, checkpoints, check_config, last_checkpoint, load_model, make_config, read_config,
-                          read_metrics, read_tensors, save_weights, train, write_tensors)
+from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
+from diffnb.workshop.folder import make_config, read_config, read_metrics
+from diffnb.workshop.models import load_model, save_weights
+from diffnb.workshop.run import TrainingStopped, train
+from diffnb.workshop.settings import TrainConfig, check_config
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64, lr=1e-3,
                    log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)
@@ -247,7 +250,7 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
 
 
 def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
-    from diffnb.train import _memory_advice, training_memory
+    from diffnb.workshop.memory import _memory_advice, training_memory
     from diffnb.unet import UNet
     config, net = change(tiny, batch_size=10**7, precision="float32"), UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
@@ -265,7 +268,7 @@ def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
 
 
 def test_memory_is_counted_on_tensors_that_hold_nothing():
-    from diffnb.train import kept_bytes
+    from diffnb.workshop.memory import kept_bytes
     from diffnb.unet import UNet
     model = UNet(image_size=16, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(8,)); kept = {}
     def note(x):
@@ -285,7 +288,7 @@ def events(run): # scalar name -> steps; and the steps of the pictures
 
 def test_tensorboard_shows_each_row_and_grid_once_even_after_a_stop(tmp_path):
     pytest.importorskip("tensorboard")
-    from diffnb.train import to_tensorboard
+    from diffnb.workshop.curves import to_tensorboard
     run, writes = tmp_path / "run", to_tensorboard()
     train(tiny, run, sampler=ddim, progress=False, on_log=lambda run: writes(run) or read_metrics(run)["step"][-1] == 10)
     assert events(run)[0]["loss"] == [5, 10]

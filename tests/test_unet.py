@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffnb.data import DiffnbError
+from diffnb.core import DiffnbError
 from diffnb.unet import (Attention, ResBlock, TimeEmbedding, UNet, count_parameters, dot_product_attention, fold,
                          timestep_embedding, unfold)
 
@@ -28,7 +28,7 @@ def inputs(c, batch=2, seed=1):
     return x, t, y
 
 
-# ---- parity: UNet2DModel is built here by hand, so that the table in diffnb.interchange is tested too
+# ---- parity: UNet2DModel is built here by hand, so that the table in diffnb.workshop.interchange is tested too
 
 def theirs(**kw):
     from diffusers import UNet2DModel
@@ -68,7 +68,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parity_both_directions(name):
-    from diffnb.interchange import unet_from_diffusers, unet_to_diffusers
+    from diffnb.workshop.interchange import unet_from_diffusers, unet_to_diffusers
     ours_args, their_args = SHAPES[name]
     source = randomise(theirs(**their_args))
     ours = unet_from_diffusers(source)
@@ -95,7 +95,7 @@ def test_parity_of_timestep_embeddings():
 
 
 def test_sine_first_columns():
-    from diffnb.interchange import unet_from_diffusers
+    from diffnb.workshop.interchange import unet_from_diffusers
     source = randomise(theirs(sample_size=16, block_out_channels=(16, 32), norm_num_groups=8, attends=(0, 1), flip_sin_to_cos=False))
     ours = unet_from_diffusers(source)
     x, t, _ = inputs(ours.config)

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 
-from diffnb.data import DiffnbError
-from diffnb.sample import ddim, sample_batches
-from diffnb.train import checkpoints, columns, load_model, read_config, read_metrics, read_tensors, train
+from diffnb.core import DiffnbError
+from diffnb.sample import ddim
+from diffnb.workshop.generate import sample_batches
+from diffnb.core import checkpoints, read_tensors
+from diffnb.workshop.folder import columns, read_config, read_metrics
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
 
 v01 = Path(__file__).parent / "data" / "v01"
 

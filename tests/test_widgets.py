@@ -4,13 +4,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffnb.data import DiffnbError, addressed, load_data, tile, to_float
+from diffnb.core import DiffnbError, addressed
+from diffnb.data import tile, to_float
+from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
 from diffnb.sample import ddim
 from diffnb.schedule import cosine_schedule, flow_schedule
-from diffnb.train import Trained, TrainConfig
+from diffnb.workshop.models import Trained
+from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
-from diffnb.widgets import attention_maps, dissolve, sampling, trajectory
+from diffnb.workshop.widgets import attention_maps, dissolve, sampling, trajectory
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 from diffnb.data import save_grid
 from diffnb.schedule import make_schedule
-from diffnb.train import new_state, pick_precision, ready, train_steps
+from diffnb.train import train_steps
+from diffnb.workshop.run import new_state, ready
+from diffnb.workshop.settings import pick_precision
 
 BASE = replace(RECIPE, compile=False, warmup=200) # short runs: 200 steps instead of 500
 

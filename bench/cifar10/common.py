@@ -12,11 +12,15 @@ sys.path.insert(0, str(HERE.parent.parent))        # the diffnb of this checkout
 import torch
 
 import diffnb.train
-from diffnb.data import DiffnbError, load_data, write_whole
+from diffnb.core import DiffnbError, write_whole
+from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim
-from diffnb.scale import time_steps
-from diffnb.train import (Alone, TrainConfig, checkpoints, free_to_change, last_checkpoint, load_model, make_config,
-                          pick_device, read_tensors, resolve, train, write_tensors)
+from diffnb.workshop.planning import time_steps
+from diffnb.core import Alone, checkpoints, last_checkpoint, pick_device, read_tensors, write_tensors
+from diffnb.workshop.folder import free_to_change, make_config
+from diffnb.workshop.models import load_model
+from diffnb.workshop.run import train
+from diffnb.workshop.settings import TrainConfig, resolve
 
 # Half-lives of the averages "ema" and "ema2", as shares of the run: half of an average's weight lies on the last 3.5%
 # or 7% of the steps. An exponential average that remembers 5% or 10% of a run has these (ln 2 times its memory).
@@ -80,7 +84,7 @@ def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at whic
 # ---- weights
 
 def weights_of(run, weights="ema", dtype=torch.float16): # -> (tensors, meta)
-    "One average of the last checkpoint, named and described as diffnb.train.save_weights does it."
+    "One average of the last checkpoint, named and described as diffnb.workshop.models.save_weights does it."
     tensors, meta = last_checkpoint(run)
     return ({f"ema.{k.removeprefix(weights + '.')}": v.to(dtype) for k, v in tensors.items() if k.startswith(weights + ".")},
             {"step": meta["step"], "config": meta["config"], "model": meta["model"], "data": {"classes": meta["data"]["classes"]}})

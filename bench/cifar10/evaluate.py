@@ -10,7 +10,8 @@ and OUT/reference/cifar10_SIZE_inception768.safetensors: mean and covariance of 
 from score import *
 
 from diffnb.data import save_grid
-from diffnb.train import pick_precision, wanted
+from diffnb.core import wanted
+from diffnb.workshop.settings import pick_precision
 
 SETTINGS = [("ddim", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 15), ("dpmpp_2m", 10), ("ddim", 20), ("ddim", 10), ("ddim", 100)] # the most wanted first
 GUIDANCE = (0, 1, 1.25, 1.5, 2, 3)

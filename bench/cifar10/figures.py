@@ -16,9 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from diffnb.evaluate import load_statistics
+from diffnb.schedule import load_statistics
 from diffnb.schedule import gaussian_loss_floor, make_schedule
-from diffnb.train import read_config, read_metrics, timestep_probabilities
+from diffnb.train import timestep_probabilities
+from diffnb.workshop.folder import read_config, read_metrics
 
 UNIT = "Fréchet distance (768-d)"
 NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "ours": "diffnb", "diffusers": "diffusers' example", "ddpm-pytorch": "denoising-diffusion-pytorch"}

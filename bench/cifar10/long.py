@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 
 from diffnb.data import save_grid
-from diffnb.evaluate import read_images
-from diffnb.sample import sample_to
+from diffnb.workshop.scoring import read_images
+from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
-from diffnb.train import pick_precision, read_config, read_metrics, training_now
+from diffnb.workshop.folder import read_config, read_metrics, training_now
+from diffnb.workshop.settings import pick_precision
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
 DECAY_SHARE = 0.25     # of the whole run
@@ -161,7 +162,7 @@ def train_long(a, ranks=Alone()): # -> TrainState
 def averages_in(tensors): return sorted({k.split(".")[0] for k in tensors if k.startswith("ema")})
 
 def half(tensors, meta, weights): # -> (tensors, meta)
-    "One average of a checkpoint, as diffnb.train.save_weights writes it, with the time spent."
+    "One average of a checkpoint, as diffnb.workshop.models.save_weights writes it, with the time spent."
     prefix = weights + "."
     kept = {f"ema.{k.removeprefix(prefix)}": v.half() for k, v in tensors.items() if k.startswith(prefix)}
     if not kept: raise DiffnbError(f"no {weights!r} among the weights, only {', '.join(averages_in(tensors))}")

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 
 from diffnb.data import save_grid, to_float
 from diffnb.schedule import make_schedule
-from diffnb.train import count_parameters, make_averages, new_state, train_steps, save_weights, Trained
+from diffnb.train import make_averages, train_steps
+from diffnb.unet import count_parameters
+from diffnb.workshop.models import save_weights, Trained
+from diffnb.workshop.run import new_state
 from diffnb.scale import count_flops
 
 SMALL = TrainConfig(

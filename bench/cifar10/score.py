@@ -14,10 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.inception import Inception3, InceptionA, InceptionC
 
-from diffnb.data import ImageData, addressed, resize
-from diffnb.evaluate import Features, Moments, frechet_distance, jackknife_error, kid
+from diffnb.core import addressed
+from diffnb.data import ImageData, resize
+from diffnb.evaluate import Moments, frechet_distance, jackknife_error, kid
+from diffnb.workshop.features import Features
 from diffnb.guide import guided
-from diffnb.sample import dpmpp_2m, sample_batches
+from diffnb.sample import dpmpp_2m
+from diffnb.workshop.generate import sample_batches
 
 LAYERS = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c Mixed_5d "
           "Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e").split()

@@ -8,7 +8,8 @@ Joins the shards, writes diffnb/weights/NAME.safetensors (half precision), and m
 from common import *
 
 from diffnb.data import save_grid
-from diffnb.sample import dpmpp_2m, sample_batches
+from diffnb.sample import dpmpp_2m
+from diffnb.workshop.generate import sample_batches
 
 
 def ship(out, name, weights, folder): # -> path

@@ -3,7 +3,7 @@ import json, pathlib
 
 import pytest
 
-from diffnb.train import columns
+from diffnb.workshop.folder import columns
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -55,7 +55,7 @@ def moved(widget, page):
     assert len(picture.get_attribute("alt")) > 20 and picture.evaluate("i => i.naturalWidth > 0")
 
 
-@pytest.mark.parametrize("name, widgets, seconds", [("index.ipynb", 0, 300), ("02_schedule.ipynb", 1, 300), ("tools/widgets.ipynb", 5, 300)])
+@pytest.mark.parametrize("name, widgets, seconds", [("index.ipynb", 0, 300), ("02_schedule.ipynb", 1, 300), ("workshop/widgets.ipynb", 5, 300)])
 def test_run_all_and_move(open_notebook, page, name, widgets, seconds):
     nb = open_notebook(f"nbs/{name}")
     nb.run_all(seconds)
@@ -71,7 +71,7 @@ def test_run_all_and_move(open_notebook, page, name, widgets, seconds):
 
 
 def test_dashboard_follows_a_run(open_notebook, page, notebooks):
-    cells = ["from diffnb.widgets import dashboard", "dashboard('watched')"]
+    cells = ["from diffnb.workshop.widgets import dashboard", "dashboard('watched')"]
     nbformat = pytest.importorskip("nbformat")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(nb, notebooks / "watch.ipynb")
@@ -91,7 +91,7 @@ def test_dashboard_follows_a_run(open_notebook, page, notebooks):
 
 def test_one_exercise_as_a_learner_does_it(open_notebook, page, notebooks):
     "From the learner's copy: Run All with nothing solved, then exercise 2.1 wrong, then right."
-    from diffnb.workbook import make_workbook
+    from diffnb.workshop.workbook import make_workbook
     make_workbook(notebooks.parent / "workbook")
     nb = open_notebook("workbook/02_schedule.ipynb")
     assert page.locator(".jp-Cell", has_text='assert check("2.1"').count() == 0, "the learner's copy gives the answer away"
@@ -150,7 +150,7 @@ def test_frames_without_scripts(chromium):
 
 def test_frames_before_a_cell_is_run(open_notebook, page):
     "A notebook from somebody else: JupyterLab removes scripts, the film strip stays."
-    nb = open_notebook("nbs/tools/widgets.ipynb")
+    nb = open_notebook("nbs/workshop/widgets.ipynb")
     strip = page.locator(".jp-OutputArea-output [aria-label], .jp-OutputArea-output div:has(> span > img)").first
     strip.wait_for(timeout=30_000)
     assert strip.locator("img:visible").count() >= 3 and page.locator(".jp-OutputArea-output input:enabled, .jp-OutputArea-output select").count() == 0

@@ -89,7 +89,7 @@ def test_reference_names_everything_public(built):
             if inspect.isfunction(f) and f.__module__ == module.__name__: assert f">{name}<" in text, f"{page.name}: {name}"
 
 def test_solutions_are_folded(built):
-    assert not list((built / "tools" / "checks").glob("*.html"))               # those pages are nothing but answers
+    assert not list((built / "workshop" / "checks").glob("*.html"))               # those pages are nothing but answers
     for path in built.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         for cell in re.findall(r'<div class="cell tag_solution.{0,300}', text, re.S): assert "<details" in cell, path.name
@@ -220,7 +220,7 @@ def test_reference(page):
     page.wait_for_url("**/05_sample.html")
 
 def test_every_reference_and_tool_page_fits(page, built):
-    for path in sorted([*(built / "api").glob("*.html"), *(built / "tools").rglob("*.html")]):
+    for path in sorted([*(built / "api").glob("*.html"), *(built / "workshop").rglob("*.html")]):
         page.goto(str(path.relative_to(built)))
         assert fits(page), path.name
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import json, pytest
 
-from diffnb.check import _find, _verdict
+from diffnb.workshop.check import _find, _verdict
 
 NBS = pathlib.Path(__file__).resolve().parents[2] / "nbs"
 
@@ -96,7 +96,7 @@ def form_errors(lesson):
     def need(fact, said):
         if not fact: errors.append(f"{ex.id if exercises else lesson}: {said}")
     if not 4 <= len(exercises) <= 7: errors.append(f"{lesson} has {len(exercises)} exercises, not 4 to 7")
-    if sum("from diffnb.check import check" in c for c in code) != 1: errors.append(f"{lesson}: import check in one cell")
+    if sum("from diffnb.workshop.check import check" in c for c in code) != 1: errors.append(f"{lesson}: import check in one cell")
     if [e.debug for e in exercises.values()] != [False] * (len(exercises) - 1) + [True]: errors.append(f"{lesson}: the last exercise, and no other, is 'Debug this: ...'")
     if list(exercises) != [f"{int(lesson[:2])}.{i + 1}" for i in range(len(exercises))]: errors.append(f"{lesson}: ids {list(exercises)}")
     for ex in exercises.values():

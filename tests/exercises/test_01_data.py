@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from common import tests_of
-from diffnb.data import addressed
+from diffnb.core import addressed
 
 
 def stack(f): return lambda seed, indices, shape: torch.stack([f(seed, k, shape) for k in indices])

@@ -8,10 +8,11 @@ import contextlib, io, json, os, re, subprocess, sys
 import nbformat, pytest, torch
 
 from common import CHECK, NBS, cells_of, form_errors, imports_only, source, written
-from diffnb import check as framework, workbook
-from diffnb.check import DiffnbError, Exercise, Progress, Wrong, check, exercises, progress, read_progress, same
-from diffnb.course import lessons
-from diffnb.workbook import learners_page, make_workbook
+from diffnb.workshop import check as framework, workbook
+from diffnb.core import DiffnbError
+from diffnb.workshop.check import Exercise, Progress, Wrong, check, exercises, progress, read_progress, same
+from diffnb.workshop.course import lessons
+from diffnb.workshop.workbook import learners_page, make_workbook
 
 
 def verdict(answer, check_function):
@@ -117,7 +118,7 @@ def test_progress_is_noted_only_in_a_workbook_and_only_once(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert said("2.1", answer)[0] and not list(tmp_path.iterdir())
     (tmp_path / "progress.json").write_text(json.dumps({"solved": {"2.2": "2020-01-01"}, "else": 1}))
-    (tmp_path / "tools").mkdir(); monkeypatch.chdir(tmp_path / "tools")
+    (tmp_path / "workshop").mkdir(); monkeypatch.chdir(tmp_path / "workshop")
     said("2.1", answer), said("2.2", right_answer("2.2")), said("2.2", None)
     now = json.loads((tmp_path / "progress.json").read_text())
     assert set(now["solved"]) == {"2.1", "2.2"} and now["solved"]["2.2"] == "2020-01-01" and now["else"] == 1
