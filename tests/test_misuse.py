@@ -16,7 +16,7 @@ from diffnb.workshop.report import examine
 from diffnb.workshop.check import check
 from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep, nearest,
                              precision_recall, score_against_n)
-from diffnb.workshop.features import make_features
+from diffnb.workshop.features import digits_features, make_features
 from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
 from diffnb.workshop.generate import guidance_for
@@ -364,7 +364,7 @@ def test_files_that_hold_no_images_and_no_model_are_named_as_such(here, name, ca
 
 def test_a_shape_that_does_not_fit_is_told_before_sampling(here, digits, capsys, monkeypatch):
     np.savez("big.npz", np.zeros((20, 16, 16, 1), np.uint8)); np.savez("colour.npz", np.zeros((20, 8, 8, 3), np.uint8)); np.savez("few.npz", np.zeros((9, 8, 8, 1), np.uint8))
-    monkeypatch.setattr("diffnb.evaluate.sample_to", lambda *a, **k: pytest.fail("sampled first"))
+    monkeypatch.setattr("diffnb.workshop.scoring.sample_to", lambda *a, **k: pytest.fail("sampled first"))
     for name, says in (("big", "(1, 16, 16)"), ("colour", "(3, 8, 8)"), ("few", "at least 16")):
         assert main(["evaluate", "digits.safetensors", "--n", "20", *quick, "--features", "digits", "--reference", f"{name}.npz", "--out", "out"]) == 1
         assert says in capsys.readouterr().err and not (here / "out").exists()
@@ -477,7 +477,7 @@ def test_metrics_without_some_columns_or_with_others(tmp_path, capsys):
 def test_other_numbers_of_python_callers(digits):
     x = cloud(20, 3, "x")
     for call in (lambda: precision_recall(x, x, k=0), lambda: precision_recall(x, x, k=1.5), lambda: score_against_n(x, Moments(x), [5], repeats=0),
-                 lambda: evaluate(digits.images[:20], digits, batch_size=0), lambda: evaluate(digits.images[:20], digits, seed=-1),
+                 lambda: evaluate(digits.images[:20], digits, digits_features(), batch_size=0), lambda: evaluate(digits.images[:20], digits, digits_features(), seed=-1),
                  lambda: loss_by_timestep(None, linear_schedule(), digits.images[:2], batch_size=0), lambda: make_features("inception-²"),
                  lambda: check("²", None)):
         with pytest.raises((DiffnbError, KeyError, ValueError)) as caught: call()
