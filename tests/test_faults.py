@@ -10,12 +10,12 @@ import diffnb.data, diffnb.train as T
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
-from diffnb.workshop.folder import read_metrics
+from diffnb.workshop.folder import alone_in, read_metrics
 from diffnb.workshop.models import load_model
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig
 
-resource = pytest.importorskip("resource")                                                        # not on Windows
+resource, fcntl = map(pytest.importorskip, ("resource", "fcntl"))                                 # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NET = "--data digits --base-channels 8 --channel-mult 1 --blocks 1 --attention --norm-groups 4 --dropout 0.1 --device cpu --precision float32"
 OFTEN = "--lr 2e-3 --warmup 20 --ema-decay 0.99 --log-every 7 --checkpoint-every 0.2 --sample-every 2 --sample-steps 2 --keep 2"
@@ -219,21 +219,12 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
     capsys.readouterr(); assert main(["info", str(run)]) == 0 and "state        finished" in capsys.readouterr().out
 
 
-def test_lock_without_fcntl_and_without_any(tmp_path, monkeypatch):
-    held = []
-    def locking(fd, mode, n):
-        if os.fstat(fd).st_ino in held: raise OSError(errno.EACCES, "denied")
-        held.append(os.fstat(fd).st_ino)
-    with monkeypatch.context() as m:                                                             # as on Windows
-        m.setitem(sys.modules, "fcntl", None); m.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-        with T._alone_in(tmp_path / "a"):
-            with pytest.raises(DiffnbError, match=f"process {os.getpid()}"):
-                with T._alone_in(tmp_path / "a"): pass
-    import fcntl
+def test_where_the_file_system_cannot_lock(tmp_path, monkeypatch):
+    "A warning, and the work goes on."
     def cannot(*_): raise OSError(errno.ENOLCK, "no locks here")
     monkeypatch.setattr(fcntl, "flock", cannot)
     with pytest.warns(UserWarning, match="cannot lock"):
-        with T._alone_in(tmp_path / "b"): pass
+        with alone_in(tmp_path / "a", "training"): pass
 
 
 def test_lock_is_free_again_after_an_error(tmp_path):

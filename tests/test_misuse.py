@@ -396,9 +396,9 @@ def test_a_damaged_list_of_settings_is_named(here, capsys):
 def test_a_second_process_is_refused(here, capsys):
     command = ["sample", "digits.safetensors", "--n", "2", *quick, "--out"]
     with alone_in(here / "s", "sampling"), alone_in(here / "x.npz.parts", "sampling"), alone_in(here / "out", "evaluating"):
-        for out in ("s", "x.npz"): assert main([*command, out]) == 1 and "another process is sampling" in capsys.readouterr().err
+        for out in ("s", "x.npz"): assert main([*command, out]) == 1 and "is sampling in it" in capsys.readouterr().err
         assert main(["evaluate", "digits.safetensors", "--n", "20", *quick, "--out", "out"]) == 1
-        assert "another process is evaluating" in capsys.readouterr().err and not (here / "out/evaluation").exists()
+        assert "is evaluating in it" in capsys.readouterr().err and not (here / "out/evaluation").exists()
     for out in ("s", "x.npz"): assert main([*command, out]) == 0
     assert left(here / "s") == {"000000.png", "000001.png", "samples.json"}     # no lock stays behind
 

@@ -445,8 +445,8 @@ def test_a_run_that_is_moved_while_it_trains(here):
 # --- Ctrl-C and full disks --------------------------------------------------------------------------------------------
 
 def moments(): # (owner, name) of what a training does before its first step
-    return [(T, "load_data"), (T, "resolve"), (T, "_check_names"), (T, "_alone_in"), (T, "_open_run"), (T, "_describe"), (T, "strict_json"), (T, "new_state"), (T, "ready"),
-            (T, "_rows"), (os, "replace"), (os, "fsync"), (os, "ftruncate"), (Path, "mkdir"), (T, "_stop_signals")]
+    return [(T, "load_data"), (T, "resolve"), (T, "_check_names"), (T, "alone_in"), (T, "_open_run"), (T, "_describe"), (T, "strict_json"), (T, "new_state"), (T, "ready"),
+            (T, "_rows"), (os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "write_text"), (T, "_stop_signals")]
 
 @pytest.mark.parametrize("owner, name", moments(), ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("after", [False, True])

@@ -157,13 +157,8 @@ def _kind(source): # "run", "files" or "model"
 
 def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images
     here = source.resolve()                                              # of "." too, which has no name
-    out = check_place(out if out is not None else source if _kind(source) == "run" else
-                      (here if source.name in ("", "..") else source).with_name(f"{here.name if here.is_dir() else here.stem}.evaluation"))
-    for folder in pictures:
-        if out.resolve().is_relative_to(Path(folder).resolve()):
-            raise DiffnbError(f"the results would lie among the images of {folder} and be taken for some the next time: choose another "
-                              f"place than {out} (command line: --out)")
-    return out
+    beside = (here if source.name in ("", "..") else source).with_name(f"{here.name if here.is_dir() else here.stem}.evaluation")
+    return check_place(out if out is not None else source if _kind(source) == "run" else beside, images=pictures)
 
 def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
     told = getattr(sampler, "__name__", "sampler")
