@@ -35,7 +35,7 @@ def our_state(shape, batch, device, options):
     asked = {}
     if options:                                                   # without options every setting stays as it comes
         asked = {"precision": "bf16" if "bf16" in options else "float32", "compile": "compile" in options,
-                 "channels_last": "channels_last" in options, "recompute": "recompute" in options}
+                 "channels_last": "channels_last" in options, "activation_checkpointing": "recompute" in options}
     config = TrainConfig(**asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
     return new_state(shape.ours().config, config, device), pick_precision(config.precision, device, config)
 

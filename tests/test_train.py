@@ -83,7 +83,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tm
 def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
     cpu, config = torch.device("cpu"), change(tiny, base_channels=32, image_size=32)
     for fast, auto in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(S, "fast_bf16", lambda device: fast)
+        monkeypatch.setattr(S, "has_native_bf16", lambda device: fast)
         assert S.pick_precision("auto", cpu, config) == auto and S.pick_precision("auto", cpu, change(config, image_size=8)) == "float32"
     with pytest.warns(UserWarning, match="imitates"): assert S.pick_precision("bf16", cpu, config) == "bf16"
 
@@ -131,7 +131,7 @@ def test_no_write_access(tmp_path):
 @pytest.mark.parametrize("setting, word", [(dict(data="imagenet"), "imagenet"), (dict(schedule="exp"), "schedule"), (dict(sample_steps=1001), "sample_steps"),
                                            (dict(sample_steps=0), "sample_steps"), (dict(attention=(3,)), "attention"), (dict(base_channels=17), "17"),
                                            (dict(device="cuda:99"), "cuda:99"), (dict(prediction="noise"), "prediction"), (dict(epochs=float("nan")), "epochs"),
-                                           (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"), (dict(accumulate=7), "accumulate")])
+                                           (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"), (dict(grad_accum_steps=7), "grad_accum_steps")])
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, setting, word):
     if setting == dict(image_size=10): setting = dict(image_size=10, channel_mult=(1, 2, 2), attention=())
     with pytest.raises(DiffnbError, match=word): train(change(tiny, **setting), tmp_path / "run", progress=False)
@@ -257,7 +257,7 @@ def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
     config, net = change(tiny, batch_size=10**7, precision="float32"), UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
         with _memory_advice(net, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
-    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--accumulate "))
+    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--grad-accum-steps "))
     fixed, each = training_memory(net)
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0.8 * room < fixed + fits * each < 0.9 * room and parts == min(n for n in range(1, 10**4) if 10**7 % n == 0 and 10**7 // n <= fits)
@@ -277,7 +277,7 @@ def test_memory_is_counted_on_tensors_that_hold_nothing():
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): model(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
     assert kept_bytes(model.config, 2) == sum(x.untyped_storage().nbytes() for x in kept.values())      # as a real pass keeps
-    assert kept_bytes(model.config, 2, recomputed=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
+    assert kept_bytes(model.config, 2, activation_checkpointing=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
     assert kept_bytes(model.config, 10**6) > 10**11
 
 
