@@ -16,7 +16,7 @@ import tyro
 # %% ../../nbs/workshop/cli.ipynb #i2
 from .. import __version__
 from ..__main__ import importing
-from ..core import Alone, checkpoints, DiffnbError, late_import, pick_device
+from ..core import checkpoints, DiffnbError, late_import, pick_device, SingleProcess
 from .folder import as_command, as_options, check_place, reached, read_config, read_metrics, training_now
 from .settings import check_config, pick_precision, PRESETS, SIDES, total_steps, TrainConfig
 
@@ -118,9 +118,9 @@ def _run_of(config):
 
 @contextmanager
 def _ranks(device, shard=False):
-    "Alone, or one of several if torchrun has started this process."
+    "SingleProcess, or Ranks if torchrun has started this process."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Alone()
+        yield SingleProcess()
         return
     from diffnb.scale import Ranks
     ranks = Ranks(shard, device)
@@ -132,7 +132,7 @@ def _train(config, run, tensorboard=False, shard=False):
         from diffnb.workshop.curves import to_tensorboard
         from diffnb.workshop.run import train as train_run
     with _ranks(config.device, shard) as ranks:
-        if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
+        if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
         state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
     if ranks.rank: return _stopped[state.stopped_by]
     if state.stopped_by:

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import get_args, get_origin, Literal
 
 # %% ../../nbs/workshop/settings.ipynb #i2
-from ..core import DiffnbError, fast_bf16, late_import, pick_device
+from ..core import DiffnbError, has_native_bf16, late_import, pick_device
 
 # %% ../../nbs/workshop/settings.ipynb #i1
 torch = late_import("torch") # the command line knows its settings without it
@@ -19,8 +19,8 @@ torch = late_import("torch") # the command line knows its settings without it
 def pick_precision(name, device, config): # "float32" or "bf16"
     "What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if bf16 is asked for where it is imitated."
     large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
-    if name == "auto": return "bf16" if large and fast_bf16(device) else "float32"
-    if name == "bf16" and not fast_bf16(device): warnings.warn(f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: precision float32 is faster")
+    if name == "auto": return "bf16" if large and has_native_bf16(device) else "float32"
+    if name == "bf16" and not has_native_bf16(device): warnings.warn(f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: precision float32 is faster")
     return name
 
 # %% ../../nbs/workshop/settings.ipynb #c034
@@ -52,7 +52,7 @@ class TrainConfig:
     dropout: float = 0.0                                # in every residual block; for long runs
     epochs: float = 200                                 # passes over the data
     batch_size: int = 64                                # images per optimiser step
-    accumulate: int = 1                                 # parts a batch is cut into, to save memory
+    grad_accum_steps: int = 1                             # parts a batch is cut into, to save memory
     optimizer: Literal["adamw", "muon"] = "adamw"       # muon: on hidden matrices, with AdamW for the rest
     lr: float = 1e-4                                    # learning rate at its peak
     warmup: int = 500                                   # steps until the peak
@@ -69,7 +69,7 @@ class TrainConfig:
     fused: bool = True                                  # AdamW and EMA move all weights in a few calls instead of one after the other
     tf32: bool = True                                   # on a GPU, round the inputs of float32 matrix products to 19 bits
     resident: bool | None = None                        # keep all images on the GPU; None: if they take less than half of what is free
-    recompute: bool = False                             # activation checkpointing: less memory, about a third more time
+    activation_checkpointing: bool = False                # activation checkpointing: less memory, about a third more time
     sample_every: float = 25                            # epochs between sample grids
     sample_steps: int = 50                              # DDIM steps of those grids
     checkpoint_every: float = 10                        # epochs between checkpoints
@@ -104,7 +104,7 @@ def check_config(config, # TrainConfig
             options = get_args(f.type) if get_origin(f.type) is Literal else (getattr(f.type, "__name__", f.type),)
             bad(f.name, "it must be " + " or ".join(map(str, options)))
         if type(value := getattr(config, f.name)) is str and (wrong := _unwritable(value)): bad(f.name, wrong)
-    for name in ("T", "epochs", "batch_size", "accumulate", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
+    for name in ("T", "epochs", "batch_size", "grad_accum_steps", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
                  "log_every", "shift"):
         if not 0 < getattr(config, name) < 1e9: bad(name, "it must be above 0 and below a thousand million")
     for name, top in (("T", 100_000), ("batch_size", 1_000_000), ("image_size", 4096), ("patch_size", 64), ("base_channels", 4096)):   # memory is asked for by these
@@ -113,7 +113,7 @@ def check_config(config, # TrainConfig
                       ("grad_clip", 1e9), ("warmup", 1e9), ("seed", 2**63)):
         if not 0 <= getattr(config, name) < top: bad(name, f"at least 0, and below {top:g}")
     if config.sample_steps > config.T: bad("sample_steps", f"at most T, which is {config.T}")
-    if config.batch_size % config.accumulate: bad("accumulate", f"it must divide batch_size, which is {config.batch_size}")
+    if config.batch_size % config.grad_accum_steps: bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
     flow = config.schedule == "flow"
     if config.zero_terminal_snr and flow: bad("zero_terminal_snr", "the schedule flow ends at pure noise already")
     if config.prediction == "eps" and (config.zero_terminal_snr or flow):
