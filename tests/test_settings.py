@@ -93,7 +93,7 @@ long, v, folder = dict(epochs=20 * step), dict(prediction="v"), dict(data="{work
 SETTINGS = { # name: (value A, value B, what must differ, other settings it needs)
     "data": ("digits", "fashion", "weights"),
     "image_size": (8, 12, "grid"),
-    "filter": ("bicubic", "nearest", "weights", dict(image_size=12)),
+    "interpolation": ("bicubic", "nearest", "weights", dict(image_size=12)),
     "flip": (False, True, "weights"),
     "jitter": (0.0, 0.5, "weights"),
     "conditional": (True, False, "names"),
