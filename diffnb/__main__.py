@@ -10,7 +10,8 @@ from contextlib import contextmanager
 # %% ../nbs/workshop/main.ipynb #c003
 def _fill_closed_streams():
     "Open the null device in place of standard streams that are closed."
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2: pass
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
     os.close(fd)
 
 def _leave(number, frame):
@@ -19,20 +20,25 @@ def _leave(number, frame):
 
 @contextmanager
 def importing():
-    "Ctrl-C ends the process at once: nothing has been done yet, and libraries half imported turn an exception into others."
+    """Ctrl-C ends the process at once: nothing has been done yet, and libraries half imported turn an exception into
+    others."""
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # not under nohup, nor in the background
     if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGINT, _leave)
-    try: yield
-    finally: signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main() -> int: # exit code
     "The process of the `diffnb` command."
     _fill_closed_streams()
-    with importing(): from diffnb.workshop.cli import main
+    with importing():
+        from diffnb.workshop.cli import main
     return main()
 
 # %% ../nbs/workshop/main.ipynb #c005
-if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())
+if __name__ == "__main__" and globals().get("__spec__"):
+    sys.exit(main())

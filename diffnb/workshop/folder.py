@@ -25,10 +25,13 @@ from .settings import _unwritable, check_config, RENAMED, SIDES, total_steps, Tr
 
 # %% ../../nbs/workshop/folder.ipynb #c097x
 def _rows(run):
-    if not (Path(run) / "metrics.csv").exists(): return []
+    if not (Path(run) / "metrics.csv").exists():
+        return []
     m = read_metrics(run)
-    if list(m) not in (columns, columns[:-1]):                               # version 0.1 did not measure processor time
-        raise DiffnbError(f"{run}/metrics.csv has other columns than this version writes: move it away to continue the run without its earlier rows")
+    if list(m) not in (columns, columns[:-1]):  # version 0.1 did not measure processor time
+        raise DiffnbError(
+            f"{run}/metrics.csv has other columns than this version writes: move it away to continue the "
+            "run without its earlier rows")
     text = [line.split(",") for line in (Path(run) / "metrics.csv").read_text(encoding="utf-8").split("\n")[1:-1]]
     return [dict(zip(m, r)) for r in text if len(r) == len(m)]   # as text: a number read and written again may change
 
@@ -45,96 +48,124 @@ def read_metrics(run, # a run folder
                 ):    # dict: column -> float64 array
     "What a run has logged so far. Raises DiffnbError if there is nothing to read."
     path = Path(run) / "metrics.csv"
-    if not path.exists(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
+    if not path.exists():
+        raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         names = head.split(",")
-        rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]    # the last line ends in \n, or is cut
+        # the last line ends in \n, or is cut
+        rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]
         values = np.array(rows, dtype=np.float64).reshape(-1, len(names))
         missing = [c for c in columns[:-1] if c not in names]            # version 0.1 did not have the last
-        if missing: raise ValueError(f"it has no column {missing[0]}")
-        if len(set(names)) < len(names): raise ValueError("two of its columns have one name")
+        if missing:
+            raise ValueError(f"it has no column {missing[0]}")
+        if len(set(names)) < len(names):
+            raise ValueError("two of its columns have one name")
         steps = values[:, names.index("step")]
-        if not ((steps >= 0) & (steps < 2**53)).all(): raise ValueError("a step in it is not a number of steps")
-    except (OSError, ValueError) as e: raise DiffnbError(f"{path} is damaged ({e!s:.200}): move it away, and the run goes on without its earlier rows") from e
+        if not ((steps >= 0) & (steps < 2**53)).all():
+            raise ValueError("a step in it is not a number of steps")
+    except (OSError, ValueError) as e:
+        raise DiffnbError(
+            f"{path} is damaged ({e!s:.200}): move it away, and the run goes on without its earlier rows") from e
     return dict(zip(names, values.T))
 
 # %% ../../nbs/workshop/folder.ipynb #c085
-_facts_of_data = {"name": str, "images": int, "classes": list, "native_size": int, "image_size": int, "channels": int, "filter": str}
+_facts_of_data = {
+    "name": str, "images": int, "classes": list, "native_size": int, "image_size": int, "channels": int, "filter": str}
 
 def _names(classes): # class names as a tuple
-    if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes): raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes):
+        raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     return tuple(classes)
 
 def _where(data, facts): # the folder of images, also if its name was relative to another working directory
     folder = facts.get("folder")
-    if not isinstance(folder, str) or not Path(folder).is_dir(): return data
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        return data
     return data if Path(data).is_dir() and Path(data).samefile(folder) else folder
 
 def _check_plans(plans): # what config.json says of them
     good = lambda p: p.keys() == {"epochs", "step"} and all(type(v) in (int, float) for v in p.values())
-    if not isinstance(plans, list) or not all(map(good, plans)): raise ValueError(f"plans are {plans!r:.60}, not epochs and step of each")
+    if not isinstance(plans, list) or not all(map(good, plans)):
+        raise ValueError(f"plans are {plans!r:.60}, not epochs and step of each")
 
 def _count(net): # a UNet configuration -> its parameters; raises where none can be built
     from diffnb.unet import count_parameters, UNet
-    with torch.device("meta"): return count_parameters(UNet(**net))      # allocates nothing
+    with torch.device("meta"):
+        return count_parameters(UNet(**net))      # allocates nothing
 
 def read_config(run,        # a run folder
-                build=True, # the network, which finds out whether it can be; False: only if its size was not written down
+                # the network, which finds out whether it can be; False: only if its size was not written down
+                build=True,
                ):           # dict: config, model, parameters, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
     path = Path(run) / "config.json"
-    if not path.is_file(): raise DiffnbError(f"{run} is not a run folder: it has no config.json")
+    if not path.is_file():
+        raise DiffnbError(f"{run} is not a run folder: it has no config.json")
     try:
-        if path.stat().st_size > MOST_JSON: raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
         facts = strict_json(path.read_bytes())
         for k, kind in _facts_of_data.items():
             v = facts["data"][k]
-            if type(v) is not kind or kind is int and not 0 < v < 2**53: raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
+            if type(v) is not kind or kind is int and not 0 < v < 2**53:
+                raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
         facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # version 0.1 did not write it
         _check_plans(facts["plans"])
         facts["model"] = _whole(facts["model"])
-        if build or type(facts.get("parameters")) is not int: facts["parameters"] = _count(facts["model"])
+        if build or type(facts.get("parameters")) is not int:
+            facts["parameters"] = _count(facts["model"])
         config = replace(config, data=_where(config.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
-_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"} # of settings that version 0.1 called otherwise
+# of settings that version 0.1 called otherwise
+_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
 
 def make_config(values: dict,   # as JSON gives it
                ) -> TrainConfig: # a new one
-    "A TrainConfig from JSON: lists become tuples, old names new ones; unknown settings are refused. Raises DiffnbError."
-    if not isinstance(values, dict): raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
+    """A TrainConfig from JSON: lists become tuples, old names new ones; unknown settings are refused. Raises
+    DiffnbError."""
+    if not isinstance(values, dict):
+        raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {RENAMED.get(k, k) if RENAMED.get(k) not in values else k: v for k, v in values.items()}
     values = {_new_names.get(k, k): v for k, v in values.items()}
     known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(map(str, set(values) - known)): raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
+    if unknown := sorted(map(str, set(values) - known)):
+        raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
 # %% ../../nbs/workshop/folder.ipynb #c081a
-_of_files = {".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
+_of_files = {
+    ".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
 
 def check_place(out: str | Path, # where a folder is to be
                 suffixes=(),     # or a file that ends in one of these, in capitals or not
                 images=(),       # folders of images that are read; `out` must not lie among these
                 option="--out",  # of the command line, that names the place
                ) -> Path:        # the same
-    "Raises DiffnbError if nothing can be written there, if the name is that of a file of another kind, or among `images`."
+    """Raises DiffnbError if nothing can be written there, if the name is that of a file of another kind, or among
+    `images`."""
     if wrong := _unwritable(str(out)):
-        raise DiffnbError(f"nothing can be kept in {str(out)!a:.200}: {wrong}. Choose another name (command line: {option})")
+        raise DiffnbError(
+            f"nothing can be kept in {str(out)!a:.200}: {wrong}. Choose another name (command line: {option})")
     out = Path(out)
     stop = next((p for p in (out, *out.parents) if p.exists()), out)
     is_file = out.suffix.lower() in suffixes
     if stop.exists() and not stop.is_dir() and not (is_file and stop == out):
-        raise DiffnbError(f"{stop} is a file" + (", and a folder is needed" if stop == out else f", so {out} cannot be made") +
-                          f": choose another place (command line: {option})")
-    if is_file and out.is_dir(): raise DiffnbError(f"{out} is a folder: choose another name (command line: {option})")
+        raise DiffnbError(
+            f"{stop} is a file"
+            + (", and a folder is needed" if stop == out else f", so {out} cannot be made")
+            + f": choose another place (command line: {option})")
+    if is_file and out.is_dir():
+        raise DiffnbError(f"{out} is a folder: choose another name (command line: {option})")
     if not is_file and not out.exists() and out.suffix.lower() in _of_files | set(Image.registered_extensions()):
         files = f", or a file that ends in {' or '.join(suffixes)}" if suffixes else ""
-        raise DiffnbError(f"{out.name} would become a folder: give the name of a folder{files} (command line: {option})")
+        raise DiffnbError(
+            f"{out.name} would become a folder: give the name of a folder{files} (command line: {option})")
     for folder in images:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
             raise DiffnbError(f"{out} lies among the images of {folder}, where its pictures would be taken for data: "
@@ -148,13 +179,17 @@ def check_run_place(run: Path, # where a run is to be kept, or is
     ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
     try:
         other = run.is_dir() and any(not p.name.startswith(ours) for p in run.iterdir())
-        if (run / "config.json").exists(): return                        # asked last: another process may be writing it
+        if (run / "config.json").exists():
+            return                        # asked last: another process may be writing it
         check_place(run, images=[data] if data not in SIDES and Path(data).is_dir() else [], option="--run")
-    except OSError as e: raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
-    if other: raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
+    except OSError as e:
+        raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
+    if other:
+        raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
 
 # %% ../../nbs/workshop/folder.ipynb #c088
-_no_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL} # errors of file systems without them
+# errors of file systems without them
+_no_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 @contextmanager
 def locked(path,  # the file to lock, made if need be
@@ -162,20 +197,26 @@ def locked(path,  # the file to lock, made if need be
           ):      # yields False where the file system cannot lock: there, all pass
     "Hold a lock. Raises OSError if the file cannot be made."
     lock = FileLock(path, fallback_to_soft=False)
-    try: lock.acquire(timeout=0.5)                                       # `diffnb info` may hold it for a moment
+    try:
+        lock.acquire(timeout=0.5)                                       # `diffnb info` may hold it for a moment
     except Timeout:
         taken()
         lock.acquire()
-    except NotImplementedError: pass
+    except NotImplementedError:
+        pass
     except OSError as e:
-        if e.errno not in _no_locks: raise
-    try: yield lock.is_locked
-    finally: lock.release()
+        if e.errno not in _no_locks:
+            raise
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 def _lock_of(folder, doing): return Path(folder) / (".lock" if doing == "training" else f".{doing}.lock")
 
 def _who(path): # holds this lock, as far as can be read
-    with suppress(OSError, ValueError): return path.read_text(encoding="utf-8")[:200] or "another process"
+    with suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8")[:200] or "another process"
     return "another process"
 
 @contextmanager
@@ -193,29 +234,43 @@ def alone_in(folder,         # made if need be
             path.parent.mkdir(parents=True, exist_ok=True)
             held = stack.enter_context(locked(path, taken))
         except OSError as e:
-            raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to (command line: {option})") from e
-        if not held: warnings.warn(f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
-        with suppress(OSError): path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8") # a full disk locks all the same
-        try: yield
+            raise DiffnbError(
+                f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to (command line: {option})"
+            ) from e
+        if not held:
+            warnings.warn(
+                f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
+        with suppress(OSError):
+            # a full disk locks all the same
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        try:
+            yield
         finally:
             with suppress(OSError):
-                path.unlink()                                            # before the release, so that nobody holds a file that is gone
-                if made: path.parent.rmdir()                             # nothing came of it
+                path.unlink()  # before the release, so that nobody holds a file that is gone
+                if made:
+                    path.parent.rmdir()                             # nothing came of it
 
 def training_now(run: str | Path, # a run folder
                 ) -> str | None:  # "process 1234 on HOST", or None
     "Who is training in this folder at the moment, if anybody is."
     path = _lock_of(run, "training")
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     try:
-        with FileLock(path, fallback_to_soft=False).acquire(timeout=0.2): return None
-    except Timeout: return _who(path)
-    except PermissionError: return f"{_who(path)}, unless it was killed"  # a folder that may only be read
-    except (OSError, NotImplementedError): return None
+        with FileLock(path, fallback_to_soft=False).acquire(timeout=0.2):
+            return None
+    except Timeout:
+        return _who(path)
+    except PermissionError:
+        return f"{_who(path)}, unless it was killed"  # a folder that may only be read
+    except (OSError, NotImplementedError):
+        return None
 
 # %% ../../nbs/workshop/folder.ipynb #c091
-free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing", "sample_every", "sample_steps",
-                  "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+free_to_change = {
+    "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing",
+    "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def as_options(config, # TrainConfig
                names,  # settings
@@ -233,28 +288,34 @@ def as_command(name,   # of one of diffnb's commands
 def _same_settings(run, old, config):
     free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
     changed = [f.name for f in fields(config) if f.name not in free and getattr(config, f.name) != getattr(old, f.name)]
-    if not changed: return
+    if not changed:
+        return
     both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
     raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: "
                       f"{shlex.join(as_options(old, changed))}; to start anew, another folder (--run)")
 
 def _same_data(run, was, data): # was: what config.json says of the images
     now = _describe(data)
-    if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")): return
+    if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")):
+        return
     if (was["images"], was["classes"]) != (now["images"], now["classes"]):
-        what = f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
+        what = (
+            f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
+        )
     elif was.get("class_counts") not in (None, now["class_counts"]):
         pairs = zip(was["classes"], was["class_counts"], now["class_counts"])
         what = "; ".join(f"{a} images of {c}, now {b}" for c, a, b in pairs if a != b)
-    else: what = f"as many images of the same classes, but with other contents than those in {data.name}"
+    else:
+        what = f"as many images of the same classes, but with other contents than those in {data.name}"
     raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: "
                       f"{as_command('resume', run)} --data FOLDER), or train in another folder (--run)")
 
 def _describe(data): # ImageData -> what config.json says of it
     counts = None if data.labels is None else torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist()
-    return {"name": data.name, "folder": None if data.name in SIDES else os.path.realpath(data.name),
-            "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
-            "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
+    return {
+        "name": data.name, "folder": None if data.name in SIDES else os.path.realpath(data.name), "images": len(data),
+        "classes": list(data.classes), "class_counts": counts, "digest": data.digest, "native_size": data.native_size,
+        "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
 
 def reached(run): # a run folder -> (steps, epochs planned then) of its newest checkpoint; (0, None) without any
     "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
@@ -262,7 +323,8 @@ def reached(run): # a run folder -> (steps, epochs planned then) of its newest c
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
             return meta["step"], make_config(meta["config"]).epochs
-        except (DiffnbError, KeyError): continue
+        except (DiffnbError, KeyError):
+            continue
     return 0, None
 
 def _plans(run, old, config, images):
@@ -271,17 +333,24 @@ def _plans(run, old, config, images):
     step, then = reached(run)
     def over(epochs):
         total = total_steps(replace(config, epochs=epochs), images)
-        return total < step or total == step and epochs != then          # what was made under another plan is not the end of this
+        # what was made under another plan is not the end of this
+        return total < step or total == step and epochs != then
     if over(config.epochs):
-        kept = [e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)]
-        how = f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}" if kept else ""
+        kept = [
+            e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)
+        ]
+        how = (
+            (f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
+            if kept
+            else "")
         raise DiffnbError(f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another plan: "
                           f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
     return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
 
 def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
     for pattern in (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*"):
-        for left in run.glob(pattern + ".partial"): left.unlink(missing_ok=True)
+        for left in run.glob(pattern + ".partial"):
+            left.unlink(missing_ok=True)
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
@@ -297,8 +366,13 @@ def _open_run(run, config, data, net):
         plans = _plans(run, old, config, len(data))
         _rows(run)                                                       # raises where they could not be continued
         _sweep(run)
-    text = json.dumps({"config": asdict(config), "model": net, "parameters": _count(net), "plans": plans, "diffnb": __version__, "torch": torch.__version__,
-                       "device": str(pick_device(config.device)), "data": _describe(data)}, indent=1)
-    try: strict_json(text.encode())
-    except ValueError as e: raise DiffnbError(f"the settings of {run} could not be read back: {e}") from e
+    text = json.dumps(
+        {
+            "config": asdict(config), "model": net, "parameters": _count(net), "plans": plans, "diffnb": __version__,
+            "torch": torch.__version__, "device": str(pick_device(config.device)), "data": _describe(data)},
+        indent=1)
+    try:
+        strict_json(text.encode())
+    except ValueError as e:
+        raise DiffnbError(f"the settings of {run} could not be read back: {e}") from e
     write_whole(run / "config.json", text)

@@ -20,16 +20,22 @@ from ..core import DiffnbError, has_native_bf16, late_import, pick_device
 
 # %% ../../nbs/workshop/settings.ipynb #c039x
 def pick_precision(name, device, config): # "float32" or "bf16"
-    "What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if bf16 is asked for where it is imitated."
+    """What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if
+    bf16 is asked for where it is imitated."""
     large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
-    if name == "auto": return "bf16" if large and has_native_bf16(device) else "float32"
-    if name == "bf16" and not has_native_bf16(device): warnings.warn(f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: precision float32 is faster")
+    if name == "auto":
+        return "bf16" if large and has_native_bf16(device) else "float32"
+    if name == "bf16" and not has_native_bf16(device):
+        warnings.warn(
+            f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: "
+            "precision float32 is faster")
     return name
 
 # %% ../../nbs/workshop/settings.ipynb #c034
 SIDES = {"digits": 8, "fashion": 28, "cifar10": 32, "fashion_mnist": 28} # of the images of the named sets, in pixels
 
-RENAMED = {"filter": "interpolation", "accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"} # since version 0.1
+# since version 0.1
+RENAMED = {"filter": "interpolation", "accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
 
 Positive = Annotated[float, Gt(0), Lt(10**9)]
 Count = Annotated[int, Ge(1), Lt(10**9)]
@@ -93,93 +99,149 @@ class TrainConfig:
 
 # %% ../../nbs/workshop/settings.ipynb #c036
 def _fits(value, kind): # is `value` of the annotated type? A whole number passes for a float, a bool never for a number
-    if get_origin(kind) is Annotated: return _fits(value, get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType): return any(_fits(value, k) for k in get_args(kind))
-    if get_origin(kind) is Literal: return value in get_args(kind)
-    if get_origin(kind) is tuple: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if get_origin(kind) is Annotated:
+        return _fits(value, get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     return type(value) is kind or kind is float and type(value) is int
 
 def _kind(kind): # in words
-    if get_origin(kind) is Annotated: return _kind(get_args(kind)[0])
-    if get_origin(kind) is tuple: return f"several {_kind(get_args(kind)[0])}"
-    if get_origin(kind): return " or ".join(k if isinstance(k, str) else str(k) if isinstance(k, int) else _kind(k) for k in get_args(kind))
+    if get_origin(kind) is Annotated:
+        return _kind(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return f"several {_kind(get_args(kind)[0])}"
+    if get_origin(kind):
+        return " or ".join(
+            k if isinstance(k, str) else str(k) if isinstance(k, int) else _kind(k) for k in get_args(kind))
     return {type(None): "None"}.get(kind, kind.__name__)
 
-_limits = {Gt: ("above", operator.gt), Ge: ("at least", operator.ge), Lt: ("below", operator.lt), Le: ("at most", operator.le)}
+_limits = {
+    Gt: ("above", operator.gt), Ge: ("at least", operator.ge), Lt: ("below", operator.lt), Le: ("at most", operator.le)}
 
 def _range(value, kind): # the limits that `value` should keep and does not, in words; None if it does
-    if value is None: return None
-    if get_origin(kind) in (Union, UnionType): return _range(value, get_args(kind)[0])           # X | None
-    if get_origin(kind) is tuple: return next(filter(None, (_range(v, get_args(kind)[0]) for v in value)), None)
-    if get_origin(kind) is not Annotated: return None
+    if value is None:
+        return None
+    if get_origin(kind) in (Union, UnionType):
+        return _range(value, get_args(kind)[0])           # X | None
+    if get_origin(kind) is tuple:
+        return next(filter(None, (_range(v, get_args(kind)[0]) for v in value)), None)
+    if get_origin(kind) is not Annotated:
+        return None
     limits = [(*_limits[type(limit)], *astuple(limit)) for limit in get_args(kind)[1:]]
-    if not all(holds(value, bound) for _, holds, bound in limits): return " and ".join(f"{word} {bound:,}" for word, _, bound in limits)
+    if not all(holds(value, bound) for _, holds, bound in limits):
+        return " and ".join(f"{word} {bound:,}" for word, _, bound in limits)
 
 def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
-    if not name.strip(): return "there is nothing to read in it"
+    if not name.strip():
+        return "there is nothing to read in it"
     if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
         surrogate = "\ud800" <= odd <= "\udfff"
-        return f"{odd!a} in it cannot be " + ("encoded: names must be valid UTF-8" if surrogate else "shown on one line")
-    if len(name) > 1000: return f"its {len(name):,} characters are more than 1,000"
+        return f"{odd!a} in it cannot be " + (
+            "encoded: names must be valid UTF-8" if surrogate else "shown on one line")
+    if len(name) > 1000:
+        return f"its {len(name):,} characters are more than 1,000"
 
 def check_config(config, # TrainConfig
                 ):       # the same config
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
     def bad(name, allowed):
-        raise DiffnbError(f"{name}={getattr(config, name)!r:.100} is not possible: {allowed} (command line: --{name.replace('_', '-')})")
+        raise DiffnbError(
+            f"{name}={getattr(config, name)!r:.100} is not possible: {allowed} (command line: "
+            f"--{name.replace('_', '-')})")
     for f in fields(config):                                         # types first: a config may come from a JSON file
         value = getattr(config, f.name)
-        if not _fits(value, f.type): bad(f.name, f"it must be {_kind(f.type)}")
-        if type(value) is str and (wrong := _unwritable(value)): bad(f.name, wrong)
+        if not _fits(value, f.type):
+            bad(f.name, f"it must be {_kind(f.type)}")
+        if type(value) is str and (wrong := _unwritable(value)):
+            bad(f.name, wrong)
     for f in fields(config):
-        if wrong := _range(getattr(config, f.name), f.type): bad(f.name, f"it must be {wrong}")
-    if config.sample_steps > config.T: bad("sample_steps", f"at most T, which is {config.T}")
-    if config.batch_size % config.grad_accum_steps: bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
+        if wrong := _range(getattr(config, f.name), f.type):
+            bad(f.name, f"it must be {wrong}")
+    if config.sample_steps > config.T:
+        bad("sample_steps", f"at most T, which is {config.T}")
+    if config.batch_size % config.grad_accum_steps:
+        bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
     flow = config.schedule == "flow"
-    if config.zero_terminal_snr and flow: bad("zero_terminal_snr", "the schedule flow ends at pure noise already")
+    if config.zero_terminal_snr and flow:
+        bad("zero_terminal_snr", "the schedule flow ends at pure noise already")
     if config.prediction == "eps" and (config.zero_terminal_snr or flow):
-        bad("prediction", "the last timestep holds no signal, and eps says nothing there: v or x0" + (", or velocity" if flow else ""))
-    if config.prediction == "velocity" and not flow: bad("prediction", "velocity is the direction of the straight path: with schedule=flow")
+        bad(
+            "prediction",
+            "the last timestep holds no signal, and eps says nothing there: v or x0"
+            + (", or velocity" if flow else ""))
+    if config.prediction == "velocity" and not flow:
+        bad("prediction", "velocity is the direction of the straight path: with schedule=flow")
     if (pair := config.logit_normal) is not None and not (len(pair) == 2 and abs(pair[0]) < 100 and 0 < pair[1] < 100):
         bad("logit_normal", "two numbers, a mean and a deviation above 0, e.g. 0 1")
-    if config.ema_half_lives == (): bad("ema_half_lives", "one or more numbers")
+    if config.ema_half_lives == ():
+        bad("ema_half_lives", "one or more numbers")
     return config
 
 # %% ../../nbs/workshop/settings.ipynb #c037b
-_two_cores = TrainConfig( # patches of 2x2, the straight path, Muon: what learns most from an hour of a processor
-    data="cifar10", patch_size=2, base_channels=128, channel_mult=(1.0, 1.0), attention=(8,), head_dim=64, schedule="flow", prediction="velocity",
-    logit_normal=(-0.2, 1.0), optimizer="muon", lr=3e-3, warmup=100, decay_share=0.7, ema_half_lives=(0.05, 0.1, 0.02), sample_steps=20)
+_two_cores = TrainConfig(  # patches of 2x2, the straight path, Muon: what learns most from an hour of a processor
+    data="cifar10",
+    patch_size=2,
+    base_channels=128,
+    channel_mult=(1.0, 1.0),
+    attention=(8,),
+    head_dim=64,
+    schedule="flow",
+    prediction="velocity",
+    logit_normal=(-0.2, 1.0),
+    optimizer="muon",
+    lr=3e-3,
+    warmup=100,
+    decay_share=0.7,
+    ema_half_lives=(0.05, 0.1, 0.02),
+    sample_steps=20,
+)
 _clothes = replace(_two_cores, data="fashion", base_channels=48, channel_mult=(1.0, 2.0), attention=(7,), head_dim=32)
 
 PRESETS = {
     "clothes": replace(_clothes, epochs=2.8),            # two to three minutes of two cores with bf16
     "cifar10-20min": replace(_two_cores, epochs=1.8, sample_every=1.0, checkpoint_every=0.5),
     "cifar10-5h": replace(_two_cores, epochs=28.0, sample_every=7.0, checkpoint_every=2.0),
-    "cifar10-gpu": replace(_two_cores, base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0), # wider; not measured yet
-    "cifar10-analysed": TrainConfig(data="cifar10", jitter=0.1)} # 14.4M parameters, eps, linear schedule, lr 1e-4, cosine decay, EMA
+    # wider; not measured yet
+    "cifar10-gpu": replace(_two_cores, base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0),
+    # 14.4M parameters, eps, linear schedule, lr 1e-4, cosine decay, EMA
+    "cifar10-analysed": TrainConfig(data="cifar10", jitter=0.1)}
 
 # %% ../../nbs/workshop/settings.ipynb #c079
 def resolve(config, # TrainConfig
            ):       # (config with nothing left open, ImageData, UNet configuration)
-    "Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any work starts."
+    """Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any
+    work starts."""
     from diffnb.unet import UNet
     from diffnb.workshop.datasets import load_data
     check_config(config)
-    device, shape = pick_device(config.device), ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout", "patch_size")
+    device, shape = (
+        pick_device(config.device),
+        ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout", "patch_size"))
     shape = {k: getattr(config, k) for k in shape}
     if size := config.image_size or SIDES.get(config.data): # before a download of an hour
-        with torch.device("meta"): UNet(image_size=size, **shape)
-    data = load_data(config.data, config.image_size, filter=config.interpolation, root=config.data_root, url=config.data_url,
-                     on_broken=config.on_broken, channels=config.channels)
+        with torch.device("meta"):
+            UNet(image_size=size, **shape)
+    data = load_data(
+        config.data, config.image_size, filter=config.interpolation, root=config.data_root, url=config.data_url,
+        on_broken=config.on_broken, channels=config.channels)
     _check_names(data.classes)
     config = replace(config, image_size=data.size, conditional=config.conditional and bool(data.classes),
-                     flip=config.data == "cifar10" if config.flip is None else config.flip) # a mirrored 3 is no digit, and nearly all shoes point left
+                     # a mirrored 3 is no digit, and nearly all shoes point left
+                     flip=config.data == "cifar10" if config.flip is None else config.flip)
     if long := [h for h in config.ema_half_lives or () if h > config.epochs * len(data)]:
-        raise DiffnbError(f"ema_half_lives: {long[0]:g} images are more than the run sees ({config.epochs * len(data):,.0f}): shorter ones, or shares of the run below 1")
+        raise DiffnbError(
+            f"ema_half_lives: {long[0]:g} images are more than the run sees "
+            f"({config.epochs * len(data):,.0f}): shorter ones, or shares of the run below 1")
     config = replace(config, precision=pick_precision(config.precision, device, config))
-    net = dict(image_size=data.size, in_channels=data.images.shape[1], num_classes=len(data.classes) if config.conditional else None,
-               **shape)
-    with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
+    net = dict(
+        image_size=data.size, in_channels=data.images.shape[1],
+        num_classes=len(data.classes) if config.conditional else None, **shape)
+    with torch.device("meta"):
+        net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
 def total_steps(config, # TrainConfig
@@ -192,9 +254,8 @@ def _check_names(classes):
     "Raises DiffnbError for a class name that could not be written and read back, or is the same as another's."
     if bad := next((c for c in classes if _unwritable(c)), None):
         raise DiffnbError(f"the class name {bad!a:.200} cannot be kept: {_unwritable(bad)}. Rename its folder")
-    seen = {}                                                            # some systems write é as one character, some as two
+    seen = {}  # some systems write é as one character, some as two
     for name in classes:
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
             raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: "
                               "rename or merge their folders")
-
