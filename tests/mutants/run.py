@@ -117,7 +117,7 @@ def lesson_process(notebook, ids, seconds, catalogue): # prints one line of JSON
         if error := run_cell(shell, source):
             out.write(json.dumps({"failed": f"{Path(notebook).name}, cell {i}, without any bug: {type(error).__name__}: {error}"}) + "\n")
             return
-    out.write(json.dumps({"lesson": Path(notebook).stem, "seconds": time.time() - start - spent}) + "\n")
+    out.write(json.dumps({"lesson": str(notebook), "seconds": time.time() - start - spent}) + "\n")
 
 
 # ---- the tests, against a copy of the package
@@ -161,11 +161,11 @@ def run(bugs, catalogue, notebooks, package, seconds, workers, say): # -> (fate 
         with tempfile.TemporaryDirectory() as d:
             os.mkdir(f"{d}/files")
             p = subprocess.Popen([sys.executable, str(HERE / "run.py"), "--process", str(notebooks / f"{name}.ipynb"), "--catalogue", str(catalogue),
-                                  "--seconds", str(seconds), *ids], cwd=d, env=environment(TMPDIR=f"{d}/files"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                  "--seconds", str(seconds), *ids], cwd=d, env=environment(TMPDIR=f"{d}/files", PYTHONPATH=str(package.resolve().parent)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for line in p.stdout:
                 fact = json.loads(line)
                 if "failed" in fact: broken.append(fact["failed"])
-                elif "lesson" in fact: lessons[fact["lesson"]] = fact["seconds"]
+                elif "lesson" in fact: lessons[name] = fact["seconds"]
                 else: fates[fact["id"]] = fact; say(fact)
             wrong = p.stderr.read(); p.wait()
             if name not in lessons and not broken: broken.append(f"{name}: {wrong.strip()[-800:] or 'its process died'}")
