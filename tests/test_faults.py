@@ -4,14 +4,13 @@ Importing torch takes seconds, and its compiler, which every optimiser loads, so
 from one that has imported everything and computed nothing, this file run as a script. Each of them does what `python -m diffnb train` does."""
 import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, types, warnings
 
-import numpy as np, pytest, sklearn.datasets, torch
+import pytest, sklearn.datasets, torch  # noqa: F401 -- loaded before the forks
 
 import diffnb.data, diffnb.train as T
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
 from diffnb.workshop.folder import read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig
 

@@ -5,7 +5,7 @@ import copy, json, os, pathlib, random, re, signal, struct, subprocess, sys, tim
 from collections import Counter
 from dataclasses import asdict
 
-import numpy as np, pytest, safetensors.torch, torch
+import pytest, safetensors.torch, torch
 
 import diffnb.train as T
 from diffnb.core import DiffnbError

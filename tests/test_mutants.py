@@ -1,7 +1,6 @@
 "The catalogue of bugs fits the lessons, and its runner tells a bug that is caught from one that is not. All of it: make mutants."
 import importlib.util, json, pathlib, subprocess, sys
 
-import pytest
 
 root = pathlib.Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("mutants_run", root / "tests/mutants/run.py")

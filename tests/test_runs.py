@@ -5,11 +5,11 @@ import builtins, contextlib, errno, io, json, os, shlex, shutil, signal, threadi
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-import diffnb.data, diffnb.train as T
+import diffnb.train as T
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data

@@ -12,7 +12,7 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensor
 from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.models import load_model, save_weights
 from diffnb.workshop.run import TrainingStopped, train
-from diffnb.workshop.settings import TrainConfig, check_config
+from diffnb.workshop.settings import TrainConfig
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64, lr=1e-3,
                    log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)

@@ -12,11 +12,10 @@ that time; a disturbance makes it longer and changes nothing else. The learning 
 """
 from score import *
 
-from dataclasses import dataclass, field
 
 from diffnb.data import save_grid, to_float
 from diffnb.schedule import make_schedule
-from diffnb.train import make_averages, train_steps
+from diffnb.train import train_steps
 from diffnb.unet import count_parameters
 from diffnb.workshop.models import save_weights, Trained
 from diffnb.workshop.run import new_state
