@@ -13,6 +13,7 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors
 from diffnb.workshop.folder import read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig
+from helpers import Started
 
 resource = pytest.importorskip("resource")                                                        # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -201,13 +202,14 @@ def test_no_space_left(tmp_path, monkeypatch, where, nth):
 
 
 def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_path, capsys):
-    run = tmp_path / "run"; command = [sys.executable, "-m", "diffnb", "train", "--run", str(run), "--epochs", "9999", *NET.split(), *OFTEN.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = tmp_path / "run"
+    command = ["train", "--run", str(run), "--epochs", "9999", *NET.split(), *OFTEN.split()]
+    process = Started(*command)
     try:
         deadline = time.time() + 300
         while not (checkpoints(run) and len(read_metrics(run)["step"])) and process.poll() is None and time.time() < deadline: time.sleep(0.05)
         begun = (run / "metrics.csv").stat().st_ino
-        assert main(command[3:]) == 1
+        assert main(command) == 1
         said = capsys.readouterr().err
         assert f"process {process.pid} on {platform.node()}" in said and (run / "metrics.csv").stat().st_ino == begun
         assert main(["info", str(run)]) == 0 and f"running (process {process.pid} on {platform.node()})" in capsys.readouterr().out
