@@ -6,6 +6,8 @@ import pytest, torch
 
 from diffnb.core import fast_bf16
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parent.parent / "bench"
 OTHERS = [lib for lib, module in (("diffusers", "diffusers"), ("ddpm-pytorch", "denoising_diffusion_pytorch")) if importlib.util.find_spec(module)]
 

@@ -161,6 +161,7 @@ def same_run(a, b):
     assert pictures[0] == pictures[1], [sorted(p) for p in pictures]
 
 
+@pytest.mark.slow
 def test_killed_20_times_at_random_and_once_at_each_moment_of_writing(tmp_path):
     tried = script(tmp_path, "kills")
     assert sum("random" in k for k in tried) == 20 and len(tried) >= 30
@@ -168,6 +169,7 @@ def test_killed_20_times_at_random_and_once_at_each_moment_of_writing(tmp_path):
     same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits another process")
 def test_disk_full_and_folder_read_only(tmp_path):
     told = script(tmp_path, "starved")

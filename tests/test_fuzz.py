@@ -16,6 +16,8 @@ from diffnb.workshop.models import load_model
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")
 CASES, SLOW, GIGABYTE = 10_000, 2.0, 2**30 # how many; seconds of CPU; bytes that may be added
 tiny = TrainConfig(image_size=8, flip=False, base_channels=4, channel_mult=(1,), blocks=1, attention=(), norm_groups=2, device="cpu", precision="float32")

@@ -1,6 +1,7 @@
-"The catalogue of bugs fits the lessons, and its runner tells a bug that is caught from one that is not. All of it: make mutants."
+"The catalogue of bugs fits the lessons, and its runner tells a bug that is caught from one that is not. All of it: make test-all."
 import importlib.util, json, pathlib, subprocess, sys
 
+import pytest
 
 root = pathlib.Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("mutants_run", root / "tests/mutants/run.py")
@@ -31,6 +32,7 @@ def notebook(path, *sources):
                                 + [dict(cell_type="markdown", metadata={}, source="## Exercises"), dict(cell_type="code", metadata={}, source=sources[-1])]}))
 
 
+@pytest.mark.slow
 def test_the_runner_tells_caught_from_missed(tmp_path):
     lesson = ("%matplotlib inline", "#| export\ndef double(x): return 2 * x\ndef half(x): return x / 2\ndef third(x): return x / 3",
               "import pathlib, tempfile\npathlib.Path(tempfile.gettempdir(), 'file').touch(exist_ok=False)", "assert double(3) == 6", "third(1)", "1 / 0")
@@ -53,6 +55,7 @@ def test_the_runner_tells_caught_from_missed(tmp_path):
     assert done.stdout.split("holds the bug:\n")[1].startswith("  01_toy own") and done.stdout.split("\nsurvived:\n")[1].startswith("  01_toy harmless")
 
 
+@pytest.mark.slow
 def test_a_lesson_that_fails_without_any_bug_is_no_kill(tmp_path):
     notebook(tmp_path / "01_toy.ipynb", "#| export\nx = 1", "assert x == 2", "")
     (tmp_path / "bugs.py").write_text("from collections import namedtuple\nBug = namedtuple('Bug', 'lesson id what old new seen tests page', defaults=[True])\n"

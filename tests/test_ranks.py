@@ -19,6 +19,8 @@ from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
                    sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")                                       # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}

@@ -262,6 +262,7 @@ def run_all(path):
 def printed(page): return "".join("".join(o.get("text", "")) for c in page["cells"] for o in c.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_run_all_of_a_learners_page(books, tmp_path):
     book = tmp_path / "book"
     make_workbook(book)

@@ -1,6 +1,6 @@
 """Put each bug of the catalogue into its lesson and run the lesson: an assert on the page must fail.
 
-    python tests/mutants/run.py                   the whole catalogue, two lessons at a time (make mutants)
+    python tests/mutants/run.py                   the whole catalogue, two pages at a time (part of make test-all)
     python tests/mutants/run.py 05_sample ...     only these lessons, or only the bugs with these ids
     python tests/mutants/run.py --list            what there is
 
