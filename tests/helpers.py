@@ -1,5 +1,6 @@
 "What several test files share: settings of small runs, commands in this process, and commands in processes that start at once."
 import contextlib, io, multiprocessing, os, signal, sys, tempfile, warnings
+from dataclasses import replace
 from pathlib import Path
 
 from diffnb.workshop.settings import TrainConfig
@@ -8,6 +9,7 @@ from diffnb.workshop.settings import TrainConfig
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1,
                    batch_size=64, lr=1e-3, log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu",
                    sample_steps=3)
+smallest = replace(tiny, channel_mult=(1,), blocks=1, attention=())
 
 
 def command(*args): # -> exit code, all that was printed

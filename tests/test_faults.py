@@ -12,8 +12,7 @@ from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
 from diffnb.workshop.folder import read_metrics
 from diffnb.workshop.run import TrainingStopped, train
-from diffnb.workshop.settings import TrainConfig
-from helpers import Started
+from helpers import Started, smallest
 
 resource = pytest.importorskip("resource")                                                        # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -181,8 +180,7 @@ def test_disk_full_and_folder_read_only(tmp_path):
         same_run(tmp_path / "straight2", tmp_path / name)
 
 
-tiny = TrainConfig(data="digits", base_channels=8, channel_mult=(1,), blocks=1, attention=(), norm_groups=4, epochs=1, batch_size=64, lr=1e-3, log_every=5,
-                   sample_every=1e6, checkpoint_every=0.25, device="cpu", precision="float32", sample_steps=3)
+tiny = dataclasses.replace(smallest, base_channels=8, norm_groups=4, checkpoint_every=0.25, precision="float32")
 change = dataclasses.replace
 
 
