@@ -5,10 +5,12 @@
 
 The table at the end counts wall time, and processor time with that of processes that have ended: on a busy machine only the latter says what a test costs.
 """
-import os
+import os, sys
 from collections import defaultdict
 
 import pytest
+
+sys.modules.setdefault("rfc3987_syntax", None)     # seconds, for a check of addresses that no notebook's validation needs
 
 
 def processor_seconds(): # of this process and of those that it started and waited for
@@ -18,11 +20,14 @@ def processor_seconds(): # of this process and of those that it started and wait
 counted = pytest.StashKey[float]()
 
 
+def pytest_collection_finish(session): session.config.stash[counted] = processor_seconds()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
     now = processor_seconds()
-    report.processor_seconds = now - item.config.stash.get(counted, now)
+    report.processor_seconds = now - item.config.stash[counted]
     item.config.stash[counted] = now
     return report
 
