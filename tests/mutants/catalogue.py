@@ -1,9 +1,10 @@
-'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one lesson.
+'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one page: a lesson,
+or a page of the workshop ("workshop/run").
 
-`bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the lesson. `seen`: project and issue or pull
-request where this bug, or a question caused by it, can be read. `tests`: what runs if the lesson lets the bug through,
-"test_file.py" or "test_file.py -k word"; by default tests/test_MODULE.py; "" for none. `page=False`: the lesson is not about
-this and is not asked, only the tests are.
+`bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the page. `seen`: project and issue or pull
+request where this bug, or a question caused by it, can be read. `tests`: what runs if the page lets the bug through,
+"test_file.py" or "test_file.py -k word"; for a lesson tests/test_MODULE.py by default; "" for none. `page=False`: the page is
+not about this and is not asked, only the tests are.
 '''
 import re
 from collections import namedtuple
