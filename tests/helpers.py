@@ -1,4 +1,4 @@
-"What several test files share: settings of small runs, commands in this process, and commands in processes that start at once."
+"What test files share: settings of small runs, and commands, in this process or in one that starts at once."
 import contextlib, io, multiprocessing, os, signal, sys, tempfile, warnings
 from dataclasses import replace
 from pathlib import Path
