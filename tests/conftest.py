@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter):
             row = spent[report.nodeid.split("::")[0]]
             row[0] += report.when == "call"
             row[1] += report.duration
-            row[2] += report.processor_seconds
+            row[2] += getattr(report, "processor_seconds", 0.0)
     if not spent:
         return
     terminalreporter.section("where the time went")
