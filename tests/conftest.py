@@ -3,8 +3,8 @@
     pytest tests -m "not slow"     what `make test` runs: what a reader or contributor needs before a commit
     pytest tests -m slow           what `make test-all` adds
 
-The table at the end counts wall time, and processor time with that of processes that have ended: on a busy machine only the latter says what a test costs.
-"""
+The table at the end counts wall time, and processor time with that of processes that have ended: on a busy machine only
+the latter says what a test costs. """
 import os
 from collections import defaultdict
 
@@ -31,7 +31,8 @@ def pytest_terminal_summary(terminalreporter):
     spent = defaultdict(lambda: [0, 0.0, 0.0])
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if not isinstance(report, pytest.TestReport): continue
+            if not isinstance(report, pytest.TestReport):
+                continue
             row = spent[report.nodeid.split("::")[0]]
             row[0] += report.when == "call"
             row[1] += report.duration
