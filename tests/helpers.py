@@ -18,28 +18,34 @@ def command(*args): # -> exit code, all that was printed
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: code = main([str(a) for a in args])
-        except SystemExit as e: code = e.code
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code
     return code, out.getvalue()
 
 
 # Importing torch and its compiler takes seconds. A server that has imported everything and computed nothing does it
 # once, and forks a process for each command.
 _server = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
-if _server: _server.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "diffnb.workshop.cli"])
+if _server:
+    _server.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", "diffnb.workshop.cli"])
 
 
 def _run(args, folder, out):
     import threading, torch, tqdm
     from diffnb.workshop.cli import main
-    tqdm.tqdm.set_lock(threading.RLock())                          # one between processes outlives those that are killed
+    tqdm.tqdm.set_lock(threading.RLock())  # one between processes outlives those that are killed
     signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background jobs are born deaf to it
     torch.set_num_threads(1)
     os.chdir(folder)
     with open(out, "w") as file:
-        for fd in (1, 2): os.dup2(file.fileno(), fd)
-    try: code = main(args)
-    except SystemExit as e: code = e.code
+        for fd in (1, 2):
+            os.dup2(file.fileno(), fd)
+    try:
+        code = main(args)
+    except SystemExit as e:
+        code = e.code
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
