@@ -152,7 +152,7 @@ def _spikes(f):
     return Problem(f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with {y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5):worst + 6]):.3f}.",
                    f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at the batches of those steps.",
                    "Each spike costs the steps until the curve is back where it was.", "loss")
-@looks_for("not-finite", "critical", "Numbers that are not finite", "04_train: A run is a folder")
+@looks_for("not-finite", "critical", "Numbers that are not finite", "workshop/folder: The run folder")
 def _not_finite(f):
     rows = [int(s) for s, *v in zip(*(f.metrics[k] for k in ("step", "loss", "grad_norm"))) if not np.isfinite(v).all()]
     weights = [k for k, v in f.saved[0].items() if v.is_floating_point() and not v.isfinite().all()] if f.saved else []
@@ -190,7 +190,7 @@ def _lr_not_decayed(f):
         advice += " Next time: decay_share=0.2."
     return Problem(text, advice,
                    "Weights that still jump settle; usually the last few per cent of the loss.", "lr")
-@looks_for("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "04_train: Stop, resume, extend")
+@looks_for("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "workshop/run: Stop, resume, extend")
 def _lr_jump(f):
     rate, step = f.metrics["lr"], f.metrics["step"]
     up = np.flatnonzero((np.diff(rate) > 0.05 * f.config.lr) & (step[:-1] > min(f.config.warmup, f.total // 10)))
@@ -201,7 +201,7 @@ def _lr_jump(f):
                     "Extend from a checkpoint before the decay, where the rate is constant")
                    + "; what was trained after the jump needs its own decay to zero.",
                    f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.", "lr")
-@looks_for("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
+@looks_for("stopped-early", "moderate", "The run stands still before its end", "workshop/run: Stop, resume, extend")
 def _stopped_early(f):
     if f.step >= f.total: return None
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
@@ -347,7 +347,7 @@ def _small_data(f):
                    "Beyond some hundred passes, samples tend to be copies.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c057
-@looks_for("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
+@looks_for("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "workshop/folder: The run folder", "config")
 def _size_mismatch(f):
     sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
     if f.saved: sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
@@ -454,7 +454,7 @@ def _score_copying(f):
     if not isinstance(share, float): return None
     text = f"{share:.1%} of the images are nearer to a training image than 95% of real ones are (5% is innocent)."
     return Problem(text, "More data, fewer epochs, dropout.", "A good score by heart is no good model.", "scores") if share > 0.5 else text
-@looks_for("damaged-checkpoint", "moderate", "A checkpoint is damaged", "04_train: Checkpoints that know whether they are whole", "config")
+@looks_for("damaged-checkpoint", "moderate", "A checkpoint is damaged", "workshop/core: Checkpoints that know whether they are whole", "config")
 def _damaged_checkpoint(f):
     if not f.damaged: return None
     return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.", "loss")
@@ -469,7 +469,7 @@ def _slowing(f):
     lost = (f.metrics["images"][-1] - f.metrics["images"][-(n // 3)]) * (1 / last - 1 / first)
     if last > first / 3 or lost < LOST: return None
     return Problem(f"{first:,.0f} images a second in the first third (median), {last:,.0f} in the last; {lost / 60:.0f} minutes lost.", "See what else runs there, and whether the device throttles.", "The first speed.", "speed")
-@looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "04_train: A run is a folder")
+@looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "workshop/folder: The run folder")
 def _overhead(f):
     m = f.metrics; n = len(m["step"])
     if n < 2 * LEAST_ROWS: return None
@@ -478,7 +478,7 @@ def _overhead(f):
     if lost < LOST or lost < 0.2 * spent.sum(): return None
     return Problem(f"Rows slower than half the speed of their neighbours took {lost / 60:.1f} extra minutes, {lost / spent.sum():.0%} of the time.", "Larger sample_every and checkpoint_every, or fewer sample_steps.",
                    f"Up to {lost / spent.sum():.0%} of the time.", "speed")
-@looks_for("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
+@looks_for("float32-on-gpu", "minor", "float32 on a GPU", "workshop/settings: One configuration", "config")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.precision != "float32": return None
     return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was about twice as fast (04_train).", "speed")

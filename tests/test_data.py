@@ -248,9 +248,9 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_cifar10_keeps_its_axes(monkeypatch):
     import types
-    from diffnb import data
+    from diffnb.workshop import datasets
     stored = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)               # as torchvision has them: N, H, W, C
-    monkeypatch.setattr(data, "_torchvision_set", lambda *_: types.SimpleNamespace(data=stored, targets=[3, 5], classes=list("abcdefghij")))
+    monkeypatch.setattr(datasets, "_torchvision_set", lambda *_: types.SimpleNamespace(data=stored, targets=[3, 5], classes=list("abcdefghij")))
     loaded = load_data("cifar10")
     assert loaded.images.shape == (2, 3, 32, 32) and loaded.images[1, 2, 7, 4] == stored[1, 7, 4, 2] and loaded.labels.tolist() == [3, 5]
 

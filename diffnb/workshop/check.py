@@ -125,7 +125,7 @@ def _load(lesson): # number of a lesson; imports its checks
     module = name and f"diffnb.workshop.checks.{name[3:]}"
     try: return importlib.import_module(module) if module else None
     except ModuleNotFoundError as e:
-        if e.name not in (module, "diffnb.checks"): raise
+        if e.name not in (module, "diffnb.workshop.checks"): raise
 
 def exercises(): # list of Exercise
     "All exercises of the course, in order."
