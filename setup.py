@@ -7,7 +7,8 @@ parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "dev", "site", "bench")}
-notebooks = {"diffnb.nbs": "nbs", "diffnb.nbs.workshop": "nbs/workshop"}  # for `diffnb workbook`, where there is no checkout
+# for `diffnb workbook`, where there is no checkout
+notebooks = {"diffnb.nbs": "nbs", "diffnb.nbs.workshop": "nbs/workshop"}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",

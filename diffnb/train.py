@@ -26,7 +26,8 @@ def diffusion_loss(model,            # model(x_t, t, y) -> prediction
                    y=None,           # labels, int64 (B,), or None
                    prediction="eps", # what the network outputs: "eps", "x0", "v" or "velocity"
                   ):                 # float32 (B,): mean squared error of each image
-    "The simple loss of DDPM (Ho et al. 2020, eq. 14), one value per image. Raises DiffnbError if the output's shape is not that of x0."
+    """The simple loss of DDPM (Ho et al. 2020, eq. 14), one value per image. Raises DiffnbError if the output's shape
+    is not that of x0."""
     output = model(schedule.add_noise(x0, noise, t), t, y)
     if output.shape != x0.shape:
         raise DiffnbError(f"the model returned shape {tuple(output.shape)} for x_t of shape {tuple(x0.shape)}: "
@@ -38,20 +39,24 @@ def lr_at(step,   # 0, 1, …, total-1
           total,  # steps of the whole run
           peak,   # the learning rate named in the configuration
           warmup, # steps of linear rise; shortened to total // 10 in a short run
-          decay_share=None, # None: cosine; else the rate stays at its peak, and falls in a line over this last share of the run
+          # None: cosine; else the rate stays at its peak, and falls in a line over this last share of the run
+          decay_share=None,
          ):       # float
-    """Linear warm-up to `peak`, then a half cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts);
-    or, with `decay_share`, constant and then linear to zero (Hägele et al. 2024, arXiv:2405.18392)."""
+    """Linear warm-up to `peak`, then a half cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without
+    restarts); or, with `decay_share`, constant and then linear to zero (Hägele et al. 2024, arXiv:2405.18392)."""
     warmup = min(warmup, total // 10)
-    if step < warmup: return peak * (step + 1) / warmup
-    if decay_share is not None: return peak * min(1, (total - step) / max(1, decay_share * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if decay_share is not None:
+        return peak * min(1, (total - step) / max(1, decay_share * total))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 # %% ../nbs/04_train.ipynb #c024
 def ema_decay_at(step, # updates done so far: 0, 1, …
                  decay # the decay named in the configuration, e.g. 0.9999
                 ):     # float
-    "The decay of the EMA with warm-up: min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage."
+    """The decay of the EMA with warm-up: min(decay, (1 + step) / (10 + step)), as in TensorFlow's
+    ExponentialMovingAverage."""
     return min(decay, (1 + step) / (10 + step))
 
 class EMA:
@@ -59,13 +64,17 @@ class EMA:
     With `share`, half of its weight lies on the last `share` of the steps done so far, however many these are
     (the power-function average of Karras et al. 2024, arXiv:2312.02696, section 3.1)."""
     def __init__(self, model, decay=0.9999, fused=True, share=None): # fused: move all weights in one call
-        if not 0 <= decay < 1: raise DiffnbError(f"ema_decay {decay} must be at least 0 and below 1; 0 switches averaging off")
-        if share is not None and not 0 < share < 1: raise DiffnbError(f"share {share} must lie between 0 and 1: it is a share of the run")
-        self.model, self.decay, self.fused, self.share = copy.deepcopy(model).float().eval().requires_grad_(False), decay, fused, share
+        if not 0 <= decay < 1:
+            raise DiffnbError(f"ema_decay {decay} must be at least 0 and below 1; 0 switches averaging off")
+        if share is not None and not 0 < share < 1:
+            raise DiffnbError(f"share {share} must lie between 0 and 1: it is a share of the run")
+        self.model, self.decay, self.fused, self.share = (
+            copy.deepcopy(model).float().eval().requires_grad_(False), decay, fused, share)
 
     def decay_at(self, step): # -> float
         "The decay of update `step`."
-        if self.share is None: return ema_decay_at(step, self.decay)
+        if self.share is None:
+            return ema_decay_at(step, self.decay)
         return (step / (step + 1)) ** (math.log(0.5) / math.log(1 - self.share))
 
     @torch.no_grad()
@@ -73,10 +82,13 @@ class EMA:
         "Move the average towards the weights of `model`; `step` counts the updates done before."
         weight = 1 - self.decay_at(step)
         mine, theirs = list(self.model.parameters()), [p.float() for p in model.parameters()]
-        if self.fused: torch._foreach_lerp_(mine, theirs, weight)
+        if self.fused:
+            torch._foreach_lerp_(mine, theirs, weight)
         else:
-            for p, q in zip(mine, theirs): p.lerp_(q, weight)
-        for mine, theirs in zip(self.model.buffers(), model.buffers()): mine.copy_(theirs)
+            for p, q in zip(mine, theirs):
+                p.lerp_(q, weight)
+        for mine, theirs in zip(self.model.buffers(), model.buffers()):
+            mine.copy_(theirs)
 
 # %% ../nbs/04_train.ipynb #c031
 def drop_labels(y,         # int64 (B,), or None
@@ -85,7 +97,8 @@ def drop_labels(y,         # int64 (B,), or None
                 generator, # on the device of y
                ):          # int64 (B,), or None
     "Replace each label by the null class with probability `p`, independently (Ho & Salimans 2022, algorithm 1)."
-    if y is None or p == 0: return y
+    if y is None or p == 0:
+        return y
     return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < p, null, y)
 
 # %% ../nbs/04_train.ipynb #c042
@@ -95,14 +108,16 @@ def draw_timesteps(n, T, generator,   # how many, of how many there are; a torch
                    logit_normal=None, # mean and deviation of logit(t/T), or None: all timesteps alike
                   ):                  # int64 (n,), on the generator's device
     "Timesteps for training: uniform, or logit-normal."
-    if logit_normal is None: return torch.randint(T, (n,), device=generator.device, generator=generator)
+    if logit_normal is None:
+        return torch.randint(T, (n,), device=generator.device, generator=generator)
     mean, std = logit_normal
     u = (mean + std * torch.randn(n, device=generator.device, generator=generator)).sigmoid()
     return (u * T).long().clamp(max=T - 1)
 
 def timestep_probabilities(T, logit_normal=None): # float64 (T,), adding up to 1
     "How likely `draw_timesteps` is to draw each timestep: the weights of a mean loss."
-    if logit_normal is None: return torch.full((T,), 1 / T, dtype=torch.float64)
+    if logit_normal is None:
+        return torch.full((T,), 1 / T, dtype=torch.float64)
     mean, std = logit_normal
     edges = torch.arange(T + 1, dtype=torch.float64) / T
     return torch.special.ndtr((edges.logit() - mean) / std).diff()
@@ -125,7 +140,8 @@ def draw_batch(data,   # ImageData
 BINS = 10
 
 class Meter:
-    "Sums over the steps since the last row: losses and counts in ten timestep bins, gradient norm, clipped steps, steps."
+    """Sums over the steps since the last row: losses and counts in ten timestep bins, gradient norm, clipped steps,
+    steps."""
     def __init__(self, device): self.sums = torch.zeros(2 * BINS + 3, device=device)
 
     def add(self, losses,    # (B,), detached
@@ -138,11 +154,13 @@ class Meter:
         clipped = (grad_norm > clip).float() if clip else torch.zeros_like(grad_norm)
         self.sums[2 * BINS:] += torch.stack([grad_norm, clipped, torch.ones_like(grad_norm)])
 
-    def read(self, ranks=Alone()): # dict: loss, loss_bin_0 … loss_bin_9 (nan: no sample), grad_norm, clipped (share of the steps)
+    def read(self, ranks=Alone()):
+        # dict: loss, loss_bin_0 … loss_bin_9 (nan: no sample), grad_norm, clipped (share of the steps)
         "The means since the last reading; the sums start again from zero."
         s = self.total(ranks).cpu().double().numpy()             # in this order: Apple's GPUs have no float64
         self.sums.zero_()
-        with np.errstate(invalid="ignore", divide="ignore"): bins = s[:BINS] / s[BINS:2 * BINS]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            bins = s[:BINS] / s[BINS:2 * BINS]
         return {"loss": s[:BINS].sum() / s[BINS:2 * BINS].sum(), **{f"loss_bin_{i}": b for i, b in enumerate(bins)},
                 "grad_norm": s[-3] / s[-1], "clipped": s[-2] / s[-1]}
 
@@ -157,7 +175,7 @@ def orthogonalize(m,      # matrices, (..., rows, columns)
     tall = m.shape[-2] > m.shape[-1]
     x = (m.mT if tall else m).reshape(-1, *sorted(m.shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):                                               # x becomes 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
+    for _ in range(steps):  # x becomes 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT.reshape(m.shape) if tall else x.reshape(m.shape)
@@ -181,7 +199,8 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         group = self.param_groups[1]
         params = [p for p in group["params"] if p.grad is not None]
-        if params: self._step_matrices(group, params)
+        if params:
+            self._step_matrices(group, params)
         return super().step(closure)                                     # AdamW passes over what has no gradient
 
     def _step_matrices(self, group, params):
@@ -189,7 +208,8 @@ class Muon(torch.optim.AdamW):
         grads, shapes = [p.grad for p in params], {}
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, buffers, self.momentum)
-        if group["weight_decay"]: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, u in zip(params, updates):
             shapes.setdefault(u.flatten(1).shape, []).append((p, u.flatten(1).to(self.dtype)))
             p.grad = None
@@ -201,10 +221,12 @@ def make_optimizer(model, config): # TrainConfig -> torch.optim.Optimizer
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
     fused = config.fused and next(model.parameters()).device.type != "mps"
     how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused, foreach=None if config.fused else False)
-    if config.optimizer == "adamw": return torch.optim.AdamW(model.parameters(), **how)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **how)
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    return Muon(hidden, others, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, betas=(0.9, 0.99), **how)
+    return Muon(
+        hidden, others, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, betas=(0.9, 0.99), **how)
 
 def moments_of(optimizer, p): # names of what the optimiser keeps for parameter `p`
     muon = isinstance(optimizer, Muon) and any(p is m for m in optimizer.param_groups[1]["params"])
@@ -212,9 +234,12 @@ def moments_of(optimizer, p): # names of what the optimiser keeps for parameter 
 
 def make_averages(model, config): # TrainConfig -> dict of EMA: "ema", "ema2", …
     "One average, or one for each of `ema_half_lives`, in their order."
-    if config.ema_half_lives is None: return {"ema": EMA(model, config.ema_decay, config.fused)}
-    return {f"ema{i or ''}": EMA(model, fused=config.fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (config.batch_size / h))))
-            for i, h in zip((0, *range(2, 100)), config.ema_half_lives)}
+    if config.ema_half_lives is None:
+        return {"ema": EMA(model, config.ema_decay, config.fused)}
+    return {
+        f"ema{i or ''}": EMA(
+            model, fused=config.fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (config.batch_size / h))))
+        for i, h in zip((0, *range(2, 100)), config.ema_half_lives)}
 
 # %% ../nbs/04_train.ipynb #c059
 class TrainState:
@@ -229,39 +254,68 @@ class TrainState:
     def ema(self): return next(iter(self.averages.values())) # the one that draws the sample grids
 
     def tensors(self, ranks=Alone()): # dict of named tensors
-        "The state as named tensors: model.*, ema.* (and ema2.*, …), the optimiser's exp_avg.*, exp_avg_sq.*, momentum_buffer.*, and meter."
-        moments = {f"{m}.{name}": v for name, p in self.model.named_parameters() for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
+        """The state as named tensors: model.*, ema.* (and ema2.*, …), the optimiser's exp_avg.*, exp_avg_sq.*,
+        momentum_buffer.*, and meter."""
+        moments = {
+            f"{m}.{name}": v
+            for name, p in self.model.named_parameters()
+            for m, v in self.optimizer.state.get(p, {}).items()
+            if m != "step"}
         averages = {f"{name}.{k}": v for name, ema in self.averages.items() for k, v in ema.model.state_dict().items()}
-        return {k: unsharded(v) for k, v in {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **averages,
-                                             **moments, "meter": self.meter.total(ranks)}.items()}
+        return {
+            k: unsharded(v)
+            for k, v in {
+                **{f"model.{k}": v for k, v in self.model.state_dict().items()}, **averages, **moments,
+                "meter": self.meter.total(ranks)}.items()}
 
     def restore(self, tensors, step, seconds, processor_seconds=0.0):
         "Put a state back. Raises DiffnbError if the tensors do not fit this model or its optimiser."
         load_weights(self.model, tensors, "model.")
-        for name, ema in self.averages.items(): load_weights(ema.model, tensors, f"{name}.")
+        for name, ema in self.averages.items():
+            load_weights(ema.model, tensors, f"{name}.")
         known, given = {"meter", "model", *self.averages}, {k for k in tensors if k.split(".")[0] in MOMENTS}
         wanted = {name: moments_of(self.optimizer, p) for name, p in self.model.named_parameters()}
-        wanted = {name: ms for name, ms in wanted.items() if any(f"{m}.{name}" in given for m in MOMENTS)} # others have never had a gradient
+        # others have never had a gradient
+        wanted = {name: ms for name, ms in wanted.items() if any(f"{m}.{name}" in given for m in MOMENTS)}
         fits = {f"{m}.{name}": p.shape for name, p in self.model.named_parameters() for m in wanted.get(name, ())}
-        if given != fits.keys() or any(tensors[k].shape != shape for k, shape in fits.items()) or getattr(tensors.get("meter"), "shape", None) != self.meter.sums.shape:
-            raise DiffnbError("the checkpoint's optimiser state or meter is missing or belongs to another model or optimizer")
-        if unknown := sorted({k.split(".")[0] for k in tensors} - known - {*MOMENTS}): raise DiffnbError(f"the checkpoint holds {unknown[0]!r}, which this configuration does not have")
+        if (
+            given != fits.keys()
+            or any(tensors[k].shape != shape for k, shape in fits.items())
+            or getattr(tensors.get("meter"), "shape", None) != self.meter.sums.shape):
+            raise DiffnbError(
+                "the checkpoint's optimiser state or meter is missing or belongs to another model or optimizer")
+        if unknown := sorted({k.split(".")[0] for k in tensors} - known - {*MOMENTS}):
+            raise DiffnbError(f"the checkpoint holds {unknown[0]!r}, which this configuration does not have")
         for name, p in self.model.named_parameters():
-            if name not in wanted: continue
-            self.optimizer.state[p] = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in wanted[name]} # laid out in memory as p
-            if "exp_avg" in wanted[name]: self.optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device if self.optimizer.defaults["fused"] else "cpu")
-        self.meter.sums.copy_(tensors["meter"]); self.step, self.seconds, self.processor_seconds = step, seconds, processor_seconds
+            if name not in wanted:
+                continue
+            # laid out in memory as p
+            self.optimizer.state[p] = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in wanted[name]}
+            if "exp_avg" in wanted[name]:
+                self.optimizer.state[p]["step"] = torch.tensor(
+                    float(step), device=p.device if self.optimizer.defaults["fused"] else "cpu")
+        self.meter.sums.copy_(tensors["meter"])
+        self.step, self.seconds, self.processor_seconds = step, seconds, processor_seconds
 
 def load_weights(model, tensors, prefix=""):
-    "Copy tensors named prefix + parameter into `model`. Raises DiffnbError naming what is missing, left over or of another shape."
+    """Copy tensors named prefix + parameter into `model`. Raises DiffnbError naming what is missing, left over or of
+    another shape."""
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     wanted = model.state_dict()
-    wrong = ([f"{k} is missing" for k in wanted.keys() - found.keys()] + [f"{k} is left over" for k in found.keys() - wanted.keys()] +
-             [f"{k} has shape {tuple(found[k].shape)}, not {tuple(wanted[k].shape)}" for k in wanted.keys() & found.keys()
-              if found[k].shape != wanted[k].shape])
-    if wrong: raise DiffnbError(f"these weights are for another model: {sorted(wrong)[0]}" + (f", and {len(wrong) - 1} more like it" if wrong[1:] else ""))
+    wrong = (
+        [f"{k} is missing" for k in wanted.keys() - found.keys()]
+        + [f"{k} is left over" for k in found.keys() - wanted.keys()]
+        + [
+            f"{k} has shape {tuple(found[k].shape)}, not {tuple(wanted[k].shape)}"
+            for k in wanted.keys() & found.keys()
+            if found[k].shape != wanted[k].shape])
+    if wrong:
+        raise DiffnbError(
+            f"these weights are for another model: {sorted(wrong)[0]}"
+            + (f", and {len(wrong) - 1} more like it" if wrong[1:] else ""))
     with torch.no_grad():
-        for k, v in wanted.items(): v.copy_(found[k])
+        for k, v in wanted.items():
+            v.copy_(found[k])
 
 # %% ../nbs/04_train.ipynb #c062
 def train_steps(state,    # TrainState; changed in place
@@ -277,8 +331,10 @@ def train_steps(state,    # TrainState; changed in place
     network = network or model
     network.train()
     while state.step < total:
-        for group in state.optimizer.param_groups: group["lr"] = lr_at(state.step, total, config.lr, config.warmup, config.decay_share)
-        if config.dropout: torch.manual_seed(addressed(config.seed, "dropout", state.step, *ranks.address).initial_seed())
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr_at(state.step, total, config.lr, config.warmup, config.decay_share)
+        if config.dropout:
+            torch.manual_seed(addressed(config.seed, "dropout", state.step, *ranks.address).initial_seed())
         batch, losses = ranks.part(draw_batch(data, config, state.step, device)), []
         parts = [*zip(*[[None] * config.accumulate if b is None else b.chunk(config.accumulate) for b in batch])]
         for i, (x0, t, noise, y) in enumerate(parts):
@@ -288,8 +344,10 @@ def train_steps(state,    # TrainState; changed in place
             (loss.sum() * ranks.world / config.batch_size).backward()          # ranks average their gradients
             losses.append(loss.detach())
         norm = unsharded(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-        state.optimizer.step(); state.optimizer.zero_grad()
-        for ema in state.averages.values(): ema.update(model, state.step)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        for ema in state.averages.values():
+            ema.update(model, state.step)
         state.meter.add(torch.cat(losses), batch.t, config.T, norm, config.grad_clip)
         state.step += 1
         yield state.step
