@@ -21,7 +21,7 @@ from .pages import render
 
 # %% ../../nbs/workshop/check.ipynb #c007
 class Wrong(DiffnbError):
-    "Raised by a check: the message tells the learner what is wrong with his answer."
+    "Raised by a check: the message tells the learner what is wrong with the answer."
 
 @dataclass(frozen=True)
 class Exercise:
@@ -33,10 +33,14 @@ class Exercise:
     check: Callable      # check(answer): returns if it is right, raises Wrong otherwise
 
     @property
-    def lesson(self): return int(self.id.split(".")[0])
+    def lesson(self) -> int:
+        "The number of the lesson it belongs to."
+        return int(self.id.split(".")[0])
 
     @property
-    def stars(self): return "★" * self.level + "☆" * (3 - self.level)
+    def stars(self) -> str:
+        "The level as three stars, filled and empty."
+        return "★" * self.level + "☆" * (3 - self.level)
 
 # %% ../../nbs/workshop/check.ipynb #c008
 _exercises = {}
@@ -45,7 +49,7 @@ def exercise(id,      # "2.1"
              title,   # "Adding noise", as in the lesson's heading
              minutes, # how long it should take
              level,   # 1, 2 or 3 stars
-            ):        # a decorator
+            ) -> Callable: # a decorator
     "Make a function `f(answer)`, which raises `Wrong` or returns, the check of an exercise."
     def register(f):
         _exercises[id] = Exercise(id, title, minutes, level, f)
@@ -53,7 +57,7 @@ def exercise(id,      # "2.1"
     return register
 
 # %% ../../nbs/workshop/check.ipynb #c012
-def fresh(): # a torch.Generator on the CPU, with a seed that nobody knows
+def fresh() -> torch.Generator: # on the CPU, with a seed that nobody knows
     "Randomness for one check; a new seed each time."
     g = torch.Generator()
     g.seed()
@@ -108,7 +112,7 @@ def same(got,       # what the learner's function returned
          what,      # its name in messages, e.g. "x_t"
          others={}, # message -> the result that a known mistake would give, for the same inputs
          atol=1e-5, # absolute tolerance; a relative one of 1e-5 is added
-        ):
+        ) -> None:
     "Raise `Wrong` unless `got` is `want`. A result found in `others` gets the message that goes with it."
     made = _tensor(got, want, what)
     expected = torch.as_tensor(want)
@@ -145,7 +149,7 @@ def _load(lesson): # number of a lesson; imports its checks
         if e.name not in (module, "diffnb.workshop.checks"):
             raise
 
-def exercises(): # list of Exercise
+def exercises() -> list: # of Exercise
     "All exercises of the course, in order."
     for name in lessons:
         _load(int(name[:2]))
@@ -189,7 +193,7 @@ def _progress_file(folder=None): # the progress.json of the workbook around `fol
     here = Path(folder or Path.cwd()).resolve()
     return next((p / "progress.json" for p in (here, *here.parents) if (p / "progress.json").is_file()), None)
 
-def read_progress(path): # dict with "solved": {id: date} and "files": {name: hash}
+def read_progress(path) -> dict: # with "solved": {id: date} and "files": {name: hash}
     "What a progress.json says. Raises DiffnbError if it cannot be read."
     try:
         said = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -229,7 +233,7 @@ class _Verdict(int):
 
 def check(id,     # of the exercise, e.g. "2.1"
           answer, # the learner's function, class or value
-         ):       # True if it is right
+         ) -> bool: # True if it is right
     "Try an answer and print one line about it. Raises DiffnbError for an unknown id, and nothing for a wrong answer."
     exercise = _find(id)
     word, said = _verdict(exercise, answer)
@@ -272,7 +276,7 @@ class Progress:
                       lessons=[(name, [row for _, row in pairs]) for name, pairs in groups])
 
 def progress(path=None, # folder of a workbook; None: the one we are in, if we are in one
-            ):          # Progress
+            ) -> Progress:
     "A table of all exercises: solved, or not yet. Raises DiffnbError if there is no workbook at `path`."
     file = _progress_file(path)
     if path and not file:
