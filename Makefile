@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo cifar10 test mutants bench lab lock site
+.PHONY: demo cifar10 test test-all bench lab lock site
 
 demo: .venv/ready  ## train on 10,000 pictures of clothes (three minutes on two cores with bf16), then sample; the last line is the picture
 	$(BIN)/diffnb train --preset clothes --run $(RUN)
@@ -13,13 +14,14 @@ cifar10: .venv/ready  ## the same for CIFAR-10 in twenty minutes; DATA=FOLDER if
 	$(BIN)/diffnb train --preset cifar10-20min --run runs/cifar10-20min $(if $(DATA),--data-root $(DATA))
 	@$(BIN)/diffnb sample runs/cifar10-20min --guidance 2 --sampler dpmpp_2m --steps 20 --out runs/cifar10-20min/samples.png
 
-test: .venv/ready  ## no name that nothing defines, generated code in step with the notebooks, every notebook run, tests/
+test: .venv/ready  ## before a commit: names, generated code, every notebook, and the tests that are not marked slow (ten minutes on two cores)
 	$(BIN)/ruff check
 	$(BIN)/python tests/sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m "not slow" $(TWO)
 
-mutants: .venv/ready  ## put each bug of tests/mutants/catalogue.py into its lesson: an assert there, or a test, must fail
+test-all: .venv/ready  ## what `make test` left out: a browser, kills, ranks, damaged files, long parities, each bug of tests/mutants/catalogue.py put into its page
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m slow $(TWO)
 	$(BIN)/python tests/mutants/run.py
 
 bench: .venv/ready  ## speed beside diffusers and denoising-diffusion-pytorch (15 minutes on two idle cores): bench/results, images/scaling.png

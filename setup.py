@@ -7,7 +7,8 @@ parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebook", "dev", "site", "bench")}
-notebooks = {"diffnb.nbs": "nbs", "diffnb.nbs.tools": "nbs/tools"}  # for `diffnb workbook`, where there is no checkout
+# for `diffnb workbook`, where there is no checkout
+notebooks = {"diffnb.nbs": "nbs", "diffnb.nbs.workshop": "nbs/workshop"}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",
@@ -16,7 +17,7 @@ setup(
     classifiers=["Framework :: Jupyter", "Intended Audience :: Education", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3"], project_urls={"Source": cfg["git_url"]},
     packages=[*find_packages(include=["diffnb", "diffnb.*"]), *notebooks], package_dir=notebooks,
-    package_data={"diffnb": ["datasets/*", "weights/*.safetensors", "stats/*.npz"],
+    package_data={"diffnb": ["datasets/*", "weights/*.safetensors", "stats/*.npz"], "diffnb.workshop": ["templates/*"],
                   **{name: ["*.ipynb"] for name in notebooks}},
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={**extras, "all": sum(extras.values(), [])},

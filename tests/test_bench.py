@@ -6,6 +6,8 @@ import pytest, torch
 
 from diffnb.core import has_native_bf16
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parent.parent / "bench"
 OTHERS = [
     lib

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest, torch
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "bench" / "cifar10"
 
 

@@ -1,6 +1,6 @@
 "The doctor: each finding against a run with that fault planted, and a healthy run in which all are silent."
 import json, math, os, re, shutil, time, warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from diffnb.core import DiffnbError, addressed
-from diffnb.data import save_grid, to_float, to_uint8
+from diffnb.data import save_grid, to_uint8
 from diffnb.workshop.datasets import load_data
-from diffnb.doctor import CHECKS, bin_floor, copies, findings, mirror_test, spikes, trend, verdict
+from diffnb.doctor import CHECKS, bin_floor, findings, spikes, trend, verdict
 from diffnb.workshop.facts import gather
-from diffnb.workshop.report import FIGURES, draw, examine, live_dashboard, watch
+from diffnb.workshop.report import FIGURES, draw, examine, watch
 from diffnb.sample import ddim
 from diffnb.schedule import gaussian_loss_floor
 from diffnb.core import checkpoints, read_tensors, write_tensors
 from diffnb.train import BINS, draw_timesteps, lr_at, make_averages, timestep_probabilities
-from diffnb.workshop.folder import columns, read_config, read_metrics
+from diffnb.workshop.folder import columns, read_metrics
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 import diffnb.evaluate as ev
 from diffnb.core import DiffnbError, addressed
-from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
 from diffnb.evaluate import (Moments, Score, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep,
                              nearest, precision_recall, score_against_n)

@@ -3,9 +3,9 @@
 Importing torch takes seconds, and its compiler, which every optimiser loads, some more: so the kills happen to
 processes forked from one that has imported everything and computed nothing, this file run as a script. Each of them
 does what `python -m diffnb train` does."""
-import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, types, warnings
+import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, warnings
 
-import numpy as np, pytest, sklearn.datasets, torch
+import pytest, sklearn.datasets, torch  # noqa: F401 -- loaded before the forks
 
 import diffnb.train as T
 import diffnb.core as C
@@ -15,9 +15,8 @@ from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
 from diffnb.workshop.folder import alone_in, read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import TrainingStopped, train
-from diffnb.workshop.settings import TrainConfig
+from helpers import Started, smallest
 
 resource, fcntl = map(pytest.importorskip, ("resource", "fcntl"))                                 # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -208,6 +207,7 @@ def same_run(a, b):
     assert pictures[0] == pictures[1], [sorted(p) for p in pictures]
 
 
+@pytest.mark.slow
 def test_killed_20_times_at_random_and_once_at_each_moment_of_writing(tmp_path):
     tried = script(tmp_path, "kills")
     assert sum("random" in k for k in tried) == 20 and len(tried) >= 30
@@ -215,6 +215,7 @@ def test_killed_20_times_at_random_and_once_at_each_moment_of_writing(tmp_path):
     same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits another process")
 def test_disk_full_and_folder_read_only(tmp_path):
     told = script(tmp_path, "starved")
@@ -230,9 +231,7 @@ def test_disk_full_and_folder_read_only(tmp_path):
         same_run(tmp_path / "straight2", tmp_path / name)
 
 
-tiny = TrainConfig(
-    data="digits", base_channels=8, channel_mult=(1,), blocks=1, attention=(), norm_groups=4, epochs=1, batch_size=64,
-    lr=1e-3, log_every=5, sample_every=1e6, checkpoint_every=0.25, device="cpu", precision="float32", sample_steps=3)
+tiny = dataclasses.replace(smallest, base_channels=8, norm_groups=4, checkpoint_every=0.25, precision="float32")
 change = dataclasses.replace
 
 
@@ -261,10 +260,8 @@ def test_no_space_left(tmp_path, monkeypatch, where, nth):
 
 def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_path, capsys):
     run = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "diffnb", "train", "--run", str(run), "--epochs", "9999", *NET.split(), *OFTEN.split()]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["train", "--run", str(run), "--epochs", "9999", *NET.split(), *OFTEN.split()]
+    process = Started(*command)
     try:
         deadline = time.time() + 300
         while (
@@ -273,7 +270,7 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
             and time.time() < deadline):
             time.sleep(0.05)
         begun = (run / "metrics.csv").stat().st_ino
-        assert main(command[3:]) == 1
+        assert main(command) == 1
         said = capsys.readouterr().err
         assert f"process {process.pid} on {platform.node()}" in said and (run / "metrics.csv").stat().st_ino == begun
         assert (

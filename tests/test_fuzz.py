@@ -7,7 +7,7 @@ import copy, json, os, pathlib, random, re, signal, struct, subprocess, sys, tim
 from collections import Counter
 from dataclasses import asdict
 
-import numpy as np, pytest, safetensors.torch, torch
+import pytest, safetensors.torch, torch
 
 import diffnb.train as T
 from diffnb.core import DiffnbError
@@ -17,6 +17,8 @@ from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.models import load_model
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
+
+pytestmark = pytest.mark.slow
 
 resource = pytest.importorskip("resource")
 CASES, SLOW, GIGABYTE = 10_000, 2.0, 2**30 # how many; seconds of CPU; bytes that may be added

@@ -22,7 +22,7 @@ from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
 from diffnb.workshop.generate import guidance_for
 from diffnb.sample import check_sampling, ddim
-from diffnb.workshop.folder import alone_in, check_place
+from diffnb.workshop.folder import alone_in
 from diffnb.workshop.generate import fingerprint, sample_batches, sample_to
 from diffnb.schedule import linear_schedule
 from diffnb.workshop.models import Trained, load_model, save_weights

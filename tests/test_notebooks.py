@@ -285,6 +285,7 @@ same_everywhere = [
     "01_data", "02_schedule", "workshop/check", "workshop/data_reader", "workshop/interchange", "workshop/widgets",
     "workshop/workbook"]
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", same_everywhere)
 def test_stored_outputs_match_their_code(name, tmp_path):
     stored = nbformat.read(root / "nbs" / f"{name}.ipynb", 4)
@@ -366,6 +367,7 @@ def test_what_is_right_passes(rule, nb):
 def test_comparing_texts(stored, now, equal):
     assert (same_text(stored, now) is None) == equal
 
+@pytest.mark.slow
 def test_comparing_runs(tmp_path):
     cells = [
         "import matplotlib.pyplot as plt\nprint(2 + 2)", "plt.plot([0, 1], [0, 1]);",

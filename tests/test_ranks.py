@@ -18,11 +18,11 @@ from diffnb.core import SingleProcess, checkpoints, read_tensors
 from diffnb.workshop.folder import read_metrics
 from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
-from diffnb.workshop.settings import TrainConfig
+import helpers
 
-tiny = TrainConfig(
-    data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3,
-    log_every=5, sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")  # 20 steps
+pytestmark = pytest.mark.slow
+
+tiny = replace(helpers.tiny, epochs=0.85, lr=2e-3, sample_every=0.35, checkpoint_every=0.4)        # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}
 muon = replace(tiny, optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "

@@ -3,11 +3,11 @@ disks.
 
 Everything goes through `diffnb.workshop.cli.main` in this process, as a user would call it, with a run of three
 steps."""
-import builtins, contextlib, errno, io, json, os, shlex, shutil, signal, threading, unicodedata, warnings
+import builtins, errno, json, os, shlex, shutil, signal, threading, unicodedata, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
@@ -16,7 +16,6 @@ import diffnb.core as C
 import diffnb.workshop.run as R
 import diffnb.workshop.folder as F
 import diffnb.workshop.datasets, diffnb.workshop.settings as S
-from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim
@@ -26,17 +25,10 @@ from diffnb.workshop.folder import read_config, read_metrics
 from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
+from helpers import command as shell
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 --device cpu --sample-steps 2 "
         "--checkpoint-every 0.5 --data-root cache --log-every 1").split()  # 12 images: an epoch is a step and a half
-
-
-def shell(*args): # (exit code, all that was printed)
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        code = main([str(a) for a in args])
-    return code, out.getvalue()
 
 
 def train_in(run, *more, data="set", epochs=2):

@@ -478,7 +478,7 @@ def public(module):
     return {k: p for k, p in found.items() if p}
 
 def of_check(w):
-    from diffnb.workshop.check import check, exercise, progress, read_progress, same, Exercise, Progress, _exercises
+    from diffnb.workshop.check import check, exercise, progress, read_progress, same, _exercises
     for name, solved in (("one", {}), ("two", {"4.1": "2026-01-01"})):
         (w / name).mkdir(exist_ok=True)
         (w / name / "progress.json").write_text(json.dumps({"solved": solved, "files": {}}))

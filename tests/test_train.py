@@ -15,12 +15,9 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensor
 from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.models import load_model, save_weights
 from diffnb.workshop.run import TrainingStopped, train
-from diffnb.workshop.settings import TrainConfig, check_config
 from diffnb.unet import UNet, count_parameters
+from helpers import Started, command, tiny
 
-tiny = TrainConfig(
-    data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64,
-    lr=1e-3, log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)
 change = dataclasses.replace
 
 
@@ -237,18 +234,13 @@ def test_resumed_metrics_have_no_gap_and_no_repeated_row(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_write_a_checkpoint_and_leave_with_a_code(tmp_path, number, code):
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "diffnb", "train", "--run", str(run),
-            *"--data digits --base-channels 16 --channel-mult 1 2 "
-            "--norm-groups 8 --attention 4 --epochs 500 --log-every 5 --device cpu".split()],
-        stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not ((run / "metrics.csv").exists() and len(read_metrics(run)["step"])):
-        time.sleep(0.2)
+    process = Started("train", "--run", run, *"--data digits --base-channels 16 --channel-mult 1 2 "
+                      "--norm-groups 8 --attention 4 --epochs 500 --log-every 5 --device cpu".split())
+    while not ((run / "metrics.csv").exists() and len(read_metrics(run)["step"])):
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said = process.communicate(timeout=60)
     assert process.returncode == code and len(checkpoints(run)) == 1 and "diffnb resume" in said
     assert not [n for n in names(run) if "partial" in n]
 
@@ -711,24 +703,20 @@ def test_grids_come_from_the_first_average(tmp_path):
     assert asked == [(state.averages["ema"].model, make_schedule("flow"), "velocity")]
 
 
-def shell(*words):
-    return subprocess.run([sys.executable, "-m", "diffnb", *map(str, words)], capture_output=True, text=True)
-
-
 def test_info_on_a_run_with_flow_and_muon(fast_run):
-    said = shell("info", fast_run[0])
-    assert said.returncode == 0 and all(w in said.stdout for w in ("flow", "velocity", "24")), said.stdout + said.stderr
+    code, said = command("info", fast_run[0])
+    assert code == 0 and all(w in said for w in ("flow", "velocity", "24")), said
 
 
 def test_dry_run_counts_muon_and_all_averages(tmp_path):
     flags = ("--data digits --schedule flow --prediction velocity --logit-normal -0.5 1 --base-channels 16 "
              "--channel-mult 1 2 --norm-groups 8 --patch-size 2 --attention 2 --optimizer muon --decay-share 0.3 "
              "--ema-half-lives 0.1 320 --epochs 1 --device cpu").split()
-    said = shell("train", *flags, "--dry-run", "--run", tmp_path / "run")
-    assert said.returncode == 0 and "memory" in said.stdout and "24 steps" in said.stdout, said.stdout + said.stderr
+    code, said = command("train", *flags, "--dry-run", "--run", tmp_path / "run")
+    assert code == 0 and "memory" in said and "24 steps" in said, said
     assert not (tmp_path / "run").exists()
-    said = shell("train", *flags, "--zero-terminal-snr", "True", "--run", tmp_path / "run")
-    assert said.returncode != 0 and "ends at pure noise already" in said.stdout + said.stderr
+    code, said = command("train", *flags, "--zero-terminal-snr", "True", "--run", tmp_path / "run")
+    assert code != 0 and "ends at pure noise already" in said
     assert not (tmp_path / "run").exists()
 
 

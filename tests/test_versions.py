@@ -3,7 +3,7 @@
 tests/data/v01/run was begun by version 0.1 (commit 6fcd2f7) and killed at step 15 of 24, after the checkpoint of step
 12 with a half-filled row. whole.safetensors and whole.csv are what that version made of the same run without
 interruption: its final average in half precision, and its metrics."""
-import csv, json, shutil, subprocess, sys
+import csv, json, shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from diffnb.core import checkpoints, read_tensors
 from diffnb.workshop.folder import columns, read_config, read_metrics
 from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
+from helpers import command
 
 v01 = Path(__file__).parent / "data" / "v01"
 
@@ -50,8 +51,8 @@ def test_its_configuration_and_metrics_are_read(run):
 
 
 def test_info_and_load_model(run):
-    said = subprocess.run([sys.executable, "-m", "diffnb", "info", str(run)], capture_output=True, text=True)
-    assert said.returncode == 0 and "12" in said.stdout and "0.1.0" in said.stdout, said.stdout + said.stderr
+    code, said = command("info", run)
+    assert code == 0 and "12" in said and "0.1.0" in said, said
     for weights in ("ema", "model"):
         m = load_model(run, "cpu", weights)
         assert m.step == 12 and m.classes == tuple("0123456789") and m.shape == (1, 8, 8)
@@ -91,10 +92,8 @@ def test_it_is_continued_to_the_end_that_its_own_version_reached(run):
 
 
 def test_it_is_continued_from_the_shell_and_may_be_extended(run):
-    resume = [sys.executable, "-m", "diffnb", "resume", str(run), "--epochs", "1.5"]
-    said = subprocess.run(resume, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    assert "continuing" in said.stdout and "step 12 of 36; planned before: 24 steps" in said.stdout
+    code, said = command("resume", run, "--epochs", "1.5")
+    assert code == 0 and "continuing" in said and "step 12 of 36; planned before: 24 steps" in said, said
     assert read_metrics(run)["step"].tolist() == [5, 10, 15, 20, 25, 30, 35, 36]
 
 

@@ -25,7 +25,6 @@ from diffnb.data import save_grid, to_float
 from diffnb.schedule import NoiseSchedule, linear_schedule, make_schedule
 from diffnb.train import train_steps
 from diffnb.workshop.run import new_state, ready
-from diffnb.workshop.settings import pick_precision
 from diffnb.unet import count_parameters
 
 # A racer is (run, snapshot, facts): run(seconds) trains for about so long and returns (images, seconds) of it;

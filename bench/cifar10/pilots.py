@@ -15,11 +15,10 @@ or timesteps of training;
 training images). """
 from score import *
 
-from dataclasses import dataclass, field
 
 from diffnb.data import save_grid, to_float
 from diffnb.schedule import make_schedule
-from diffnb.train import make_averages, train_steps
+from diffnb.train import train_steps
 from diffnb.unet import count_parameters
 from diffnb.workshop.models import save_weights, Trained
 from diffnb.workshop.run import new_state

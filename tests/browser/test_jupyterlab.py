@@ -5,6 +5,8 @@ import pytest
 
 from diffnb.workshop.folder import columns
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(
     str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

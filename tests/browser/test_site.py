@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 root = Path(__file__).resolve().parents[2]
 html = root / "_site" / "html"
 lessons = sorted(p.stem for p in (root / "nbs").glob("[0-9]*.ipynb"))

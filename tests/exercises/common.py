@@ -7,7 +7,7 @@
 Stubs and solutions are taken from the notebook and run with nothing but the notebook's own imports and what its module
 exports: an exercise may not depend on a variable of the lesson.
 """
-import ast, importlib, linecache, pathlib, re
+import ast, functools, importlib, linecache, pathlib, re
 from dataclasses import dataclass, field
 
 import json, pytest
@@ -42,6 +42,7 @@ CHECK = re.compile(r'check\("(\d+\.\d+)", (\w+)\)')
 def source(cell): return "".join(cell["source"])
 
 
+@functools.cache
 def cells_of(lesson): return json.loads((NBS / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
 
 

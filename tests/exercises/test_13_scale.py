@@ -1,4 +1,4 @@
-"Exercises of lesson 09: stubs fail, solutions pass, and plausible wrong answers get the message meant for them."
+"Exercises of lesson 13: stubs fail, solutions pass, and plausible wrong answers get the message meant for them."
 import torch
 
 from common import tests_of
@@ -20,20 +20,20 @@ def memory(sets=5, size=4, whole=False, divide=False):
 
 
 WRONG = {
-    "9.1": [
+    "13.1": [
         (conv(factor=1), "half the work is missing"), (conv(side=1), "its side counts twice"),
         (conv(down=1), "in both directions"), (conv(down=0), "the stride was left out"),
         (lambda a, b, k, s, stride=1: 2 * b * k * k * (s // stride) ** 2, "both numbers are factors")],
-    "9.2": [
+    "13.2": [
         (memory(sets=4), "one set is missing"), (memory(sets=3), "two sets are missing"),
         (memory(size=1), "four bytes"), (memory(whole=True), "the whole batch is held at once"),
         (memory(divide=True), "not divided by grad_accum_steps")],
-    "9.3": [
+    "13.3": [
         (lambda g, n: g.mean(0), "mean over ranks"), (lambda g, n: g.sum(0), "the sum is too large"),
         (lambda g, n: (n[:, None] * g).mean(0), "not by the number of ranks"),
         (lambda g, n: (n[:, None] * g).sum(0), "the mean is asked for"),
         (lambda g, n: (g / n[:, None]).sum(0) / (1 / n).sum(), "the wrong way round")],
-    "9.4": [
+    "13.4": [
         (lambda x, seed, step, r, w: (x.chunk(w)[r], noise(x.shape, seed + step).chunk(w)[r]), "mixed into one number"),
         (
             lambda x, seed, step, r, w: (x.chunk(w)[r], noise(x.chunk(w)[r].shape, seed, "noise", step, r)),

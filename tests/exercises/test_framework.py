@@ -7,10 +7,10 @@ import contextlib, io, json, os, re, subprocess, sys
 
 import nbformat, pytest, torch
 
-from common import CHECK, NBS, cells_of, form_errors, imports_only, source, written
+from common import CHECK, NBS, form_errors, imports_only, source, written
 from diffnb.workshop import check as framework, workbook
 from diffnb.core import DiffnbError
-from diffnb.workshop.check import Exercise, Progress, Wrong, check, exercises, progress, read_progress, same
+from diffnb.workshop.check import Exercise, Wrong, check, exercises, progress, read_progress, same
 from diffnb.workshop.course import lessons
 from diffnb.workshop.workbook import learners_page, make_workbook
 
@@ -315,6 +315,7 @@ def run_all(path):
 def printed(page): return "".join("".join(o.get("text", "")) for c in page["cells"] for o in c.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_run_all_of_a_learners_page(books, tmp_path):
     book = tmp_path / "book"
     make_workbook(book)

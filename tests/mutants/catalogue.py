@@ -1,9 +1,10 @@
-'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one lesson.
+'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one page: a lesson,
+or a page of the workshop ("workshop/run").
 
-`bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the lesson. `seen`: project and issue or
-pull request where this bug, or a question caused by it, can be read. `tests`: what runs if the lesson lets the bug
-through, "test_file.py" or "test_file.py -k word"; by default tests/test_MODULE.py; "" for none. `page=False`: the
-lesson is not about this and is not asked, only the tests are.
+`bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the page. `seen`: project and issue or
+pull request where this bug, or a question caused by it, can be read. `tests`: what runs if the page lets the bug
+through, "test_file.py" or "test_file.py -k word"; for a lesson tests/test_MODULE.py by default; "" for none.
+`page=False`: the page is not about this and is not asked, only the tests are.
 '''
 import re
 from collections import namedtuple
@@ -703,13 +704,7 @@ bug(
     "root-absolute", "roots are taken of variances and then once more", "values.clamp(min=0).sqrt() @",
     "values.clamp(min=0) @")
 bug(
-    "few-images-silent", "too few images for a covariance pass without a warning",
-    '    if n <= dim:\n        warnings.warn(f"{n} images do not determine a covariance in {dim} '
-    'dimensions: the distance comes out far too high, and can "\n                      f"only be compared '
-    'at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)',
-    '    if n <= 2:\n        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: '
-    'the distance comes out far too high, and can "\n                        f"only be compared at the '
-    'same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)')
+    "few-images-silent", "too few images for a covariance pass without a warning", "if n <= dim:", "if n <= 2:")
 bug(
     "kid-biased", "KID counts the kernel of each image with itself",
     "(m.sum() - m.diagonal().sum()) / (size * (size - 1))", "m.mean()")

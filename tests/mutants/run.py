@@ -1,6 +1,6 @@
 """Put each bug of the catalogue into its lesson and run the lesson: an assert on the page must fail.
 
-    python tests/mutants/run.py                   the whole catalogue, two lessons at a time (make mutants)
+    python tests/mutants/run.py                   the whole catalogue, two pages at a time (part of make test-all)
     python tests/mutants/run.py 05_sample ...     only these lessons, or only the bugs with these ids
     python tests/mutants/run.py --list            what there is
 
@@ -144,7 +144,7 @@ def lesson_process(notebook, ids, seconds, catalogue): # prints one line of JSON
                     {"failed": f"{Path(notebook).name}, cell {i}, without any bug: {type(error).__name__}: {error}"})
                 + "\n")
             return
-    out.write(json.dumps({"lesson": Path(notebook).stem, "seconds": time.time() - start - spent}) + "\n")
+    out.write(json.dumps({"lesson": str(notebook), "seconds": time.time() - start - spent}) + "\n")
 
 
 # ---- the tests, against a copy of the package
@@ -209,14 +209,15 @@ def run(bugs, catalogue, notebooks, package, seconds, workers, say):
                 [
                     sys.executable, str(HERE / "run.py"), "--process", str(notebooks / f"{name}.ipynb"), "--catalogue",
                     str(catalogue), "--seconds", str(seconds), *ids],
-                cwd=d, env=environment(TMPDIR=f"{d}/files"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=d, env=environment(TMPDIR=f"{d}/files", PYTHONPATH=str(package.resolve().parent)),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 text=True)
             for line in p.stdout:
                 fact = json.loads(line)
                 if "failed" in fact:
                     broken.append(fact["failed"])
                 elif "lesson" in fact:
-                    lessons[fact["lesson"]] = fact["seconds"]
+                    lessons[name] = fact["seconds"]
                 else:
                     fates[fact["id"]] = fact
                     say(fact)
