@@ -1162,11 +1162,11 @@ def shy(M): # ranks one of which has a reason to stop
 def held(w): # a run in which somebody trains
     import fcntl
     (w / "held").mkdir(exist_ok=True)
-    HELD.append(open(w / "held/.lock",
-"w"))
-    HELD[-1].write("process 1")
-    HELD[-1].flush()
-    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+    if not HELD:
+        HELD.append(open(w / "held/.lock", "w"))
+        HELD[-1].write("process 1")
+        HELD[-1].flush()
+        fcntl.flock(HELD[-1], fcntl.LOCK_EX)
     return w / "held"
 HELD = []
 
