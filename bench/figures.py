@@ -26,15 +26,20 @@ def curve(run, statistics, out):
     ax.plot(m["images"], m["loss"], marker=".", ms=3, lw=1, label="training loss")
     ax.axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {floor:.4f}")
     ax.set(xlabel="images seen", ylabel=f"loss ({config.prediction}, MSE)", yscale="log")
-    ax.legend(fontsize=8); fig.savefig(out, dpi=110)
+    ax.legend(fontsize=8)
+    fig.savefig(out, dpi=110)
     last = m["loss"][-10:].mean()
-    print(f"{out}: {m['images'][-1]:,.0f} images, mean loss of the last 10 rows {last:.4f}, floor {floor:.4f}, {m['seconds'][-1] / 60:.0f} minutes")
+    print(
+        f"{out}: {m['images'][-1]:,.0f} images, mean loss of the last 10 rows {last:.4f}, floor "
+        f"{floor:.4f}, {m['seconds'][-1] / 60:.0f} minutes")
 
 
 def grid(run, out):
-    shutil.copy(sorted((Path(run) / "samples").glob("*.png"))[-1], out); print(out)
+    shutil.copy(sorted((Path(run) / "samples").glob("*.png"))[-1], out)
+    print(out)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4: sys.exit(__doc__)
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     {"curve": curve, "grid": grid}[sys.argv[1]](*sys.argv[2:])

@@ -2,8 +2,8 @@
 
     python bench/make_fashion.py ROOT     reads ROOT/FashionMNIST/raw, writes diffnb/datasets/fashion.npz
 
-Of each class it takes the first 1,000 training and the first 200 test images and keeps them in the order of the original files.
-LZMA beats PNG and lossless WebP on these images, and more so column by column than row by row.
+Of each class it takes the first 1,000 training and the first 200 test images and keeps them in the order of the
+original files. LZMA beats PNG and lossless WebP on these images, and more so column by column than row by row.
 """
 import io, sys, zipfile
 from pathlib import Path
@@ -40,6 +40,7 @@ def pack(arrays):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2: sys.exit(__doc__)
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     path = write_whole(Path(diffnb.__file__).parent / "datasets" / "fashion.npz", pack(arrays(sys.argv[1])))
     print(f"{path}: {path.stat().st_size:,} bytes")

@@ -1,9 +1,10 @@
 """What bf16 does to the pictures: the same model and noise, sampled in float32 and in bf16, and both scored.
 
-    python bench/precision.py RUN --features inception-768 --inception weights.pth     # a run folder of `diffnb train`, or digits
+    python bench/precision.py RUN --features inception-768 --inception weights.pth     # a run folder of `diffnb train`,
+    or digits
 
-The yardstick is float32 with other noise: what chance alone does to the score. Beside it how far the pictures with the same noise are apart.
-"""
+The yardstick is float32 with other noise: what chance alone does to the score. Beside it how far the pictures with the
+same noise are apart. """
 import argparse, warnings
 from pathlib import Path
 
@@ -19,30 +20,53 @@ from diffnb.core import pick_device
 from diffnb.workshop.models import load_model
 from harness import HERE, machine, save
 
-VARIANTS = {"float32": dict(precision="float32", seed=0), "bf16": dict(precision="bf16", seed=0), "float32, other noise": dict(precision="float32", seed=1)}
+VARIANTS = {
+    "float32": dict(precision="float32", seed=0), "bf16": dict(precision="bf16", seed=0),
+    "float32, other noise": dict(precision="float32", seed=1)}
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run"); p.add_argument("--n", type=int, default=2000); p.add_argument("--steps", type=int, default=50, help="of DDIM")
-    p.add_argument("--features", default="auto"); p.add_argument("--inception", type=Path); p.add_argument("--data-root"); p.add_argument("--device", default="auto")
-    p.add_argument("--grid", type=Path, help="folder for a picture of 40 samples of each"); p.add_argument("--out")
-    a = p.parse_args(argv); device = pick_device(a.device)
+    p.add_argument("run")
+    p.add_argument("--n", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=50, help="of DDIM")
+    p.add_argument("--features", default="auto")
+    p.add_argument("--inception", type=Path)
+    p.add_argument("--data-root")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--grid", type=Path, help="folder for a picture of 40 samples of each")
+    p.add_argument("--out")
+    a = p.parse_args(argv)
+    device = pick_device(a.device)
     m = load_model(a.run, device)
     features = make_features(a.features, m.config.data, device, a.inception)
     real = load_data(m.config.data, m.config.image_size, split="test", filter=m.config.filter, root=a.data_root)
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
-        batches = sample_batches(m.model, m.schedule, m.shape, list(range(a.n)), y=torch.arange(a.n) % len(m.classes) if m.classes else None, sampler=ddim, steps=a.steps,
-                                 prediction=m.config.prediction, device=device, **how)
-        made[name] = torch.cat([x for _, x in batches]); f = features(made[name])
+        batches = sample_batches(
+            m.model, m.schedule, m.shape, list(range(a.n)), y=torch.arange(a.n) % len(m.classes) if m.classes else None,
+            sampler=ddim, steps=a.steps, prediction=m.config.prediction, device=device, **how)
+        made[name] = torch.cat([x for _, x in batches])
+        f = features(made[name])
         off = (made[name].float() - made["float32"].float()).abs()
-        rows[name] = {**how, "frechet": frechet_distance(f, reference), "error": jackknife_error(f, reference), "bytes_off": off.mean().item(),
-                      "share_of_images_off_by_more_than_8": (off.flatten(1).mean(1) > 8).float().mean().item()}
+        rows[name] = {
+            **how, "frechet": frechet_distance(f, reference), "error": jackknife_error(f, reference),
+            "bytes_off": off.mean().item(),
+            "share_of_images_off_by_more_than_8": (off.flatten(1).mean(1) > 8).float().mean().item()}
         print(name, rows[name], flush=True)
-        if a.grid: save_grid(made[name][:40], a.grid / f"precision_{how['precision']}_{how['seed']}.png", cols=10, scale=2)
-    save({"what": "bf16 against float32 in sampling", "source": Path(a.run).name, "machine": machine(device), "run": {"data": m.config.data, "size": m.config.image_size, "parameters": sum(q.numel() for q in m.model.parameters()),
-          "images_seen": m.step * m.config.batch_size}, "n": a.n, "steps": a.steps, "features": features.name, "dim": features.dim, "reference": f"{len(real):,} test images", "variants": rows},
-         a.out or HERE / f"results/precision_{device.type}.json")
+        if a.grid:
+            save_grid(made[name][:40], a.grid / f"precision_{how['precision']}_{how['seed']}.png", cols=10, scale=2)
+    save(
+        {
+            "what": "bf16 against float32 in sampling", "source": Path(a.run).name, "machine": machine(device),
+            "run": {
+                "data": m.config.data, "size": m.config.image_size,
+                "parameters": sum(q.numel() for q in m.model.parameters()),
+                "images_seen": m.step * m.config.batch_size},
+            "n": a.n, "steps": a.steps, "features": features.name, "dim": features.dim,
+            "reference": f"{len(real):,} test images", "variants": rows},
+        a.out or HERE / f"results/precision_{device.type}.json")
 
-if __name__ == "__main__": warnings.simplefilter("ignore"); main()
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -9,7 +9,8 @@ import os, signal, sys
 # %% ../nbs/workshop/main.ipynb #c003
 def _fill_closed_streams():
     "Open the null device in place of standard streams that are closed."
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2: pass
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
     os.close(fd)
 
 def _leave(number, frame): # nothing has been done yet, and libraries half imported turn an exception into others
@@ -20,10 +21,13 @@ def main(): # exit code
     "The process of the `diffnb` command."
     _fill_closed_streams()
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # not under nohup, nor in the background
-    if usual: signal.signal(signal.SIGINT, _leave)
+    if usual:
+        signal.signal(signal.SIGINT, _leave)
     from diffnb.workshop.cli import main
-    if usual: signal.signal(signal.SIGINT, signal.default_int_handler)
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()
 
 # %% ../nbs/workshop/main.ipynb #c005
-if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())
+if __name__ == "__main__" and globals().get("__spec__"):
+    sys.exit(main())

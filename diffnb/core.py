@@ -17,7 +17,8 @@ import torch
 # %% ../nbs/workshop/core.ipynb #c042x
 def to_device(x, device) -> torch.Tensor:
     "x on the device. A GPU fetches it from pinned memory while the program goes on."
-    if torch.device(device).type != "cuda" or x.is_cuda: return x.to(device)
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/workshop/core.ipynb #c097x
@@ -48,11 +49,15 @@ def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", ste
 
 # %% ../nbs/workshop/core.ipynb #c022
 def sync_folder(folder):
-    "Bring the folder's list of names to disk too: without it, a power failure may forget the rename. Some file systems cannot."
+    """Bring the folder's list of names to disk too: without it, a power failure may forget the rename. Some file
+    systems cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try: os.fsync(descriptor)
-    except OSError: pass
-    finally: os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
 
 def write_whole(path, # the file to appear
                 data, # bytes or str
@@ -64,12 +69,16 @@ def write_whole(path, # the file to appear
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial_path, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(partial_path, path)
-        if os.name == "posix": sync_folder(path.parent)
+        if os.name == "posix":
+            sync_folder(path.parent)
     except BaseException as e:                                   # Ctrl-C too must not leave a half-written file behind
-        if partial_path.is_file(): partial_path.unlink()
-        if not isinstance(e, OSError): raise
+        if partial_path.is_file():
+            partial_path.unlink()
+        if not isinstance(e, OSError):
+            raise
         raise DiffnbError(f"cannot write {path}: {e.strerror or e}. Choose a folder you may write to, "
                           "with space left on its disk") from e
     return path
@@ -78,18 +87,25 @@ def write_whole(path, # the file to appear
 def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device
     "The device asked for, or the best there is. Raises DiffnbError if it is not there."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto": return torch.device(next(d for d in there if there[d]))
+    if name == "auto":
+        return torch.device(next(d for d in there if there[d]))
     kind, _, index = str(name).partition(":")
-    if not there.get(kind) or index and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
-        raise DiffnbError(f"device {name!r} is not available here: choose {', '.join(d for d in there if there[d])}, or auto")
+    if (
+        not there.get(kind)
+        or index
+        and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count())):
+        raise DiffnbError(
+            f"device {name!r} is not available here: choose {', '.join(d for d in there if there[d])}, or auto")
     return torch.device(name)
 
 def default_on_cuda(setting, device): # a switch that pays on a GPU and is None, unless somebody decided
     return device.type == "cuda" if setting is None else setting
 
 def has_native_bf16(device): # has it instructions for bf16? Where not, PyTorch imitates them
-    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 # %% ../nbs/workshop/core.ipynb #c045
 class SingleProcess:
@@ -152,17 +168,22 @@ def strict_json(text, # str or bytes
     "One JSON object, without names given twice, NaN, infinity or halves of characters. Raises ValueError."
     def once(pairs):
         found = dict(pairs)
-        if len(found) < len(pairs): raise ValueError(f"a name is given twice among {', '.join(found)[:100]}")
+        if len(found) < len(pairs):
+            raise ValueError(f"a name is given twice among {', '.join(found)[:100]}")
         return found
     def finite(number):
-        if not math.isfinite(float(number)): raise ValueError(f"{number[:20]} is not a finite number")
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number[:20]} is not a finite number")
         return float(number)
-    if len(text) > MOST_JSON: raise ValueError(f"{len(text):,} bytes of JSON; expected at most {MOST_JSON:,}")
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{len(text):,} bytes of JSON; expected at most {MOST_JSON:,}")
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=finite, parse_float=finite)
-        json.dumps(value, ensure_ascii=False).encode()                   # fails on half a character, which no screen or file takes
-    except RecursionError as e: raise ValueError("brackets nested too deeply") from e
-    if not isinstance(value, dict): raise ValueError(f"expected an object in braces, found {value!r:.40}")
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half a character, which no screen or file takes
+    except RecursionError as e:
+        raise ValueError("brackets nested too deeply") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object in braces, found {value!r:.40}")
     return value
 
 # %% ../nbs/workshop/core.ipynb #c056
@@ -189,28 +210,39 @@ def read_tensors(path, # a file written by write_tensors
                 ):     # (tensors, meta)
     "Read and verify such a file. Raises DiffnbError if it is missing, cut off, damaged, or not one of ours."
     path = Path(path)
-    if not path.is_file(): raise DiffnbError(f"{path} does not exist")
+    if not path.is_file():
+        raise DiffnbError(f"{path} does not exist")
     try:
-        with open(path, "rb") as f: header, room = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size - 8
-        if not 2 <= header <= min(room, MOST_JSON): raise ValueError(f"its header should have {header:,} bytes; at most {max(0, min(room, MOST_JSON)):,} can be")
+        with open(path, "rb") as f:
+            header, room = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size - 8
+        if not 2 <= header <= min(room, MOST_JSON):
+            raise ValueError(
+                f"its header should have {header:,} bytes; at most {max(0, min(room, MOST_JSON)):,} can be")
         with safetensors.safe_open(path, "pt") as f:
             facts = f.metadata() or {}
             meta, checksum = strict_json(facts["diffnb"]), facts["sha256"]
-            if facts_only: return {}, meta
+            if facts_only:
+                return {}, meta
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        if _digest(tensors, meta) == checksum: return tensors, meta
+        if _digest(tensors, meta) == checksum:
+            return tensors, meta
         problem = "its checksum does not match its contents"
-    except KeyError: problem = "it was not written by diffnb"
-    except (safetensors.SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as e: problem = str(e)[:300]
+    except KeyError:
+        problem = "it was not written by diffnb"
+    except (safetensors.SafetensorError, ValueError, OSError, RuntimeError, TypeError, AttributeError) as e:
+        problem = str(e)[:300]
     if path.suffix.lower() != ".safetensors":
-        raise DiffnbError(f"{path} holds no model that can be read ({problem}): give a run folder, or a .safetensors file that diffnb wrote")
+        raise DiffnbError(
+            f"{path} holds no model that can be read ({problem}): give a run folder, or a .safetensors "
+            "file that diffnb wrote")
     raise DiffnbError(f"{path} is damaged or incomplete ({problem}). Use an earlier checkpoint, or copy the file again")
 
 # %% ../nbs/workshop/core.ipynb #c082
 def _step(path): return int(path.stem[5:])
 
 def checkpoints(run): # paths, oldest first
-    return sorted((p for p in (Path(run) / "checkpoints").glob("step_*.safetensors") if p.stem[5:].isdecimal()), key=_step)
+    return sorted(
+        (p for p in (Path(run) / "checkpoints").glob("step_*.safetensors") if p.stem[5:].isdecimal()), key=_step)
 
 def last_checkpoint(run,             # a run folder
                     model=None,      # UNet configuration that it must be of; None: any
@@ -220,14 +252,21 @@ def last_checkpoint(run,             # a run folder
     Raises DiffnbError if there are checkpoints, but none that can be used."""
     paths, passed = checkpoints(run), {}
     for path in reversed(paths):
-        try: found = _checked(path, *read_tensors(path), model)
+        try:
+            found = _checked(path, *read_tensors(path), model)
         except DiffnbError as e:
-            if path not in checkpoints(run): return last_checkpoint(run, model, set_aside)   # just rotated away: look again
-            passed[path] = e; warnings.warn(f"{e}. It is passed over")
+            if path not in checkpoints(run):
+                return last_checkpoint(run, model, set_aside)   # just rotated away: look again
+            passed[path] = e
+            warnings.warn(f"{e}. It is passed over")
         else:
-            for p in passed if set_aside else (): p.replace(p.with_suffix(".damaged"))
+            for p in passed if set_aside else ():
+                p.replace(p.with_suffix(".damaged"))
             return found
-    if paths: raise DiffnbError(f"none of the {len(paths)} checkpoints in {run} can be used ({next(iter(passed.values()))}): start anew in another folder")
+    if paths:
+        raise DiffnbError(
+            f"none of the {len(paths)} checkpoints in {run} can be used ({next(iter(passed.values()))}): "
+            "start anew in another folder")
 
 def _whole(net): # a UNet configuration, with what version 0.1 did not know
     return {"patch_size": 1, **net}
@@ -235,8 +274,12 @@ def _whole(net): # a UNet configuration, with what version 0.1 did not know
 def _checked(path, tensors, meta, model):
     "Facts that a run can go on from, or DiffnbError."
     step, seconds = meta.get("step"), meta.get("seconds")
-    if type(step) is not int or not 0 <= step < 2**53: raise DiffnbError(f"{path}: step={step!r:.40} is not a number of steps")
-    if type(seconds) not in (int, float) or not 0 <= seconds < 1e12: raise DiffnbError(f"{path}: seconds={seconds!r:.40} is not a time")
-    if not isinstance(meta.get("model"), dict): raise DiffnbError(f"{path} does not say of which model it is")
-    if model is not None: _same_model(_whole(meta["model"]), model, path)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise DiffnbError(f"{path}: step={step!r:.40} is not a number of steps")
+    if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
+        raise DiffnbError(f"{path}: seconds={seconds!r:.40} is not a time")
+    if not isinstance(meta.get("model"), dict):
+        raise DiffnbError(f"{path} does not say of which model it is")
+    if model is not None:
+        _same_model(_whole(meta["model"]), model, path)
     return tensors, meta

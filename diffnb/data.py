@@ -46,11 +46,16 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
     fig, axes = plt.subplots(rows, cols, squeeze=False, layout="compressed",
                              figsize=(cols * size, rows * (size + 0.25 * (titles is not None)) + 0.3 * bool(title)))
     smooth = images.shape[-1] < 16 if smooth is None else smooth
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat:
+        ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images.cpu())):
-        ax.imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255, interpolation="bicubic" if smooth else "nearest")
-        if titles is not None: ax.set_title(titles[i], fontsize=8)
-    if title: fig.suptitle(title, fontsize=9)
+        ax.imshow(
+            rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255,
+            interpolation="bicubic" if smooth else "nearest")
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=8)
+    if title:
+        fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../nbs/01_data.ipynb #c023
@@ -61,7 +66,8 @@ def resize(images, # uint8 or float (…, C, H, W)
     "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."
     batch = images.reshape(-1, *images.shape[-3:]).float()
     batch = F.interpolate(batch, size, mode=filter, **({} if filter == "nearest" else {"antialias": True}))
-    if images.dtype == torch.uint8: batch = batch.round().clamp(0, 255)
+    if images.dtype == torch.uint8:
+        batch = batch.round().clamp(0, 255)
     return batch.to(images.dtype).reshape(*images.shape[:-2], *batch.shape[-2:])
 
 def tile(images,    # (N, C, H, W): uint8, or float in [-1, 1]
@@ -70,9 +76,12 @@ def tile(images,    # (N, C, H, W): uint8, or float in [-1, 1]
         ):          # uint8 (C, H', W'), on the CPU
     "Images side by side."
     cols = min(cols, len(images))
-    cells = F.pad((images if images.dtype == torch.uint8 else to_uint8(images)).cpu(), (padding, 0, padding, 0), value=255)
-    cells = torch.cat([cells, cells.new_full((-len(cells) % cols, *cells.shape[1:]), 255)])         # the last row may lack some
-    return F.pad(rearrange(cells, "(row col) c h w -> c (row h) (col w)", col=cols), (0, padding, 0, padding), value=255)
+    cells = F.pad(
+        (images if images.dtype == torch.uint8 else to_uint8(images)).cpu(), (padding, 0, padding, 0), value=255)
+    # the last row may lack some
+    cells = torch.cat([cells, cells.new_full((-len(cells) % cols, *cells.shape[1:]), 255)])
+    return F.pad(
+        rearrange(cells, "(row col) c h w -> c (row h) (col w)", col=cols), (0, padding, 0, padding), value=255)
 
 def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
@@ -81,7 +90,8 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
              ):        # the path
     "Save images as one PNG grid, two pixels of white between them."
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
-    if scale > 1: images = resize(images, [scale * side for side in images.shape[-2:]])
+    if scale > 1:
+        images = resize(images, [scale * side for side in images.shape[-2:]])
     png, mark = io.BytesIO(), PngInfo()
     mark.add_text("Software", "diffnb")                          # so that nobody learns from the grid
     grid = rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c")
@@ -110,12 +120,14 @@ class ImageData:
             ):           # uint8 (B, C, size, size), on the device of `images`
         "Some images in the size asked for; resized here, per batch, with antialiasing, then rounded to bytes."
         images = self.images[index]
-        if images.shape[-1] == self.size and images.shape[-2] == self.size: return images
+        if images.shape[-1] == self.size and images.shape[-2] == self.size:
+            return images
         return resize(images, self.size, self.filter)
 
     def to(self, device):
         "The same data with images and labels on another device."
-        return replace(self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
+        return replace(
+            self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
 
 # %% ../nbs/01_data.ipynb #c058
 def augment(x0,           # (B, C, H, W), in [-1, 1]
@@ -129,9 +141,9 @@ def augment(x0,           # (B, C, H, W), in [-1, 1]
         x0 = torch.where(draw(len(x0), 1, 1, 1) < 0.5, x0.flip(-1), x0)
     if jitter:
         brightness, contrast, saturation = (1 + jitter * (2 * draw(3, len(x0), 1, 1, 1) - 1))
-        x = (x0 + 1) / 2 * brightness                                     # brightness scales light, so black must be 0 here
+        x = (x0 + 1) / 2 * brightness  # brightness scales light, so black must be 0 here
         x = x.mean((1, 2, 3), keepdim=True).lerp(x, contrast)             # away from, or towards, the mean grey
-        x = x.mean(1, keepdim=True).lerp(x, saturation)                   # away from, or towards, the grey of each pixel
+        x = x.mean(1, keepdim=True).lerp(x, saturation)  # away from, or towards, the grey of each pixel
         x0 = (2 * x - 1).clamp(-1, 1)
     return x0
 

@@ -36,9 +36,10 @@ def trend(x,      # where: images seen, ascending, (n,)
     "Least-squares line through log y, with an interval from a bootstrap of pairs (Efron 1979)."
     keep = np.isfinite(y) & (y > 0)
     x, y = x[keep], np.log(y[keep])
-    if len(x) < LEAST_ROWS or x[0] == x[-1]: return None
+    if len(x) < LEAST_ROWS or x[0] == x[-1]:
+        return None
     draws = torch.randint(len(x), (repeats, len(x)), generator=addressed("trend", len(x))).numpy()
-    draws = np.concatenate([np.arange(len(x))[None], draws])                       # the first row is the data as they are
+    draws = np.concatenate([np.arange(len(x))[None], draws])  # the first row is the data as they are
     xs, ys = x[draws] - x[draws].mean(1, keepdims=True), y[draws]
     slopes = (xs * ys).sum(1) / np.maximum((xs ** 2).sum(1), 1e-12)
     change = np.expm1(slopes * (x[-1] - x[0]))
@@ -47,16 +48,21 @@ def trend(x,      # where: images seen, ascending, (n,)
 # %% ../nbs/08_doctor.ipynb #c015
 SPIKE_MADS, SPIKE_RATIO = 8, 1.5 # 8 scaled deviations: under 1e-14 for Gaussian noise; 1.5: half as much again matters
 
-def _running_median(y): return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(y, 5, mode="reflect"), 11), axis=1)
+def _running_median(y):
+    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(y, 5, mode="reflect"), 11), axis=1)
 
 def spikes(y): # losses, (n,) -> positions of the spikes, int array
-    "Rows more than 8 scaled median absolute deviations, and more than a half, above the median of the 11 rows around them."
-    if len(y) < 2 * LEAST_ROWS: return np.array([], dtype=int)
-    y = np.log(np.maximum(y, 1e-12)); rest = y - _running_median(y)
-    scale = 1.4826 * np.median(np.abs(rest))                                       # equals the standard deviation for Gaussian noise
+    """Rows more than 8 scaled median absolute deviations, and more than a half, above the median of the 11 rows around
+    them."""
+    if len(y) < 2 * LEAST_ROWS:
+        return np.array([], dtype=int)
+    y = np.log(np.maximum(y, 1e-12))
+    rest = y - _running_median(y)
+    scale = 1.4826 * np.median(np.abs(rest))  # equals the standard deviation for Gaussian noise
     before = np.median(np.lib.stride_tricks.sliding_window_view(np.r_[np.full(5, np.inf), y[:-1]], 5), axis=1)
     # a steep fall puts early rows above the median around them: a spike is also above the rows before it
-    return np.flatnonzero((rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO)))
+    return np.flatnonzero(
+        (rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO)))
 
 # %% ../nbs/08_doctor.ipynb #c030
 Problem = namedtuple("Problem", "evidence advice effect figure severity", defaults=(None, None))
@@ -81,28 +87,46 @@ def findings(facts): # Facts -> list of Finding, the most severe first; severity
     "Ask every check whose facts are known."
     found, order = [], ("critical", "moderate", "minor", "good")
     for c in CHECKS.values():
-        if any(getattr(facts, need) is None for need in c.needs): continue
+        if any(getattr(facts, need) is None for need in c.needs):
+            continue
         said = c.look(facts)
-        if isinstance(said, str): found.append(Finding(c.id, "good", c.title, c.lesson, said))
-        elif said: found.append(Finding(c.id, said.severity or c.severity, c.title, c.lesson, said.evidence, said.advice, said.effect, said.figure))
+        if isinstance(said, str):
+            found.append(Finding(c.id, "good", c.title, c.lesson, said))
+        elif said:
+            found.append(
+                Finding(
+                    c.id, said.severity or c.severity, c.title, c.lesson, said.evidence, said.advice, said.effect,
+                    said.figure))
     return sorted(found, key=lambda x: order.index(x.severity))
 
 # %% ../nbs/08_doctor.ipynb #c037
 LATE = 0.8        # share of the planned steps from which a loss above the floor is no longer "early"
 EXCESS = 0.05     # a bin is worth naming if its excess over the floor makes up 5% of the whole loss
 FLAT, RISE = 0.02, 0.10 # flat: interval within ±2% over the last third; diverging: interval above +10%
-@looks_for("above-floor", "critical", "The network has learned less than the covariance of the pixels", "02_schedule: How well could anyone do?", "metrics floor")
+@looks_for(
+    "above-floor", "critical", "The network has learned less than the covariance of the pixels",
+    "02_schedule: How well could anyone do?", "metrics floor")
 def _above_floor(f):
-    if f.done < LATE or len(f.metrics["step"]) < LEAST_ROWS: return None
-    loss, error = f.loss(); ratio = loss / f.floor_mean
-    evidence = f"The last third's loss is {loss:.4f} ± {1.96 * error:.4f} (95%); the best Gaussian denoiser of these images has {f.floor_mean:.4f}: {ratio:.2f} times."
+    if f.done < LATE or len(f.metrics["step"]) < LEAST_ROWS:
+        return None
+    loss, error = f.loss()
+    ratio = loss / f.floor_mean
+    evidence = (
+        f"The last third's loss is {loss:.4f} ± {1.96 * error:.4f} (95%); the best Gaussian denoiser of "
+        f"these images has {f.floor_mean:.4f}: {ratio:.2f} times.")
     if loss - 1.96 * error > f.floor_mean:
-        return Problem(evidence, "Train longer, or raise the learning rate; if neither helps, look for a mistake in data or target.",
-                       f"At the least the loss should fall by {1 - 1 / ratio:.0%}, to the floor: a linear denoiser gets there.", "loss", "critical" if ratio > 1.25 else "moderate")
+        return Problem(
+            evidence,
+            "Train longer, or raise the learning rate; if neither helps, look for a mistake in data or target.",
+            f"At the least the loss should fall by {1 - 1 / ratio:.0%}, to the floor: a linear denoiser gets there.",
+            "loss", "critical" if ratio > 1.25 else "moderate")
     return evidence if loss + 1.96 * error < f.floor_mean else None
-@looks_for("bin-above-floor", "moderate", "Some noise levels are learned worse than a Gaussian would", "07_evaluate: What a loss of 0.03 means", "metrics floor")
+@looks_for(
+    "bin-above-floor", "moderate", "Some noise levels are learned worse than a Gaussian would",
+    "07_evaluate: What a loss of 0.03 means", "metrics floor")
 def _bin_above_floor(f):
-    if f.done < LATE or torch.as_tensor(f.floor).ndim == 0 or len(f.late()["loss"]) < LEAST_ROWS: return None
+    if f.done < LATE or torch.as_tensor(f.floor).ndim == 0 or len(f.late()["loss"]) < LEAST_ROWS:
+        return None
     late, floor = f.late(), bin_floor(f)
     rows = np.stack([late[f"loss_bin_{i}"] for i in range(BINS)])
     with warnings.catch_warnings():
@@ -111,7 +135,8 @@ def _bin_above_floor(f):
     drawn = _by_bin(f, f.chances).numpy()                                          # each bin's share of the images
     excess = drawn * (mean - floor) / np.nansum(drawn * mean)
     bad = [i for i in range(BINS) if excess[i] > EXCESS and mean[i] - 3 * error[i] > floor[i]]
-    if not bad: return None
+    if not bad:
+        return None
     i = max(bad, key=lambda i: excess[i])
     return Problem(f"Timesteps {i * f.config.T // BINS} to {(i + 1) * f.config.T // BINS - 1}: loss {mean[i]:.4f}, floor {floor[i]:.4f}; the excess is "
                    f"{excess[i]:.0%} of the whole loss. Bins above their floor by that measure: {bad}.",
@@ -131,58 +156,95 @@ def _slope(f): return trend(*f.calm()) # over the last third of the rows
 @looks_for("diverging", "critical", "The loss is rising", "04_train: A clipped gradient")
 def _diverging(f):
     fit = _slope(f)
-    if fit is None or fit[1] <= RISE: return None
-    return Problem(f"Over the last third of the rows it changed by {fit[0]:+.0%} (95% interval {fit[1]:+.0%} to {fit[2]:+.0%}).",
-                   "Go back to a checkpoint before the rise; continue in a new folder with half the learning rate.",
-                   f"Every further image makes the model worse; the best rows had {np.nanmin(f.metrics['loss']):.4f}.", "loss")
-@looks_for("plateau", "minor", "The loss is flat while the learning rate is still high", "07_evaluate: What a loss of 0.03 means")
+    if fit is None or fit[1] <= RISE:
+        return None
+    return Problem(
+        f"Over the last third of the rows it changed by {fit[0]:+.0%} (95% interval {fit[1]:+.0%} to {fit[2]:+.0%}).",
+        "Go back to a checkpoint before the rise; continue in a new folder with half the learning rate.",
+        f"Every further image makes the model worse; the best rows had {np.nanmin(f.metrics['loss']):.4f}.", "loss")
+@looks_for(
+    "plateau", "minor", "The loss is flat while the learning rate is still high",
+    "07_evaluate: What a loss of 0.03 means")
 def _plateau(f):
     fit, rate = _slope(f), f.late()["lr"].mean() / f.config.lr
-    if fit is None or rate < 0.3 or not -FLAT < fit[1] <= fit[2] < FLAT: return None
-    if f.holding: return (f"Over the last third the loss changed by {fit[0]:+.1%}: flat, as it may be at a constant "
-                          "rate. The decay of the rate lowers it once more.")
-    return Problem(f"Over the last third it changed by {fit[0]:+.1%} (95% interval {fit[1]:+.1%} to {fit[2]:+.1%}), with the learning rate at {rate:.0%} of its peak.",
-                   "Do not stop because of it: compare scores of two checkpoints, and let the learning rate decay.",
-                   "The decay usually lowers the loss once more; scores can improve while the loss stands still.", "loss")
+    if fit is None or rate < 0.3 or not -FLAT < fit[1] <= fit[2] < FLAT:
+        return None
+    if f.holding:
+        return (f"Over the last third the loss changed by {fit[0]:+.1%}: flat, as it may be at a constant "
+                "rate. The decay of the rate lowers it once more.")
+    return Problem(
+        f"Over the last third it changed by {fit[0]:+.1%} (95% interval {fit[1]:+.1%} to {fit[2]:+.1%}), "
+        f"with the learning rate at {rate:.0%} of its peak.",
+        "Do not stop because of it: compare scores of two checkpoints, and let the learning rate decay.",
+        "The decay usually lowers the loss once more; scores can improve while the loss stands still.",
+        "loss")
 @looks_for("spikes", "moderate", "The loss has spikes", "04_train: A clipped gradient")
 def _spikes(f):
-    y = f.metrics["loss"]; at = spikes(y)
-    if not len(at): return f"No row of {len(y)} stands out from its neighbours by {SPIKE_MADS} deviations." if len(y) >= 2 * LEAST_ROWS else None
+    y = f.metrics["loss"]
+    at = spikes(y)
+    if not len(at):
+        return (
+            f"No row of {len(y)} stands out from its neighbours by {SPIKE_MADS} deviations."
+            if len(y) >= 2 * LEAST_ROWS
+            else None)
     worst = at[np.argmax(y[at])]
-    return Problem(f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with {y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5):worst + 6]):.3f}.",
-                   f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at the batches of those steps.",
-                   "Each spike costs the steps until the curve is back where it was.", "loss")
+    return Problem(
+        f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with "
+        f"{y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5) : worst + 6]):.3f}.",
+        f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at "
+        "the batches of those steps.", "Each spike costs the steps until the curve is back where it was.",
+        "loss")
 @looks_for("not-finite", "critical", "Numbers that are not finite", "04_train: A run is a folder")
 def _not_finite(f):
     rows = [int(s) for s, *v in zip(*(f.metrics[k] for k in ("step", "loss", "grad_norm"))) if not np.isfinite(v).all()]
     weights = [k for k, v in f.saved[0].items() if v.is_floating_point() and not v.isfinite().all()] if f.saved else []
-    if not rows and not weights: return None
-    return Problem(f"Rows without a finite loss or gradient: {len(rows)}{f', first at step {rows[0]}' if rows else ''}; tensors of the checkpoint with such values: {len(weights)}.",
-                   "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.", "The run is lost from that step on.", "loss")
+    if not rows and not weights:
+        return None
+    return Problem(
+        "Rows without a finite loss or gradient: "
+        f"{len(rows)}{f', first at step {rows[0]}' if rows else ''}; tensors of the checkpoint with such "
+        f"values: {len(weights)}.",
+        "Continue from an earlier checkpoint with a smaller learning rate; with bf16, try precision float32.",
+        "The run is lost from that step on.",
+        "loss")
 
 # %% ../nbs/08_doctor.ipynb #c043
 DECAY_LEAST = 0.05 # share of the run; Hägele et al. (2024, arXiv:2405.18392) find 10% to 20% best, 5% nearly as good
-@looks_for("no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls", "config")
+@looks_for(
+    "no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls",
+    "config")
 def _no_warmup(f):
     steps = min(f.config.warmup, f.total // 10)
-    if steps >= 5: return f"{steps} steps of warm-up."
-    first = f" The first row's gradient norm is {f.metrics['grad_norm'][0]:.2f}, the last third's {f.late()['grad_norm'].mean():.2f}." if f.metrics else ""
-    return Problem(f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when the optimiser's averages "
-                   f"have seen almost nothing.{first}",
-                   f"warmup={max(10, min(500, f.total // 20))}", "Costs nothing; protects the first steps, and more so the larger the rate.", "lr")
+    if steps >= 5:
+        return f"{steps} steps of warm-up."
+    first = (
+        (
+            f" The first row's gradient norm is {f.metrics['grad_norm'][0]:.2f}, the last third's "
+            f"{f.late()['grad_norm'].mean():.2f}.")
+        if f.metrics
+        else "")
+    return Problem(
+        f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when the optimiser's averages "
+        f"have seen almost nothing.{first}", f"warmup={max(10, min(500, f.total // 20))}",
+        "Costs nothing; protects the first steps, and more so the larger the rate.",
+        "lr")
 def _decay_begins(f): return round((1 - f.config.decay_share) * f.total) # the step
 def _decayed(f): # did the rate end low, or where a linear decay of some length was planned to end?
     c, rate = f.config, f.metrics["lr"][-1] / f.metrics["lr"].max()
     planned = lr_at(f.total - 1, f.total, 1.0, c.warmup, c.decay_share)
     return rate < 0.05 or (c.decay_share or 0) >= DECAY_LEAST and rate < 1.01 * planned < 0.5
 
-@looks_for("lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
+@looks_for(
+    "lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
 def _lr_not_decayed(f):
-    if f.holding: return (f"The rate is constant, as planned, and its decay begins at step {_decay_begins(f):,} of "
-                          f"{f.total:,}. Before that step the run can be extended as if it had been planned so.")
-    if f.step < f.total: return None
+    if f.holding:
+        return (f"The rate is constant, as planned, and its decay begins at step {_decay_begins(f):,} of "
+                f"{f.total:,}. Before that step the run can be extended as if it had been planned so.")
+    if f.step < f.total:
+        return None
     rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.decay_share
-    if _decayed(f): return f"All {f.total:,} steps are done, and the learning rate ended at {rate:.1%} of its peak."
+    if _decayed(f):
+        return f"All {f.total:,} steps are done, and the learning rate ended at {rate:.1%} of its peak."
     text = f"All {f.total:,} steps are done, but the last row's learning rate is {rate:.0%} of the highest."
     advice = "Continue for another tenth of the steps with a rate that falls to zero."
     if share is not None and share < DECAY_LEAST:
@@ -190,54 +252,85 @@ def _lr_not_decayed(f):
         advice += " Next time: decay_share=0.2."
     return Problem(text, advice,
                    "Weights that still jump settle; usually the last few per cent of the loss.", "lr")
-@looks_for("lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length", "04_train: Stop, resume, extend")
+@looks_for(
+    "lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length",
+    "04_train: Stop, resume, extend")
 def _lr_jump(f):
     rate, step = f.metrics["lr"], f.metrics["step"]
     up = np.flatnonzero((np.diff(rate) > 0.05 * f.config.lr) & (step[:-1] > min(f.config.warmup, f.total // 10)))
-    if not len(up): return None
+    if not len(up):
+        return None
     i = up[0]
-    return Problem(f"From {rate[i]:.2e} at step {int(step[i])} to {rate[i + 1]:.2e} at step {int(step[i + 1])}: {len(up)} such jump(s) after the warm-up.",
-                   ("Plan the length at the start" if f.config.decay_share is None else
-                    "Extend from a checkpoint before the decay, where the rate is constant")
-                   + "; what was trained after the jump needs its own decay to zero.",
-                   f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.", "lr")
+    return Problem(
+        f"From {rate[i]:.2e} at step {int(step[i])} to {rate[i + 1]:.2e} at step {int(step[i + 1])}: "
+        f"{len(up)} such jump(s) after the warm-up.",
+        (
+            "Plan the length at the start"
+            if f.config.decay_share is None
+            else "Extend from a checkpoint before the decay, where the rate is constant")
+        + "; what was trained after the jump needs its own decay to zero.",
+        f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.",
+        "lr")
 @looks_for("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
 def _stopped_early(f):
-    if f.step >= f.total: return None
+    if f.step >= f.total:
+        return None
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
-    if f.age < 1800 + 10 * usual: return None                                      # it may be running
+    if f.age < 1800 + 10 * usual:
+        return None                                      # it may be running
     advice, severity = f.command("resume"), None
     if f.holding: # a run of `now` epochs would begin its decay at this step
         now, severity = f.step * f.config.batch_size / f.data["images"] / (1 - f.config.decay_share), "minor"
         advice += f", or with --epochs {now:.2f} to let the rate decay from here, or more epochs to extend"
-    return Problem(f"Step {f.step:,} of {f.total:,} ({f.done:.0%}), learning rate at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, and no new row for {f.age / 3600:.1f} hours.",
-                   advice, "What is missing is the decay of the rate, in which the weights settle.", "lr", severity)
+    return Problem(
+        f"Step {f.step:,} of {f.total:,} ({f.done:.0%}), learning rate at "
+        f"{f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, and no new row for {f.age / 3600:.1f} hours.", advice,
+        "What is missing is the decay of the rate, in which the weights settle.", "lr",
+        severity)
 
 # %% ../nbs/08_doctor.ipynb #c044
-CLIPPED, GROWTH = 0.3, 5 # clipping in a third of the steps is no longer the exception; a gradient norm 5 times as large is no noise
+# clipping in a third of the steps is no longer the exception; a gradient norm 5 times as large is no noise
+CLIPPED, GROWTH = 0.3, 5
 @looks_for("clipping", "moderate", "Too many gradients are clipped", "04_train: A clipped gradient")
 def _clipping(f):
     late, share = f.late(1 / 2), f.late(1 / 2)["clipped"].mean()
-    if not f.config.grad_clip or not np.isfinite(share) or len(late["step"]) < LEAST_ROWS or f.step < 2 * min(f.config.warmup, f.total // 10): return None
-    text = f"In the second half {share:.0%} of the steps were clipped at {f.config.grad_clip:g}; the gradient norm is {np.median(late['grad_norm']):.2f} (median)."
-    if share <= CLIPPED: return text
+    if (
+        not f.config.grad_clip
+        or not np.isfinite(share)
+        or len(late["step"]) < LEAST_ROWS
+        or f.step < 2 * min(f.config.warmup, f.total // 10)):
+        return None
+    text = (
+        f"In the second half {share:.0%} of the steps were clipped at {f.config.grad_clip:g}; the gradient "
+        f"norm is {np.median(late['grad_norm']):.2f} (median).")
+    if share <= CLIPPED:
+        return text
     if f.config.optimizer == "muon":
         return f"{text} With Muon that matters less: its steps are as long as the rate says, whatever the norm."
-    return Problem(text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
-                   "The bound, not the learning rate, decides the length of most steps.", "grad")
+    return Problem(
+        text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
+        "The bound, not the learning rate, decides the length of most steps.", "grad")
 @looks_for("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
 def _no_clip(f):
-    if f.config.grad_clip: return None
-    return Problem("grad_clip is 0" + (f"; the largest norm so far is {np.nanmax(f.metrics['grad_norm']):.2f}." if f.metrics else "."), "grad_clip=1.0",
-                   "Nothing while all goes well; one bad batch can cost the run.", "grad")
+    if f.config.grad_clip:
+        return None
+    return Problem(
+        "grad_clip is 0"
+        + (f"; the largest norm so far is {np.nanmax(f.metrics['grad_norm']):.2f}." if f.metrics else "."),
+        "grad_clip=1.0", "Nothing while all goes well; one bad batch can cost the run.",
+        "grad")
 @looks_for("grad-growing", "moderate", "The gradient norm is growing", "04_train: A clipped gradient")
 def _grad_growing(f):
-    g = f.metrics["grad_norm"]; n = len(g)
-    if n < 4 * LEAST_ROWS: return None
+    g = f.metrics["grad_norm"]
+    n = len(g)
+    if n < 4 * LEAST_ROWS:
+        return None
     before, now = np.nanmedian(g[n // 4:n // 2]), np.nanmedian(g[-(n // 4):])
-    if not now > GROWTH * before: return None
-    return Problem(f"Median {before:.3f} in the second quarter, {now:.3f} in the last: {now / before:.1f} times.", "Halve the learning rate; if in bf16, compare with float32.",
-                   "Often the first sign of a divergence.", "grad")
+    if not now > GROWTH * before:
+        return None
+    return Problem(
+        f"Median {before:.3f} in the second quarter, {now:.3f} in the last: {now / before:.1f} times.",
+        "Halve the learning rate; if in bf16, compare with float32.", "Often the first sign of a divergence.", "grad")
 
 # %% ../nbs/08_doctor.ipynb #c048
 EMA_LEAST, EMA_SHARE = 0.9, 0.005 # below 0.9 the average spans ten steps; DDPM's horizon was 1.2% of its run
@@ -246,7 +339,8 @@ SEEN, DATA = 0.065, 500           # images per parameter, a twentieth of the sho
 PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.2 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
 def _longest(f): # the decay of the longest average; None if one is over a share of the run, which fits any length
     c = f.config
-    if c.ema_half_lives is None: return c.ema_decay
+    if c.ema_half_lives is None:
+        return c.ema_decay
     return None if min(c.ema_half_lives) < 1 else 0.5 ** (c.batch_size / max(c.ema_half_lives))
 def _horizons(f): # in words
     lives = [f"{100 * h:.3g}% of the run" if h < 1 else f"{h:,.0f} images" for h in f.config.ema_half_lives]
@@ -254,160 +348,281 @@ def _horizons(f): # in words
 @looks_for("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
     d, halves = _longest(f), f.config.ema_half_lives
-    if d is None: return f"Half of each average's weight lies on {_horizons(f)}."
+    if d is None:
+        return f"Half of each average's weight lies on {_horizons(f)}."
     span = 1 / (1 - d)
     if d < EMA_LEAST:
         advice = ("ema_half_lives=0.1 (a tenth of the run, however long it is)" if halves else
                   "ema_decay=0.9999 (its warm-up fits it to short runs)")
         which = f"ema_half_lives are {halves}: the longest" if halves else f"ema_decay is {d:g}: the"
-        return Problem(f"{which} average spans {span:.0f} step(s).", advice,
-                       "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more than the loss does.", "ema")
-    return f"EMA over {span:,.0f} steps" + (f"; its warm-up shortens that to a tenth of the steps done, so {f.total // 10:,} at the end." if span > f.total / 10 else ".")
-@looks_for("ema-short", "minor", "The average of the weights is short for so long a run", "04_train: An average of the weights", "config")
+        return Problem(
+            f"{which} average spans {span:.0f} step(s).", advice,
+            "On the digits of 04_train the average has the lower loss on fixed noise; samples gain more "
+            "than the loss does.",
+            "ema")
+    return f"EMA over {span:,.0f} steps" + (
+        f"; its warm-up shortens that to a tenth of the steps done, so {f.total // 10:,} at the end."
+        if span > f.total / 10
+        else ".")
+@looks_for(
+    "ema-short", "minor", "The average of the weights is short for so long a run",
+    "04_train: An average of the weights", "config")
 def _ema_short(f):
     d = _longest(f)
-    if d is None or d < EMA_LEAST or (span := 1 / (1 - d)) >= EMA_SHARE * f.total: return None
+    if d is None or d < EMA_LEAST or (span := 1 / (1 - d)) >= EMA_SHARE * f.total:
+        return None
     advice = "ema_half_lives=0.1, a tenth of the run" if f.config.ema_half_lives else "ema_decay=0.9999 or longer"
     return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", advice,
                    "Smoother weights; measured only by training or by scores.", "ema")
-@looks_for("ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights", "losses")
+@looks_for(
+    "ema-worse", "moderate", "The averaged weights are worse than the last ones", "04_train: An average of the weights",
+    "losses")
 def _ema_worse(f):
-    if not {"raw", "train"} <= f.losses.keys(): return None
-    worse, t = _paired(f.losses["train"], f.losses["raw"]); n = len(f.losses["t"])
-    text = f"On {n} training images with shared noise the EMA's loss is {worse:+.1%} against the last weights (t = {t:.1f})."
-    if worse <= WORSE or t <= SURE: return text
+    if not {"raw", "train"} <= f.losses.keys():
+        return None
+    worse, t = _paired(f.losses["train"], f.losses["raw"])
+    n = len(f.losses["t"])
+    text = (
+        f"On {n} training images with shared noise the EMA's loss is {worse:+.1%} against the last weights "
+        f"(t = {t:.1f}).")
+    if worse <= WORSE or t <= SURE:
+        return text
     others = ", or with ".join(["", *list(make_averages(torch.nn.Module(), f.config))[1:]])
     return Problem(text, f"Sample with the last weights for now{others}; let the run go on, or shorten the average.",
                    f"Up to {worse:.0%} of the loss, at once and free.", "bins")
 @looks_for("few-images", "moderate", "Few images seen for a model of this size", "04_train: The loop", "config")
 def _few_images(f):
-    seen, parameters = f.total * f.config.batch_size, f.parameters; ratio = seen / parameters
-    text = f"{seen:,} images planned for {parameters:,} parameters: {ratio:.3g} each. Published CIFAR-10 runs: {PUBLISHED}."
-    if ratio >= SEEN: return text if ratio >= 0.3 else None
-    return Problem(text, f"Train {math.ceil(SEEN / ratio)} times as long at the least, or take a smaller model.", "The most certain gain there is; see how fast the loss still falls.", "loss")
-@looks_for("overfitting", "moderate", "Held-out images have a higher loss than training images", "07_evaluate: Precision, recall, and copying", "losses")
+    seen, parameters = f.total * f.config.batch_size, f.parameters
+    ratio = seen / parameters
+    text = (
+        f"{seen:,} images planned for {parameters:,} parameters: {ratio:.3g} each. Published CIFAR-10 "
+        f"runs: {PUBLISHED}.")
+    if ratio >= SEEN:
+        return text if ratio >= 0.3 else None
+    return Problem(
+        text, f"Train {math.ceil(SEEN / ratio)} times as long at the least, or take a smaller model.",
+        "The most certain gain there is; see how fast the loss still falls.", "loss")
+@looks_for(
+    "overfitting", "moderate", "Held-out images have a higher loss than training images",
+    "07_evaluate: Precision, recall, and copying", "losses")
 def _overfitting(f):
-    if not {"held-out", "train"} <= f.losses.keys(): return None
-    gap, t = _paired(f.losses["held-out"], f.losses["train"]); n = len(f.losses["t"])
-    text = f"Held-out loss {f.losses['held-out'].mean():.4f}, training loss {f.losses['train'].mean():.4f}, pair by pair {gap:+.1%} (t = {t:.1f}, n = {n})."
-    if gap <= 2 * WORSE or t <= SURE: return text if t < 2 or gap <= WORSE else None
-    return Problem(text, "Stop earlier, or add dropout (0.1) and, where mirror images are natural, flips; more data is better than either.",
-                   f"The {gap:.0%} between the two is what the model knows by heart.", "bins", "critical" if gap > 1 else None)
+    if not {"held-out", "train"} <= f.losses.keys():
+        return None
+    gap, t = _paired(f.losses["held-out"], f.losses["train"])
+    n = len(f.losses["t"])
+    text = (
+        f"Held-out loss {f.losses['held-out'].mean():.4f}, training loss {f.losses['train'].mean():.4f}, "
+        f"pair by pair {gap:+.1%} (t = {t:.1f}, n = {n}).")
+    if gap <= 2 * WORSE or t <= SURE:
+        return text if t < 2 or gap <= WORSE else None
+    return Problem(
+        text,
+        "Stop earlier, or add dropout (0.1) and, where mirror images are natural, flips; more data is "
+        "better than either.", f"The {gap:.0%} between the two is what the model knows by heart.", "bins",
+        "critical" if gap > 1 else None)
 
 # %% ../nbs/08_doctor.ipynb #c052
-MIRROR_LOSS, MIRROR_TOLD = 0.2, 0.55 # accuracy lost on mirrored images; accuracy in telling them from real ones (0.5: guessing)
+# accuracy lost on mirrored images; accuracy in telling them from real ones (0.5: guessing)
+MIRROR_LOSS, MIRROR_TOLD = 0.2, 0.55
 
 def mirror_test(images, labels=None, n=1500):
-    """(accuracy on real, on mirrored, in telling mirrored from real), of linear classifiers on held-out images; the first two
-    None without labels. `images`: uint8 (N, C, H, W), shrunk to at most 16 pixels a side. None for fewer than 200 images."""
-    if len(images) < 200: return None
+    """(accuracy on real, on mirrored, in telling mirrored from real), of linear classifiers on held-out images; the
+    first two None without labels. `images`: uint8 (N, C, H, W), shrunk to at most 16 pixels a side. None for fewer than
+    200 images."""
+    if len(images) < 200:
+        return None
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression                      # a second or two: only for who asks
     index = torch.randperm(len(images), generator=addressed("mirror"))[:n]
     x = to_float(images[index]).mean(1, keepdim=True)
-    if x.shape[-1] > 16: x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
+    if x.shape[-1] > 16:
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
     half, flat = len(x) // 2, lambda v: v.flatten(1).numpy()
     read = lambda: LogisticRegression(C=0.01, max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        odd = flat(x - x.flip(-1)); sides = lambda v: (np.concatenate([v, -v]), np.repeat([1, 0], len(v)))
+        odd = flat(x - x.flip(-1))
+        sides = lambda v: (np.concatenate([v, -v]), np.repeat([1, 0], len(v)))
         told = read().fit(*sides(odd[:half])).score(*sides(odd[half:]))
-        if labels is None or len(labels[index[:half]].unique()) < 2: return None, None, told
-        y = labels[index].numpy(); model = read().fit(flat(x[:half]), y[:half])
+        if labels is None or len(labels[index[:half]].unique()) < 2:
+            return None, None, told
+        y = labels[index].numpy()
+        model = read().fit(flat(x[:half]), y[:half])
     return model.score(flat(x[half:]), y[half:]), model.score(flat(x[half:].flip(-1)), y[half:]), told
 
 # %% ../nbs/08_doctor.ipynb #c054
-def _mirrors(f): return mirror_test(f.images.take(slice(None, None, max(1, len(f.images) // 3000))), None if f.images.labels is None
-                                    else f.images.labels[::max(1, len(f.images) // 3000)])
-@looks_for("flip-harmful", "critical", "Images are mirrored although mirroring changes what they show", "01_data: Augmentation, on the device, per image", "images")
+def _mirrors(f):
+    return mirror_test(f.images.take(slice(None, None, max(1, len(f.images) // 3000))), None if f.images.labels is None
+                       else f.images.labels[::max(1, len(f.images) // 3000)])
+@looks_for(
+    "flip-harmful", "critical", "Images are mirrored although mirroring changes what they show",
+    "01_data: Augmentation, on the device, per image", "images")
 def _flip_harmful(f):
-    if not f.config.flip or not (m := _mirrors(f)) or m[0] is None: return None
-    text = f"A linear classifier of the classes is right for {m[0]:.0%} of held-out images, and for {m[1]:.0%} of the same images mirrored."
-    if m[0] - m[1] < MIRROR_LOSS: return text
-    return Problem(text, "flip=False, in a new run", "Half of what the model learns to draw is mirrored; no sampler can undo that.", "samples")
-@looks_for("flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
+    if not f.config.flip or not (m := _mirrors(f)) or m[0] is None:
+        return None
+    text = (
+        f"A linear classifier of the classes is right for {m[0]:.0%} of held-out images, and for "
+        f"{m[1]:.0%} of the same images mirrored.")
+    if m[0] - m[1] < MIRROR_LOSS:
+        return text
+    return Problem(
+        text, "flip=False, in a new run",
+        "Half of what the model learns to draw is mirrored; no sampler can undo that.", "samples")
+@looks_for(
+    "flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
 def _flip_absent(f):
-    if f.config.flip or not (m := _mirrors(f)) or m[2] >= MIRROR_TOLD or m[0] is not None and m[0] - m[1] >= MIRROR_LOSS / 4: return None
-    return Problem(f"A linear classifier tells mirrored images from real ones in {m[2]:.0%} of the cases (guessing: 50%): they are as good as new ones.",
-                   "flip=True, in a new run", "Ho et al. (2020, appendix B) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.", "samples")
+    if (
+        f.config.flip
+        or not (m := _mirrors(f))
+        or m[2] >= MIRROR_TOLD
+        or m[0] is not None
+        and m[0] - m[1] >= MIRROR_LOSS / 4):
+        return None
+    return Problem(
+        f"A linear classifier tells mirrored images from real ones in {m[2]:.0%} of the cases (guessing: "
+        "50%): they are as good as new ones.", "flip=True, in a new run",
+        "Ho et al. (2020, appendix B) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.",
+        "samples")
 @looks_for("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
 def _imbalance(f):
     counts = f.data.get("class_counts")
-    if not counts or len(counts) < 2: return None
-    low, high = min(counts), max(counts); names = f.data["classes"]
+    if not counts or len(counts) < 2:
+        return None
+    low, high = min(counts), max(counts)
+    names = f.data["classes"]
     text = f"From {low:,} images ({names[counts.index(low)]}) to {high:,} ({names[counts.index(high)]})."
-    if high <= 3 * max(low, 1) and low: return text
-    return Problem(text, "Collect more of the rare classes, or repeat them; score each class on its own.", "Samples of the rare classes will be poor, and few without guidance.", "classes",
-                   "critical" if not low else None)
-@looks_for("small-data", "moderate", "So few images that the model can learn them by heart", "07_evaluate: Precision, recall, and copying", "config")
+    if high <= 3 * max(low, 1) and low:
+        return text
+    return Problem(
+        text, "Collect more of the rare classes, or repeat them; score each class on its own.",
+        "Samples of the rare classes will be poor, and few without guidance.", "classes",
+        "critical" if not low else None)
+@looks_for(
+    "small-data", "moderate", "So few images that the model can learn them by heart",
+    "07_evaluate: Precision, recall, and copying", "config")
 def _small_data(f):
     n = f.data["images"]
-    if n >= DATA: return None
-    return Problem(f"{n:,} images, each seen {f.total * f.config.batch_size / n:,.0f} times.", "Watch the held-out loss and the nearest training images; use dropout, and fewer epochs.",
-                   "Beyond some hundred passes, samples tend to be copies.", "loss")
+    if n >= DATA:
+        return None
+    return Problem(
+        f"{n:,} images, each seen {f.total * f.config.batch_size / n:,.0f} times.",
+        "Watch the held-out loss and the nearest training images; use dropout, and fewer epochs.",
+        "Beyond some hundred passes, samples tend to be copies.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c057
-@looks_for("size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images", "04_train: A run is a folder", "config")
+@looks_for(
+    "size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images",
+    "04_train: A run is a folder", "config")
 def _size_mismatch(f):
     sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
-    if f.saved: sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
-    if f.scores: sizes["scores"] = f.scores["score"].get("size")
+    if f.saved:
+        sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
+    if f.scores:
+        sizes["scores"] = f.scores["score"].get("size")
     told = ", ".join(f"{k} {v}" for k, v in sizes.items() if v)
-    if len({v for v in sizes.values() if v}) == 1: return f"All agree: {told}."
-    return Problem(f"In pixels: {told}.", "Find out which is meant, and make the others anew.", "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
-@looks_for("upscaled", "moderate", "The images are enlarged: more pixels, no more detail", "01_data: Resizing, and what it does not add", "config")
+    if len({v for v in sizes.values() if v}) == 1:
+        return f"All agree: {told}."
+    return Problem(
+        f"In pixels: {told}.", "Find out which is meant, and make the others anew.",
+        "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
+@looks_for(
+    "upscaled", "moderate", "The images are enlarged: more pixels, no more detail",
+    "01_data: Resizing, and what it does not add", "config")
 def _upscaled(f):
     scale = f.size / f.native
-    if scale <= 1: return f"Images of {f.native} pixels are trained at {f.size}." if scale == 1 else None
-    evidence = f"{f.native} pixels were enlarged to {f.size} ({f.data['filter']}): {1 - 1 / scale ** 2:.0%} of the directions in which such an image can vary are empty."
-    if f.spectrum is not None: evidence += f" Measured: the first {len(f.spectrum) // int(scale ** 2):,} of {len(f.spectrum):,} directions hold {f.spectrum[:len(f.spectrum) // int(scale ** 2)].sum() / f.spectrum.sum():.1%} of the variance."
+    if scale <= 1:
+        return f"Images of {f.native} pixels are trained at {f.size}." if scale == 1 else None
+    evidence = (
+        f"{f.native} pixels were enlarged to {f.size} ({f.data['filter']}): {1 - 1 / scale**2:.0%} of "
+        "the directions in which such an image can vary are empty.")
+    if f.spectrum is not None:
+        evidence += (
+            f" Measured: the first {len(f.spectrum) // int(scale**2):,} of {len(f.spectrum):,} "
+            "directions hold "
+            f"{f.spectrum[: len(f.spectrum) // int(scale**2)].sum() / f.spectrum.sum():.1%} of the "
+            "variance.")
     if f.spectrum is not None and f.native_spectrum is not None:
         small = f.in_training(gaussian_loss_floor(f.native_spectrum, f.schedule, f.config.prediction))
-        evidence += f" The best Gaussian denoiser has a loss of {f.floor_mean:.4f} at {f.size} pixels and {small:.4f} at {f.native}: a lower loss here is no better picture."
-    return Problem(evidence, f"Train at {f.native} pixels and enlarge the samples. If it must be {f.size}: shift={scale:g}, which lowers the signal-to-noise ratio by {scale ** 2:g}.",
-                   f"At {f.native} pixels a step costs about 1/{scale ** 2:.3g}, so that {scale ** 2:.3g} times as many images can be seen in the same time.", "spectrum")
+        evidence += (
+            f" The best Gaussian denoiser has a loss of {f.floor_mean:.4f} at {f.size} pixels and "
+            f"{small:.4f} at {f.native}: a lower loss here is no better picture.")
+    return Problem(
+        evidence,
+        f"Train at {f.native} pixels and enlarge the samples. If it must be {f.size}: shift={scale:g}, "
+        f"which lowers the signal-to-noise ratio by {scale**2:g}.",
+        f"At {f.native} pixels a step costs about 1/{scale**2:.3g}, so that {scale**2:.3g} times as "
+        "many images can be seen in the same time.",
+        "spectrum")
 
 # %% ../nbs/08_doctor.ipynb #c060
 PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's schedule leaves 0.006
-@looks_for("zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?", "config")
+@looks_for(
+    "zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?",
+    "config")
 def _zero_snr_eps(f):
-    if not (f.schedule.a[-1] == 0 and f.config.prediction == "eps"): return None
-    return Problem(f"No signal is left at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about "
-                   "the image.",
-                   f"prediction='{'velocity' if f.schedule.straight else 'v'}', in a new run",
-                   "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.", "schedule")
-@looks_for("noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules", "config")
+    if not (f.schedule.a[-1] == 0 and f.config.prediction == "eps"):
+        return None
+    return Problem(
+        f"No signal is left at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about the image.",
+        f"prediction='{'velocity' if f.schedule.straight else 'v'}', in a new run",
+        "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.",
+        "schedule")
+@looks_for(
+    "noise-never-pure", "critical", "The noisiest image seen in training is not noise", "02_schedule: Three schedules",
+    "config")
 def _noise_never_pure(f):
     left = float(f.schedule.a[-1])
-    if left <= PURE: return f"At the last timestep {left:.2%} of the signal's amplitude is left."
-    return Problem(f"At t = {f.config.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from pure noise, which the network has never met.",
-                   f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'", "Washed-out or wrongly composed samples disappear.", "schedule")
-@looks_for("no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible", "06_guide: What the network sees", "config")
+    if left <= PURE:
+        return f"At the last timestep {left:.2%} of the signal's amplitude is left."
+    return Problem(
+        f"At t = {f.config.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from "
+        "pure noise, which the network has never met.",
+        f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'",
+        "Washed-out or wrongly composed samples disappear.",
+        "schedule")
+@looks_for(
+    "no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible",
+    "06_guide: What the network sees", "config")
 def _no_label_dropout(f):
-    if not f.config.conditional: return None
-    if f.config.label_dropout: return f"{f.config.label_dropout:.0%} of the labels are hidden in training." if f.config.label_dropout <= 0.3 else None
-    return Problem("label_dropout is 0: the row of the null class is as it was initialised.", "label_dropout=0.1, in a new run",
-                   "Guidance becomes possible; 06_guide measures what it does for legibility and variety.", "classes")
+    if not f.config.conditional:
+        return None
+    if f.config.label_dropout:
+        return (
+            f"{f.config.label_dropout:.0%} of the labels are hidden in training."
+            if f.config.label_dropout <= 0.3
+            else None)
+    return Problem(
+        "label_dropout is 0: the row of the null class is as it was initialised.", "label_dropout=0.1, in a new run",
+        "Guidance becomes possible; 06_guide measures what it does for legibility and variety.", "classes")
 @looks_for("sampler-steps", "minor", "Sampler steps", "05_sample: Quality against cost", "config")
 def _sampler_steps(f):
-    used = {"sample grids": f.config.sample_steps} | ({"scores": f.scores["steps"]} if f.scores and isinstance(f.scores.get("steps"), int) else {})
+    used = {"sample grids": f.config.sample_steps} | (
+        {"scores": f.scores["steps"]} if f.scores and isinstance(f.scores.get("steps"), int) else {})
     few = {k: v for k, v in used.items() if v < 10}
-    if not few: return ", ".join(f"{k}: {v} steps" for k, v in used.items()) + "."
-    return Problem(", ".join(f"{k} are made with {v} steps" for k, v in few.items()) + ".", "sample_steps=50 with DDIM, or 20 with dpmpp_2m", "Judges the model instead of the sampler.", "samples")
+    if not few:
+        return ", ".join(f"{k}: {v} steps" for k, v in used.items()) + "."
+    return Problem(
+        ", ".join(f"{k} are made with {v} steps" for k, v in few.items()) + ".",
+        "sample_steps=50 with DDIM, or 20 with dpmpp_2m", "Judges the model instead of the sampler.", "samples")
 
 # %% ../nbs/08_doctor.ipynb #c063
 COPY, COPIES = 0.5, 0.1 # nearer than half of the usual nearest distance; in a tenth of the pictures
 
-def picture_facts(made, real): # uint8 (N, C, H, W) each -> (ratio of contrasts, correlation of neighbours made, and real)
-    def neighbours(x): a, b = x[..., 1:].flatten(), x[..., :-1].flatten(); return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num().item()
+def picture_facts(made, real):
+    # uint8 (N, C, H, W) each -> (ratio of contrasts, correlation of neighbours made, and real)
+    def neighbours(x):
+        a, b = x[..., 1:].flatten(), x[..., :-1].flatten()
+        return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num().item()
     made, real = to_float(made), to_float(real)
-    grey = torch.tensor(1 / 127.5)                                                  # the least contrast there is: one grey level
+    grey = torch.tensor(1 / 127.5)  # the least contrast there is: one grey level
     return (made.std().maximum(grey) / real.std().maximum(grey)).item(), neighbours(made), neighbours(real)
 
-def copies(made, images): # uint8 (N, C, H, W), ImageData -> (median nearest distance made, usual among training images, share of copies)
-    """Distances from made pictures to the nearest of all training images. What is usual among these counts no copies, and is 0 if
-    all are equal; within one grey level a picture is a copy in any case."""
-    batches = lambda step=1: (to_float(images.take(slice(i, i + 4000 * step, step))).flatten(1) for i in range(0, len(images), 4000 * step))
+def copies(made, images):
+    # uint8 (N, C, H, W), ImageData -> (median nearest distance made, usual among training images, share of copies)
+    """Distances from made pictures to the nearest of all training images. What is usual among these counts no copies,
+    and is 0 if all are equal; within one grey level a picture is a copy in any case."""
+    batches = lambda step=1: (
+        to_float(images.take(slice(i, i + 4000 * step, step))).flatten(1) for i in range(0, len(images), 4000 * step))
     some, near = torch.cat(list(batches(max(1, len(images) // 200)))), to_float(made).flatten(1)
     to_some, to_made = zip(*((nearest(some, pool, skip_self=True)[0], nearest(near, pool)[0]) for pool in batches()))
     usual, near = torch.stack(to_some).amin(0).median(), torch.stack(to_made).amin(0)
@@ -416,109 +631,214 @@ def copies(made, images): # uint8 (N, C, H, W), ImageData -> (median nearest dis
     return near.median().item(), usual.item(), (near < usual.mul(COPY).clamp(min=grey)).double().mean().item()
 @looks_for("samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits", "metrics grid")
 def _samples_off(f):
-    if f.done < LATE: return None
+    if f.done < LATE:
+        return None
     contrast, mine, theirs = picture_facts(*reversed(f.grid))
-    text = f"Contrast {contrast:.2f} times that of the real images beside them; correlation of neighbouring pixels {mine:.2f}, real {theirs:.2f}."
-    if 0.6 < contrast < 1.5 and abs(mine - theirs) < 0.3: return text
-    return Problem(text, "Look at the grid: grey, noise, or saturation? Check prediction, schedule and EMA.", "Samples near the data's own numbers.", "samples")
-@looks_for("copies", "critical", "Samples are copies of training images", "07_evaluate: Precision, recall, and copying", "metrics grid images")
+    text = (
+        f"Contrast {contrast:.2f} times that of the real images beside them; correlation of neighbouring "
+        f"pixels {mine:.2f}, real {theirs:.2f}.")
+    if 0.6 < contrast < 1.5 and abs(mine - theirs) < 0.3:
+        return text
+    return Problem(
+        text, "Look at the grid: grey, noise, or saturation? Check prediction, schedule and EMA.",
+        "Samples near the data's own numbers.", "samples")
+@looks_for(
+    "copies", "critical", "Samples are copies of training images", "07_evaluate: Precision, recall, and copying",
+    "metrics grid images")
 def _copies(f):
     near, usual, share = f.copied
-    text = f"Distance to the nearest training image: {near:.2f} (median), among training images {usual:.2f}; nearer than half of that: {share:.0%} of {len(f.grid[1])}."
-    if share <= COPIES: return text
-    return Problem(text, "More data, fewer epochs, dropout; do not publish these samples as new.", "None that a score would show: Fréchet distance rewards copies.", "samples")
+    text = (
+        f"Distance to the nearest training image: {near:.2f} (median), among training images {usual:.2f}; "
+        f"nearer than half of that: {share:.0%} of {len(f.grid[1])}.")
+    if share <= COPIES:
+        return text
+    return Problem(
+        text, "More data, fewer epochs, dropout; do not publish these samples as new.",
+        "None that a score would show: Fréchet distance rewards copies.", "samples")
 @looks_for("no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits", "metrics saved")
 def _no_samples(f):
-    if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs): return None
-    if any((f.run / "samples").glob("*.png")): return None
-    return Problem(f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f.command("sample"), "The loss cannot see what an eye sees at once.", "loss")
+    if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs):
+        return None
+    if any((f.run / "samples").glob("*.png")):
+        return None
+    return Problem(
+        f"{f.metrics['epoch'][-1]:.0f} epochs are done, and samples/ holds no grid.", f.command("sample"),
+        "The loss cannot see what an eye sees at once.", "loss")
 
 # %% ../nbs/08_doctor.ipynb #c064
-SCORE_LEAST, SCORE_ERROR = 5000, 0.1 # images below which Fréchet distances mostly measure n; a tenth: interval against value
+# images below which Fréchet distances mostly measure n; a tenth: interval against value
+SCORE_LEAST, SCORE_ERROR = 5000, 0.1
 @looks_for("score-few", "moderate", "The score rests on few images", "07_evaluate: How sure are we?", "scores")
 def _score_few(f):
-    s = f.scores["score"]; dim = s.get("dim", 0)
-    if s["n"] >= SCORE_LEAST or s["n"] >= 10 * dim: return None
-    return Problem(f"n = {s['n']:,} in {dim:,} dimensions: real images score {f.scores['floor']['value']:.3g} at that n, not 0.", "diffnb evaluate with --n 10000, or 50000 to compare with papers",
-                   f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}." if f.scores.get("extrapolated") is not None else "A score that others can use.", "scores")
+    s = f.scores["score"]
+    dim = s.get("dim", 0)
+    if s["n"] >= SCORE_LEAST or s["n"] >= 10 * dim:
+        return None
+    return Problem(
+        f"n = {s['n']:,} in {dim:,} dimensions: real images score {f.scores['floor']['value']:.3g} at that n, not 0.",
+        "diffnb evaluate with --n 10000, or 50000 to compare with papers",
+        f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}."
+        if f.scores.get("extrapolated") is not None
+        else "A score that others can use.",
+        "scores")
 @looks_for("score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores")
 def _score_uncertain(f):
-    s = f.scores["score"]; error = s.get("error")
-    if not error or not s["value"]: return None
-    text = f"{s['value']:.4g} ± {1.96 * error:.2g} (95%), n = {s['n']:,}, {s.get('dim', '?')}-d {s.get('network', 'features')}, against {s.get('split') or 'unknown'} images."
-    if 1.96 * error <= SCORE_ERROR * s["value"]: return text
-    return Problem(text, f"About {math.ceil((1.96 * error / s['value'] / SCORE_ERROR) ** 2)} times as many images", "Two runs whose intervals overlap cannot be ranked.", "scores")
-@looks_for("score-copying", "critical", "The scored images lie too near to training images", "07_evaluate: Precision, recall, and copying", "scores")
+    s = f.scores["score"]
+    error = s.get("error")
+    if not error or not s["value"]:
+        return None
+    text = (
+        f"{s['value']:.4g} ± {1.96 * error:.2g} (95%), n = {s['n']:,}, {s.get('dim', '?')}-d "
+        f"{s.get('network', 'features')}, against {s.get('split') or 'unknown'} images.")
+    if 1.96 * error <= SCORE_ERROR * s["value"]:
+        return text
+    return Problem(
+        text, f"About {math.ceil((1.96 * error / s['value'] / SCORE_ERROR) ** 2)} times as many images",
+        "Two runs whose intervals overlap cannot be ranked.", "scores")
+@looks_for(
+    "score-copying", "critical", "The scored images lie too near to training images",
+    "07_evaluate: Precision, recall, and copying", "scores")
 def _score_copying(f):
     share = f.scores.get("copied")
-    if not isinstance(share, float): return None
+    if not isinstance(share, float):
+        return None
     text = f"{share:.1%} of the images are nearer to a training image than 95% of real ones are (5% is innocent)."
-    return Problem(text, "More data, fewer epochs, dropout.", "A good score by heart is no good model.", "scores") if share > 0.5 else text
-@looks_for("damaged-checkpoint", "moderate", "A checkpoint is damaged", "04_train: Checkpoints that know whether they are whole", "config")
+    return (
+        Problem(text, "More data, fewer epochs, dropout.", "A good score by heart is no good model.", "scores")
+        if share > 0.5
+        else text)
+@looks_for(
+    "damaged-checkpoint", "moderate", "A checkpoint is damaged",
+    "04_train: Checkpoints that know whether they are whole", "config")
 def _damaged_checkpoint(f):
-    if not f.damaged: return None
-    return Problem(f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.", "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.", "loss")
+    if not f.damaged:
+        return None
+    return Problem(
+        f"{', '.join(f.damaged)} cannot be read; {len(checkpoints(f.run)) - len(f.damaged)} other(s) can.",
+        "Check the disk; copy what is whole elsewhere; keep more than one.", "The next damage may hit the last one.",
+        "loss")
 
 # %% ../nbs/08_doctor.ipynb #c067
 LOST = 60 # seconds: below that, nobody cares
 @looks_for("slowing", "minor", "Training became much slower", "04_train: Metrics without waiting")
 def _slowing(f):
     r, n = f.metrics["images_per_s"], len(f.metrics["step"])
-    if n < 3 * LEAST_ROWS: return None
+    if n < 3 * LEAST_ROWS:
+        return None
     first, last = np.median(r[:n // 3]), np.median(r[-(n // 3):])
     lost = (f.metrics["images"][-1] - f.metrics["images"][-(n // 3)]) * (1 / last - 1 / first)
-    if last > first / 3 or lost < LOST: return None
-    return Problem(f"{first:,.0f} images a second in the first third (median), {last:,.0f} in the last; {lost / 60:.0f} minutes lost.", "See what else runs there, and whether the device throttles.", "The first speed.", "speed")
+    if last > first / 3 or lost < LOST:
+        return None
+    return Problem(
+        f"{first:,.0f} images a second in the first third (median), {last:,.0f} in the last; "
+        f"{lost / 60:.0f} minutes lost.", "See what else runs there, and whether the device throttles.",
+        "The first speed.",
+        "speed")
 @looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "04_train: A run is a folder")
 def _overhead(f):
-    m = f.metrics; n = len(m["step"])
-    if n < 2 * LEAST_ROWS: return None
-    spent = np.diff(m["images"], prepend=0) / m["images_per_s"]; usual = _running_median(spent)
+    m = f.metrics
+    n = len(m["step"])
+    if n < 2 * LEAST_ROWS:
+        return None
+    spent = np.diff(m["images"], prepend=0) / m["images_per_s"]
+    usual = _running_median(spent)
     lost = (spent - usual)[spent > 2 * usual].sum()
-    if lost < LOST or lost < 0.2 * spent.sum(): return None
-    return Problem(f"Rows slower than half the speed of their neighbours took {lost / 60:.1f} extra minutes, {lost / spent.sum():.0%} of the time.", "Larger sample_every and checkpoint_every, or fewer sample_steps.",
-                   f"Up to {lost / spent.sum():.0%} of the time.", "speed")
+    if lost < LOST or lost < 0.2 * spent.sum():
+        return None
+    return Problem(
+        f"Rows slower than half the speed of their neighbours took {lost / 60:.1f} extra minutes, "
+        f"{lost / spent.sum():.0%} of the time.", "Larger sample_every and checkpoint_every, or fewer sample_steps.",
+        f"Up to {lost / spent.sum():.0%} of the time.",
+        "speed")
 @looks_for("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
 def _float32_on_gpu(f):
-    if not f.device.startswith("cuda") or f.config.precision != "float32": return None
-    return Problem(f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it", "Not measured here on a GPU; on a CPU with bf16 a step of the default model was about twice as fast (04_train).", "speed")
+    if not f.device.startswith("cuda") or f.config.precision != "float32":
+        return None
+    return Problem(
+        f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it",
+        "Not measured here on a GPU; on a CPU with bf16 a step of the default model was about twice as "
+        "fast (04_train).",
+        "speed")
 @looks_for("gpu-starved", "minor", "The GPU waits for the CPU", "04_train: Metrics without waiting")
 def _gpu_starved(f):
-    speed = np.median(f.late()["images_per_s"]); rate = 3 * f.flops * speed / 1e12     # the way back costs about twice the way there
+    speed = np.median(f.late()["images_per_s"])
+    rate = 3 * f.flops * speed / 1e12     # the way back costs about twice the way there
     text = f"{speed:,.0f} images a second, {rate:.3g} TFLOP/s on {f.device}."
-    if not f.device.startswith("cuda"): return text
-    return Problem(text + " Any GPU of the last ten years can do several times as much.", "A larger batch; torch.compile.", "Up to the point where the speed no longer grows with the batch.", "speed") if rate < 2 else text
+    if not f.device.startswith("cuda"):
+        return text
+    return (
+        Problem(
+            text + " Any GPU of the last ten years can do several times as much.", "A larger batch; torch.compile.",
+            "Up to the point where the speed no longer grows with the batch.", "speed")
+        if rate < 2
+        else text)
 
 # %% ../nbs/08_doctor.ipynb #c075
 def _good(f): # sentence 1: is the loss good?
-    loss, error = f.loss(); kind = f"{f.size}x{f.size}" + (f" enlarged from {f.native}" if f.size > f.native else "") + f", {f.config.schedule} schedule, predicting {f.config.prediction}"
-    if f.config.logit_normal: kind += ", timesteps drawn logit-normal"
-    now = f"The loss of the last third of the rows is {loss:.4f}" + (f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
-    if f.floor is None: return f"{now}; whether that is good cannot be said without the Gaussian floor of these images ({kind}), because a loss means nothing by itself."
+    loss, error = f.loss()
+    kind = (
+        f"{f.size}x{f.size}"
+        + (f" enlarged from {f.native}" if f.size > f.native else "")
+        + f", {f.config.schedule} schedule, predicting {f.config.prediction}")
+    if f.config.logit_normal:
+        kind += ", timesteps drawn logit-normal"
+    now = f"The loss of the last third of the rows is {loss:.4f}" + (
+        f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
+    if f.floor is None:
+        return (
+            f"{now}; whether that is good cannot be said without the Gaussian floor of these images "
+            f"({kind}), because a loss means nothing by itself.")
     change = 1 - loss / f.floor_mean
-    if not math.isfinite(loss): return "The loss is no longer a number, so it is not good."
-    if abs(loss - f.floor_mean) < 1.96 * error: change = 0.0                       # within its own uncertainty
-    verdict = f"good, as far as a loss can be: {change:.0%} below it, so the network knows more than the covariance of the pixels" if change > 0.02 else \
-              ("not good yet" if f.done < LATE else "not good") + (f": {-change:.0%} above it" if change < -0.02 else ": no better than it")
-    return f"{now}, against {f.floor_mean:.4f} for the best Gaussian denoiser of the same images ({kind}); that is {verdict}."
+    if not math.isfinite(loss):
+        return "The loss is no longer a number, so it is not good."
+    if abs(loss - f.floor_mean) < 1.96 * error:
+        change = 0.0                       # within its own uncertainty
+    verdict = (
+        (
+            f"good, as far as a loss can be: {change:.0%} below it, so the network knows more than the "
+            "covariance of the pixels")
+        if change > 0.02
+        else ("not good yet" if f.done < LATE else "not good")
+        + (f": {-change:.0%} above it" if change < -0.02 else ": no better than it"))
+    return (
+        f"{now}, against {f.floor_mean:.4f} for the best Gaussian denoiser of the same images ({kind}); "
+        f"that is {verdict}.")
 
 def _falling(f): # sentence 2: does it still change?
     fit = _slope(f)
-    if fit is None: return f"Whether it still falls cannot be said from {len(f.metrics['step'])} rows."
+    if fit is None:
+        return f"Whether it still falls cannot be said from {len(f.metrics['step'])} rows."
     change, low, high = fit
-    word = "still falling" if high < 0 else "rising" if low > 0 else "flat" if -FLAT < low and high < FLAT else "neither falling nor rising beyond doubt"
-    return f"Over that third it changed by {change:+.1%} (95% interval {low:+.1%} to {high:+.1%}): {word}, with the learning rate at {f.late()['lr'].mean() / f.config.lr:.0%} of its peak on average."
+    word = (
+        "still falling"
+        if high < 0
+        else "rising"
+        if low > 0
+        else "flat"
+        if -FLAT < low and high < FLAT
+        else "neither falling nor rising beyond doubt")
+    return (
+        f"Over that third it changed by {change:+.1%} (95% interval {low:+.1%} to {high:+.1%}): {word}, "
+        f"with the learning rate at {f.late()['lr'].mean() / f.config.lr:.0%} of its peak on average.")
 
 def _stop(f, found): # sentence 3: may I stop?
     worst = [x for x in found if x.severity == "critical"]
-    if worst: return f"Stop, but do not keep it as it is: first mend the critical problem{'s' if worst[1:] else ''} below ({'; '.join(x.title.lower() for x in worst)})."
+    if worst:
+        return (
+            f"Stop, but do not keep it as it is: first mend the critical problem{'s' if worst[1:] else ''} "
+            f"below ({'; '.join(x.title.lower() for x in worst)}).")
     if f.holding:
         return (f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate "
                 f"stays at its peak until step {_decay_begins(f):,}; let it decay, or extend the run before that step.")
     if f.step < f.total:
-        return f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate, at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, has still to decay."
+        return (
+            f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning "
+            f"rate, at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, has still to decay.")
     if any(x.id == "few-images" and x.severity != "good" for x in found):
-        return f"All {f.total:,} steps are done, but the run was a short one, {f.total * f.config.batch_size / f.parameters:.2g} images for each parameter: a longer one will be better."
+        return (
+            f"All {f.total:,} steps are done, but the run was a short one, "
+            f"{f.total * f.config.batch_size / f.parameters:.2g} images for each parameter: a longer one "
+            "will be better.")
     if _decayed(f):
         last = f.metrics["lr"][-1] / f.config.lr
         return (f"You may stop: all {f.total:,} steps are done and the learning rate has decayed to {last:.1%} of its "
@@ -531,8 +851,16 @@ def _no_metrics(f): # why
 
 def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
     "Is my loss good, may I stop? The first three sentences answer; more follow if pictures were scored."
-    if facts.metrics is None: return [f"Nothing can be said about the loss: {_no_metrics(facts)}.", *[x.title + "." for x in found if x.severity == "critical"]]
+    if facts.metrics is None:
+        return [
+            f"Nothing can be said about the loss: {_no_metrics(facts)}.",
+            *[x.title + "." for x in found if x.severity == "critical"]]
     said = [_good(facts), _falling(facts), _stop(facts, found)]
-    if facts.scores: said.append(f"How good the pictures are is another question, and was measured: {facts.scores['score'].get('text', facts.scores['score']['value'])}; real images get {facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}.")
-    else: said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
+    if facts.scores:
+        said.append(
+            "How good the pictures are is another question, and was measured: "
+            f"{facts.scores['score'].get('text', facts.scores['score']['value'])}; real images get "
+            f"{facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}.")
+    else:
+        said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
     return said

@@ -45,7 +45,8 @@ class Moments:
     "Running count, mean and scatter matrix, in float64, merged batch by batch (Chan, Golub & LeVeque 1979)."
     def __init__(self, batches=()): # (B, D) tensors; or one tensor (N, D)
         self.n, self.mean, self.scatter, self._root = 0, None, None, None
-        for x in [batches] if isinstance(batches, torch.Tensor) else batches: self.add(x)
+        for x in [batches] if isinstance(batches, torch.Tensor) else batches:
+            self.add(x)
 
     def add(self, x): # (B, D)
         "Merge one batch in."
@@ -55,13 +56,16 @@ class Moments:
 
     def merge(self, n, mean, scatter):
         "Merge the moments of `n` more; with n < 0 and minus the scatter, take them out again."
-        if self.n == 0: self.n, self.mean, self.scatter = n, mean, scatter; return
+        if self.n == 0:
+            self.n, self.mean, self.scatter = n, mean, scatter
+            return
         total, step = self.n + n, mean - self.mean
         self.scatter = self.scatter + scatter + step.outer(step) * (self.n * n / total)
         self.mean, self.n, self._root = self.mean + step * (n / total), total, None
 
     def without(self, other):  # Moments of a part of this one -> Moments of the rest
-        rest = Moments(); rest.n, rest.mean, rest.scatter = self.n, self.mean, self.scatter
+        rest = Moments()
+        rest.n, rest.mean, rest.scatter = self.n, self.mean, self.scatter
         rest.merge(-other.n, other.mean, -other.scatter)
         return rest
 
@@ -84,27 +88,34 @@ def _frechet(a, b):
 def frechet_distance(a, # features (N, D), or Moments
                      b, # the reference, likewise
                     ):  # float, at least 0 up to rounding
-    "Squared Fréchet distance between Gaussians fitted to two sets (Heusel et al. 2017). Warns if either set is smaller than D + 1."
+    """Squared Fréchet distance between Gaussians fitted to two sets (Heusel et al. 2017). Warns if either set is
+    smaller than D + 1."""
     a, b = (m if isinstance(m, Moments) else Moments(m) for m in (a, b))
-    if min(a.n, b.n) < 2: raise DiffnbError("a Fréchet distance needs at least two images on either side")
-    if len(a.mean) != len(b.mean): raise DiffnbError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
+    if min(a.n, b.n) < 2:
+        raise DiffnbError("a Fréchet distance needs at least two images on either side")
+    if len(a.mean) != len(b.mean):
+        raise DiffnbError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
     _warn_if_few(min(a.n, b.n), len(a.mean))
     return _frechet(a, b)
 
 def _warn_if_few(n, dim):
-    if n <= dim: warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far too high, and can "
-                               f"only be compared at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)
+    if n <= dim:
+        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far too high, and can "
+                      f"only be compared at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)
 
 # %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)
         subset_size=1000, # images of either set in each subset; at most N and M
         subsets=100, seed=0,
        ):                 # (mean, standard deviation) over the subsets
-    "Kernel distance: unbiased squared MMD with the cubic polynomial kernel (Bińkowski et al. 2018, eq. 4 and section 4.1)."
+    """Kernel distance: unbiased squared MMD with the cubic polynomial kernel (Bińkowski et al. 2018, eq. 4 and section
+    4.1)."""
     size = min(subset_size, len(a), len(b))
-    if size < 2 or subsets < 1: raise DiffnbError("a kernel distance needs at least two images on either side, and one subset")
+    if size < 2 or subsets < 1:
+        raise DiffnbError("a kernel distance needs at least two images on either side, and one subset")
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
-    pick = lambda x, k, which: x[torch.randperm(len(x), generator=addressed(seed, "kid", k, which))[:size].to(x.device)].to(**_exact(x))
+    pick = lambda x, k, which: x[
+        torch.randperm(len(x), generator=addressed(seed, "kid", k, which))[:size].to(x.device)].to(**_exact(x))
     values = []
     for k in range(subsets):
         x, y = pick(a, k, "a"), pick(b, k, "b")
@@ -119,22 +130,27 @@ SAME = 1e-5 # features come in float32: two of them nearer than this share of th
 
 def _distances(x, y, chunk=1000):
     "Yield Euclidean distances (chunk, M) of x's rows to y's, in float64; those of equal rows are 0."
-    y = y.to(**_exact(y)); length = y.norm(dim=1)
+    y = y.to(**_exact(y))
+    length = y.norm(dim=1)
     for part in x.split(chunk):
-        part = part.to(y); d = torch.cdist(part, y)
+        part = part.to(y)
+        d = torch.cdist(part, y)
         yield d.masked_fill(d <= SAME * torch.maximum(part.norm(dim=1)[:, None], length), 0)
 
-def _realm(points, k, once=False): # -> (points, the distance of each to its k-th neighbour); once: each of several copies
+def _realm(points, k, once=False):
+    # -> (points, the distance of each to its k-th neighbour); once: each of several copies
     found = [(d.kthvalue(min(k + 1, len(points))).values, (d == 0).int().argmax(1)) for d in _distances(points, points)]
-    reach, first = map(torch.cat, zip(*found))                                           # the first neighbour is the image itself
+    reach, first = map(torch.cat, zip(*found))  # the first neighbour is the image itself
     alone = first == torch.arange(len(points), device=first.device)
     return _realm(points[alone.to(points.device)], k) if once and not alone.all() else (points, reach)
 
 def precision_recall(generated, real, k=3): # features (N, D) and (N, D) -> (precision, recall), each in 0 … 1
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3); copies within `real` count once, so that its balls do not
-    vanish. Raises DiffnbError if there are not more than k images."""
-    if not (isinstance(k, int) and k >= 1): raise DiffnbError(f"k={k!r} is not possible: a whole number of neighbours, at least 1")
-    if min(len(generated), len(real)) <= k: raise DiffnbError(f"precision and recall need more than {k} images on either side")
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3); copies within `real` count once, so that its
+    balls do not vanish. Raises DiffnbError if there are not more than k images."""
+    if not (isinstance(k, int) and k >= 1):
+        raise DiffnbError(f"k={k!r} is not possible: a whole number of neighbours, at least 1")
+    if min(len(generated), len(real)) <= k:
+        raise DiffnbError(f"precision and recall need more than {k} images on either side")
     def inside(x, realm, once): # share of x within the realm
         points, reach = _realm(realm, k, once)
         return torch.cat([(d <= reach).any(1) for d in _distances(x, points)]).double().mean().item()
@@ -142,10 +158,12 @@ def precision_recall(generated, real, k=3): # features (N, D) and (N, D) -> (pre
 
 def nearest(x,              # features, (N, D)
             reference,      # features, (M, D)
-            skip_self=False # x is a part of reference: the nearest one that is another picture, neither itself nor a copy
+            # x is a part of reference: the nearest one that is another picture, neither itself nor a copy
+            skip_self=False
            ):               # (distances, (N,), infinite where there is no other; indices into reference, (N,))
     "Nearest neighbour of each row."
-    if not len(reference): raise DiffnbError("there is nothing in which to look for neighbours: the reference is empty")
+    if not len(reference):
+        raise DiffnbError("there is nothing in which to look for neighbours: the reference is empty")
     found = [(d.masked_fill(d == 0, math.inf) if skip_self else d).min(1) for d in _distances(x, reference)]
     return tuple(torch.cat([getattr(f, name) for f in found]) for name in ("values", "indices"))
 
@@ -168,11 +186,17 @@ class Score:
 
     def deviations(self): # list of str, empty for the standard protocol
         "Where this differs from what is published as FID (Heusel et al. 2017)."
-        return [text for wrong, text in (
-            (self.metric != "Fréchet distance", f"it is a {self.metric}"),
-            (self.network != "Inception-v3 2015-12-05" or self.dim != 2048, "not the 2048-d features of Inception-v3 2015-12-05"),
-            (self.n != 50_000, "n is not 50,000"), (self.split != "train", "the reference is not the training split"),
-            (self.size != self.native_size, "real images were resized")) if wrong]
+        return [
+            text
+            for wrong, text in (
+                (self.metric != "Fréchet distance", f"it is a {self.metric}"),
+                (
+                    self.network != "Inception-v3 2015-12-05" or self.dim != 2048,
+                    "not the 2048-d features of Inception-v3 2015-12-05"),
+                (self.n != 50_000, "n is not 50,000"),
+                (self.split != "train", "the reference is not the training split"),
+                (self.size != self.native_size, "real images were resized"))
+            if wrong]
 
     def __str__(self): return self.text()
 
@@ -180,8 +204,14 @@ class Score:
         "Metric, value with its 95% interval, and every condition."
         name = self.metric if self.deviations() else "FID"
         error = "" if self.error is None else f" ± {1.96 * self.error:.3g}"
-        size = f"{self.size} px, native" if self.size == self.native_size else f"{self.size} px, {self.filter} from {self.native_size}"
-        note = f"; not FID: {'; '.join(self.deviations())}" if deviations and self.metric == "Fréchet distance" and self.deviations() else ""
+        size = (
+            f"{self.size} px, native"
+            if self.size == self.native_size
+            else f"{self.size} px, {self.filter} from {self.native_size}")
+        note = (
+            f"; not FID: {'; '.join(self.deviations())}"
+            if deviations and self.metric == "Fréchet distance" and self.deviations()
+            else "")
         return (f"{name} {self.value:.4g}{error} ({self.network}, {self.dim}-d; n = {self.n:,} against {self.n_reference:,} of "
                 f"{' '.join(filter(None, (self.reference, self.split)))}; {size}{note})")
 
@@ -191,21 +221,27 @@ def jackknife_error(f,         # features of the generated images, (N, D)
                     groups=20, seed=0,
                    ):          # float
     "Standard error of the Fréchet distance by the grouped jackknife; the reference is taken as given."
-    if len(f) < 4 or groups < 2: raise DiffnbError(f"a jackknife of {len(f)} images in {groups} groups: at least 4 and 2 are needed")
+    if len(f) < 4 or groups < 2:
+        raise DiffnbError(f"a jackknife of {len(f)} images in {groups} groups: at least 4 and 2 are needed")
     shuffled = f[torch.randperm(len(f), generator=addressed(seed, "jackknife")).to(f.device)]
     whole, parts = Moments(f.split(4096)), [Moments(p) for p in shuffled.chunk(min(groups, len(f) // 2))]
     values = [_frechet(whole.without(p), reference) for p in parts]
     return math.sqrt(len(values) - 1) * float(np.std(values))
 
 def score_against_n(f, reference, sizes, repeats=4, seed=0, apart=False):
-    """Mean Fréchet distance of random subsets of `f`, for each size: a list of (n, mean). With `apart`, f is the reference's own
-    features, and each subset is taken out of the reference before it is compared: the floor, real against real."""
-    if repeats < 1: raise DiffnbError(f"repeats={repeats} is not possible: at least 1")
+    """Mean Fréchet distance of random subsets of `f`, for each size: a list of (n, mean). With `apart`, f is the
+    reference's own features, and each subset is taken out of the reference before it is compared: the floor, real
+    against real."""
+    if repeats < 1:
+        raise DiffnbError(f"repeats={repeats} is not possible: at least 1")
     if bad := [k for k in sizes if not 2 <= k <= len(f) - 2 * apart]:
-        raise DiffnbError(f"subsets of {bad[0]} of {len(f)} images cannot be scored: from 2 to {len(f) - 2 * apart} are possible")
+        raise DiffnbError(
+            f"subsets of {bad[0]} of {len(f)} images cannot be scored: from 2 to {len(f) - 2 * apart} are possible")
     curve = []
     for n in sizes:
-        parts = [Moments(f[torch.randperm(len(f), generator=addressed(seed, "subset", n, k))[:n].to(f.device)]) for k in range(repeats if n < len(f) else 1)]
+        parts = [
+            Moments(f[torch.randperm(len(f), generator=addressed(seed, "subset", n, k))[:n].to(f.device)])
+            for k in range(repeats if n < len(f) else 1)]
         curve.append((n, float(np.mean([_frechet(p, reference.without(p) if apart else reference) for p in parts]))))
     return curve
 
@@ -225,23 +261,33 @@ class Evaluation:
     curve: list            # (n, score of n of the generated images)
     floor_curve: list      # (n, floor at n)
     extrapolated: float | None # score at infinite n, from a line through the curve; None if n is too small for that
-    copied: float          # share nearer to a training image than 95% of real images to one that is not their copy; 0.05 is innocent
+    # share nearer to a training image than 95% of real images to one that is not their copy; 0.05 is innocent
+    copied: float
     distances: dict = field(repr=False) # "generated", "real": distances to the nearest training image
-    closest: torch.Tensor = field(repr=False) # uint8 (2, K, C, H, W): the nearest generated images, and those training images
+    # uint8 (2, K, C, H, W): the nearest generated images, and those training images
+    closest: torch.Tensor = field(repr=False)
 
     def facts(self): # dict, as JSON holds it
         "Everything but images and distances."
-        of = lambda v: {**asdict(v), "text": str(v), "deviations_from_fid": v.deviations()} if isinstance(v, Score) else v
+        of = lambda v: (
+            {**asdict(v), "text": str(v), "deviations_from_fid": v.deviations()} if isinstance(v, Score) else v)
         kept = {k: of(v) for k, v in self.__dict__.items() if k not in ("distances", "closest")}
-        return {**kept, "nearest_training_image": {k: np.quantile(v, (0.05, 0.5, 0.95)).tolist() for k, v in self.distances.items() if len(v)}}
+        return {
+            **kept,
+            "nearest_training_image": {
+                k: np.quantile(v, (0.05, 0.5, 0.95)).tolist() for k, v in self.distances.items() if len(v)}}
 
     def __str__(self):
         lines = {"score": self.score, "floor (real against real)": self.floor, "against held-out images": self.held_out,
                  "held-out against training images": self.unseen, "KID": self.kid}
-        return "\n".join([f"{k}: {v.text(v is self.score)}" for k, v in lines.items() if v] + [
-            "score at infinite n: " + ("not known, n is too small" if self.extrapolated is None else f"about {self.extrapolated:.3g}"),
-            f"precision {self.precision.value:.2f} (real images {self.real_precision:.2f}), recall {self.recall.value:.2f} ({self.real_recall:.2f}), n = {self.recall.n:,} on either side",
-            f"nearer to a training image than 95% of real ones: {self.copied:.1%} of the images (5% is innocent)"])
+        return "\n".join(
+            [f"{k}: {v.text(v is self.score)}" for k, v in lines.items() if v]
+            + [
+                "score at infinite n: "
+                + ("not known, n is too small" if self.extrapolated is None else f"about {self.extrapolated:.3g}"),
+                f"precision {self.precision.value:.2f} (real images {self.real_precision:.2f}), recall "
+                f"{self.recall.value:.2f} ({self.real_recall:.2f}), n = {self.recall.n:,} on either side",
+                f"nearer to a training image than 95% of real ones: {self.copied:.1%} of the images (5% is innocent)"])
 
 # %% ../nbs/07_evaluate.ipynb #c086
 LEAST_IMAGES = 16 # with fewer, none of these numbers says anything
@@ -252,7 +298,8 @@ def _check_comparable(images, real, n=LEAST_IMAGES): # one of them at least, and
         raise DiffnbError(f"the images have shape {tuple(images.shape[1:])} and the reference {shape}: resize neither after the fact, "
                           "sample in the size of the reference or load the reference in that of the samples")
     if min(n, len(real)) < LEAST_IMAGES:
-        raise DiffnbError(f"{n} images against {len(real)}: too few for any of these numbers, at least {LEAST_IMAGES} are needed")
+        raise DiffnbError(
+            f"{n} images against {len(real)}: too few for any of these numbers, at least {LEAST_IMAGES} are needed")
 
 def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              reference,     # ImageData: the images the model was trained on
@@ -261,7 +308,8 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              split="train", # what `reference` is: "train", "test", or "" if unknown
              seed=0, batch_size=256,
             ):              # Evaluation
-    "Score images in every way of this page. Raises DiffnbError if shapes differ; warns if n is not above the feature dimension."
+    """Score images in every way of this page. Raises DiffnbError if shapes differ; warns if n is not above the feature
+    dimension."""
     check_sampling(seed=seed, batch_size=batch_size)
     _check_comparable(images[:1], reference, len(images))
     _warn_if_few(min(len(images), len(reference)), features.dim)
@@ -270,7 +318,8 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
     n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
     about = partial(Score, network=features.name, dim=features.dim, reference=reference.name or "the reference",
                     size=reference.size, native_size=reference.native_size, filter=reference.filter)
-    distance = lambda a, b, ref, error=None, split=split: about("Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
+    distance = lambda a, b, ref, error=None, split=split: about(
+        "Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
 
     n_floor = min(n, total // 2)
     sizes = sorted({max(2, n // 8), n // 4, n // 2, n_floor, n})
@@ -284,24 +333,34 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
     m = min(n, total // 2, 10_000)
     pick = lambda x, what, k=m: x[torch.randperm(len(x), generator=addressed(seed, what))[:k].to(x.device)]
     mixed = pick(f_real, "precision", 2 * m)                                          # two disjoint sets of real images
-    (precision, recall), (real_precision, real_recall) = (precision_recall(x, mixed[:m]) for x in (pick(f, "generated"), mixed[m:]))
+    (precision, recall), (real_precision, real_recall) = (
+        precision_recall(x, mixed[:m]) for x in (pick(f, "generated"), mixed[m:]))
     d, index = nearest(f[:10_000], f_real)
     d_real = nearest(pick(f_real, "others", 2000) if held_out is None else f_new[:10_000], f_real, skip_self=True)[0]
-    d_real = d_real[d_real.isfinite()]                                                # without a copy of itself, or of anything
+    d_real = d_real[d_real.isfinite()]  # without a copy of itself, or of anything
     first = d.argsort()[:10].cpu()
     return Evaluation(
-        score=scored, held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
-        floor=about("Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(), n_reference=total - n_floor),
+        score=scored,
+        held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
+        floor=about(
+            "Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(),
+            n_reference=total - n_floor),
         unseen=None if new is None else distance(f_new, total, real),
         kid=about("KID", k_mean, n=n, split=split, n_reference=total, error=k_std * math.sqrt(sub / n)),
-        precision=about("precision", precision, n=m, split=split, n_reference=m), recall=about("recall", recall, n=m, split=split, n_reference=m),
-        real_precision=real_precision, real_recall=real_recall, curve=curve, floor_curve=floor_curve,
+        precision=about("precision", precision, n=m, split=split, n_reference=m),
+        recall=about("recall", recall, n=m, split=split, n_reference=m), real_precision=real_precision,
+        real_recall=real_recall, curve=curve, floor_curve=floor_curve,
         extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], features.dim),
-        copied=((d < d_real.quantile(0.05)) | (d == 0) if len(d_real) else d == 0).double().mean().item(), distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
-        closest=torch.stack([images[first.to(images.device)].cpu(), reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
+        copied=((d < d_real.quantile(0.05)) | (d == 0) if len(d_real) else d == 0).double().mean().item(),
+        distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
+        closest=torch.stack(
+            [
+                images[first.to(images.device)].cpu(),
+                reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
 
 # %% ../nbs/07_evaluate.ipynb #c087
 def _at_infinity(curve, dim): # (n, score) pairs
     "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
-    if curve[0][0] <= dim: return None
+    if curve[0][0] <= dim:
+        return None
     return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])

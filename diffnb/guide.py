@@ -19,11 +19,14 @@ class Guided(nn.Module):
         self.register_buffer("y", y, persistent=False)
 
     def forward(self, x_t, t, y=None):
-        if y is not None: raise DiffnbError("a guided model has its labels already: give y to guided(), not to the sampler")
-        if len(self.y) != len(x_t): raise DiffnbError(f"guided was given {len(self.y)} labels, and now {len(x_t)} images")
+        if y is not None:
+            raise DiffnbError("a guided model has its labels already: give y to guided(), not to the sampler")
+        if len(self.y) != len(x_t):
+            raise DiffnbError(f"guided was given {len(self.y)} labels, and now {len(x_t)} images")
         low, high = self.interval
         inside = (t >= low) & (t <= high)
-        if self.w == 1 or self.interval != (0, float("inf")) and not inside.any(): return self.model(x_t, t, self.y)
+        if self.w == 1 or self.interval != (0, float("inf")) and not inside.any():
+            return self.model(x_t, t, self.y)
         y = self.y.to(x_t.device)
         both = torch.cat([torch.full_like(y, self.null), y])
         uncond, cond = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
@@ -38,12 +41,18 @@ def _std(x): return x.std((1, 2, 3), keepdim=True)
 # %% ../nbs/06_guide.ipynb #c015
 def _check_w(w): # also refuses nan
     if not (isinstance(w, (int, float)) and abs(w) < 1000):
-        raise DiffnbError(f"guidance w={w!r} is not possible: a number between -1000 and 1000; 1 to 8 are usual (command line: --guidance)")
+        raise DiffnbError(
+            f"guidance w={w!r} is not possible: a number between -1000 and 1000; 1 to 8 are usual (command "
+            "line: --guidance)")
 
 def _null_class(model):
-    "What the model's settings give for num_classes, also inside torch.compile, DistributedDataParallel or another wrapper."
+    """What the model's settings give for num_classes, also inside torch.compile, DistributedDataParallel or another
+    wrapper."""
     parts = model.modules() if isinstance(model, nn.Module) else [getattr(model, "func", model)]
-    told = {c["num_classes"] for c in (getattr(part, "config", None) for part in parts) if isinstance(c, dict) and "num_classes" in c}
+    told = {
+        c["num_classes"]
+        for c in (getattr(part, "config", None) for part in parts)
+        if isinstance(c, dict) and "num_classes" in c}
     if len(told) != 1:
         raise DiffnbError(f"this model ({type(model).__name__}) does not say how many classes it has: "
                           "give guided(..., null=...) the number of its null class, which is the number of classes")
@@ -63,11 +72,15 @@ def guided(model,         # a class-conditional model trained with label dropout
     `rescale` as in Lin et al. 2024, eq. 15-16; `interval` as in Kynkäänniemi et al. 2024.
     Raises DiffnbError if the model has no classes, or for an impossible w, rescale, interval or label."""
     _check_w(w)
-    if null is None: null = _null_class(model)
-    if not 0 <= rescale <= 1: raise DiffnbError(f"rescale={rescale} must lie between 0 and 1")
+    if null is None:
+        null = _null_class(model)
+    if not 0 <= rescale <= 1:
+        raise DiffnbError(f"rescale={rescale} must lie between 0 and 1")
     low, high = interval or (0, float("inf"))
-    if not 0 <= low <= high: raise DiffnbError(f"interval={interval} must be (first, last) timesteps with 0 <= first <= last")
+    if not 0 <= low <= high:
+        raise DiffnbError(f"interval={interval} must be (first, last) timesteps with 0 <= first <= last")
     y = torch.as_tensor(y)
     if len(y) and not (0 <= y.min() and y.max() <= null):                # once for a whole walk, so a GPU may be asked
-        raise DiffnbError(f"labels must lie between 0 and {null - 1} (or {null}, the null class); got {y.min()} to {y.max()}")
+        raise DiffnbError(
+            f"labels must lie between 0 and {null - 1} (or {null}, the null class); got {y.min()} to {y.max()}")
     return Guided(model, y, w, rescale, (low, high), null)

@@ -25,9 +25,12 @@ def denoise(model, schedule,
     "One look at `x_t`: what the model takes for the clean image, and the noise that goes with it."
     output = model(x_t, torch.full((len(x_t),), t, device=x_t.device), y)
     if output.shape != x_t.shape:
-        raise DiffnbError(f"the model returned shape {tuple(output.shape)} for x_t of shape {tuple(x_t.shape)}: they must be the same")
+        raise DiffnbError(
+            f"the model returned shape {tuple(output.shape)} for x_t of shape {tuple(x_t.shape)}: they must be the same"
+        )
     x0 = schedule.to_x0(output, x_t, t, prediction)
-    if clip: x0 = x0.clamp(-1, 1)
+    if clip:
+        x0 = x0.clamp(-1, 1)
     return x0, schedule.to_eps(x0, x_t, t)
 
 # %% ../nbs/05_sample.ipynb #c015
@@ -38,7 +41,8 @@ def draw_noise(shape,     # (B, C, H, W)
     "Noise for a batch; with a list of generators each image draws from its own."
     if not isinstance(generator, (list, tuple)):
         return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-    if len(generator) != shape[0]: raise DiffnbError(f"{len(generator)} generators for {shape[0]} images: give one, or one for each")
+    if len(generator) != shape[0]:
+        raise DiffnbError(f"{len(generator)} generators for {shape[0]} images: give one, or one for each")
     return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
 
 def _start(model, shape, x_T, generator):
@@ -48,7 +52,8 @@ def _start(model, shape, x_T, generator):
         elsewhere = generator[0] if isinstance(generator, (list, tuple)) and generator else generator
         device = parameter.device if parameter is not None else elsewhere.device if elsewhere else "cpu"
         return draw_noise(shape, generator, device)
-    if tuple(x_T.shape) != tuple(shape): raise DiffnbError(f"x_T has shape {tuple(x_T.shape)}, but {tuple(shape)} was asked for")
+    if tuple(x_T.shape) != tuple(shape):
+        raise DiffnbError(f"x_T has shape {tuple(x_T.shape)}, but {tuple(shape)} was asked for")
     return x_T.float()
 
 def _report(callback, t, t_next, x, x0):
@@ -63,21 +68,25 @@ def ddpm(model, schedule,
          steps=None,       # None: all T of the schedule
          *, y=None, prediction="eps", clip=True, generator=None, x_T=None, callback=None, spacing="trailing"
         ):                 # x0, (B, C, H, W); in [-1, 1] if clip
-    """Ancestral sampling (Ho et al. 2020, algorithm 2, with the posterior's own variance): a random step at each timestep.
-    Arguments as in `ddim`."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2, with the posterior's own variance): a random step at each
+    timestep. Arguments as in `ddim`."""
     x = _start(model, shape, x_T, generator)
     for t, t_next in schedule.pairs(schedule.T if steps is None else steps, spacing):
         x0, _ = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
-        kept = a / a2                                                    # of the amplitude, from t_next to t: root of the paper's alpha
+        kept = a / a2  # of the amplitude, from t_next to t: root of the paper's alpha
         mean = a2 * x0 + kept * (s2 / s) ** 2 * (x - a * x0)
-        x = mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise(x.shape, generator, x.device) if t_next >= 0 else mean
+        x = (
+            mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise(x.shape, generator, x.device)
+            if t_next >= 0
+            else mean)
         x = _report(callback, t, t_next, x, x0)
     return x
 
 # %% ../nbs/05_sample.ipynb #c025
 def _check_eta(eta):
-    if not 0 <= eta <= 1: raise DiffnbError(f"eta {eta} must lie between 0 (deterministic) and 1 (as random as DDPM)")
+    if not 0 <= eta <= 1:
+        raise DiffnbError(f"eta {eta} must lie between 0 (deterministic) and 1 (as random as DDPM)")
 
 @torch.no_grad()
 def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a wrapper around it
@@ -93,15 +102,17 @@ def ddim(model,             # any model(x_t, t, y) -> prediction; guidance is a 
          callback=None,     # called as callback(t, t_next, x, x0) after each step; may return a replacement for x
          spacing="trailing" # which timesteps: "trailing", "leading", "linspace" or "quadratic"
         ):                  # x0, (B, C, H, W), float32; in [-1, 1] if clip
-    "Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16). Raises DiffnbError for impossible steps, eta or shapes."
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16). Raises DiffnbError for impossible steps,
+    eta or shapes."""
     _check_eta(eta)
     x = _start(model, shape, x_T, generator)
     for t, t_next in schedule.pairs(steps, spacing):
         x0, eps = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
-        sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)          # preserving variance: eta s2 / s sqrt(1 - (a / a2)^2)
+        sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)  # preserving variance: eta s2 / s sqrt(1 - (a / a2)^2)
         x = a2 * x0 + math.sqrt(s2 ** 2 - sigma ** 2) * eps
-        if sigma: x = x + sigma * draw_noise(x.shape, generator, x.device)
+        if sigma:
+            x = x + sigma * draw_noise(x.shape, generator, x.device)
         x = _report(callback, t, t_next, x, x0)
     return x
 
@@ -134,9 +145,11 @@ def dpmpp_2m(model, schedule, shape, steps=20,
         x0, _ = denoise(model, schedule, x, t, y, prediction, clip)
         (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(t_next)
         h = math.log(a2 / s2) - math.log(a / s) if s2 > 0 and a > 0 else math.inf
-        if before is None or h == math.inf or h_before == math.inf: d = x0
-        else: d = x0 + (x0 - before) * h / (2 * h_before)             # x0 extrapolated to the middle of the step
-        x = s2 / s * x + a2 * -math.expm1(-h) * d                     # -expm1(-h) is 1 - exp(-h), accurate for small h, too
+        if before is None or h == math.inf or h_before == math.inf:
+            d = x0
+        else:
+            d = x0 + (x0 - before) * h / (2 * h_before)             # x0 extrapolated to the middle of the step
+        x = s2 / s * x + a2 * -math.expm1(-h) * d  # -expm1(-h) is 1 - exp(-h), accurate for small h, too
         before, h_before = x0, h
         x = _report(callback, t, t_next, x, x0)
     return x
@@ -144,11 +157,12 @@ def dpmpp_2m(model, schedule, shape, steps=20,
 # %% ../nbs/05_sample.ipynb #c069
 @torch.no_grad()
 def ddim_invert(model, schedule, x0, steps=50, *, y=None, prediction="eps", spacing="trailing"):
-    """The noise x_T from which `ddim` with the same settings (eta=0, clip=False) makes about `x0` (Song et al. 2021, section 5.4).
-    Walks the pairs backwards with eps taken at the near end of each step; the error shrinks with the number of steps."""
+    """The noise x_T from which `ddim` with the same settings (eta=0, clip=False) makes about `x0` (Song et al. 2021,
+    section 5.4). Walks the pairs backwards with eps taken at the near end of each step; the error shrinks with the
+    number of steps."""
     x = x0.float()
     for t, t_next in reversed(schedule.pairs(steps, spacing)):
-        near = max(t_next, 0)                                            # the network was not trained at the clean end, -1
+        near = max(t_next, 0)  # the network was not trained at the clean end, -1
         x0_hat, eps = denoise(model, schedule, x, near, y, prediction, clip=False)
         a, s = schedule.signal_noise(t)
         x = a * x0_hat + s * eps
@@ -166,7 +180,8 @@ def inpaint(model, schedule,
             x0,   # images whose known part is kept, (B, C, H, W)
             mask, # 1 where known, 0 where to invent; broadcasts to x0
             sampler=ddim, generator=None, **settings):
-    "Fill in the rest: after each step the known part is put back, noised to that step's level (Lugmayr et al. 2022, eq. 8)."
+    """Fill in the rest: after each step the known part is put back, noised to that step's level (Lugmayr et al. 2022,
+    eq. 8)."""
     def keep(t, t_next, x, estimate):
         a, s = schedule.signal_noise(t_next)
         return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
@@ -177,20 +192,26 @@ MOST_SAMPLES = 1_000_000 # files are numbered with six digits, and sorted by nam
 
 def check_sampling(schedule=None, *, n=1, batch_size=1, seed=0, steps=None, spacing="trailing", eta=0.0):
     "Raises DiffnbError for a number of images, batch size, seed, eta, or (given the schedule) steps that cannot work."
-    for name, value, low, high in (("n", n, 1, MOST_SAMPLES), ("batch_size", batch_size, 1, MOST_SAMPLES), ("seed", seed, 0, 2**63 - 1)):
+    for name, value, low, high in (
+        ("n", n, 1, MOST_SAMPLES), ("batch_size", batch_size, 1, MOST_SAMPLES), ("seed", seed, 0, 2**63 - 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise DiffnbError(f"{name}={value!r:.40} is not possible: it must be a whole number from {low:,} to {high:,} "
-                              f"(command line: --{name.replace('_', '-')})")
+            raise DiffnbError(
+                f"{name}={value!r:.40} is not possible: it must be a whole number from {low:,} to {high:,} "
+                f"(command line: --{name.replace('_', '-')})")
     _check_eta(eta)
-    if schedule is not None and steps is not None: schedule.timesteps(steps, spacing)
+    if schedule is not None and steps is not None:
+        schedule.timesteps(steps, spacing)
 
 def _check_labels(model, y, n): # before work starts; None: no labels
-    if y is None: return
+    if y is None:
+        return
     if not torch.is_tensor(y) or y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         what = f"{y.dtype} of shape {tuple(y.shape)}" if torch.is_tensor(y) else f"{y!r:.60}"
         raise DiffnbError(f"y is {what}: expected class numbers, an integer tensor of shape ({n},). "
                           "A name becomes a number by classes.index(name)")
-    if len(y) < n: raise DiffnbError(f"{len(y)} labels for {n} images: give one for each")
+    if len(y) < n:
+        raise DiffnbError(f"{len(y)} labels for {n} images: give one for each")
     null = (getattr(model, "config", None) or {}).get("num_classes")
     if null is not None and not 0 <= y.min() <= y.max() <= null:
-        raise DiffnbError(f"labels run from {y.min()} to {y.max()}: expected classes 0 to {null - 1}, or {null}, the null class")
+        raise DiffnbError(
+            f"labels run from {y.min()} to {y.max()}: expected classes 0 to {null - 1}, or {null}, the null class")

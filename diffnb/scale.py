@@ -23,29 +23,38 @@ from .unet import Attention, ResBlock, UNet
 def count_flops(model, # a UNet
                 train=False, # forward and backward, instead of forward alone
                ):      # floating point operations for one image
-    "Count multiplications and additions (two each) of convolutions, matrix products and attention; nothing is computed."
+    """Count multiplications and additions (two each) of convolutions, matrix products and attention; nothing is
+    computed."""
     c = model.config
     with torch.device("meta"):
-        copy, x, t = UNet(**c), torch.zeros(1, c["in_channels"], c["image_size"], c["image_size"]), torch.zeros(1, dtype=torch.int64)
+        copy, x, t = (
+            UNet(**c), torch.zeros(1, c["in_channels"], c["image_size"], c["image_size"]),
+            torch.zeros(1, dtype=torch.int64))
         with FlopCounterMode(display=False) as counter:
             out = copy(x, t)
-            if train: out.sum().backward()
+            if train:
+                out.sum().backward()
     return counter.get_total_flops()
 
 # %% ../nbs/13_scale.ipynb #c012
-def matmul_speed(device="cpu", dtype=torch.float32, n=None): # n: side of the matrices; None: 8192 on a GPU, 1024 elsewhere
-    "The best of ten square matrix products, in floating point operations a second: the ceiling that a step is compared with."
+def matmul_speed(device="cpu", dtype=torch.float32, n=None):
+    # n: side of the matrices; None: 8192 on a GPU, 1024 elsewhere
+    """The best of ten square matrix products, in floating point operations a second: the ceiling that a step is
+    compared with."""
     device = torch.device(device)
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(10):
-        wait(device); start = time.perf_counter()
+        wait(device)
+        start = time.perf_counter()
         a @ b
-        wait(device); times.append(time.perf_counter() - start)
+        wait(device)
+        times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
 
 def wait(device): # a GPU answers before it has finished; a clock must wait for it
-    if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 # %% ../nbs/13_scale.ipynb #c029
 def _fresh_store(store, rank, world, minutes=10):
@@ -59,8 +68,12 @@ def _fresh_store(store, rank, world, minutes=10):
         missing = set(range(1, world))
         while missing := {r for r in missing if not store.check([f"{name}/{r}"])}:
             for r in missing:
-                if store.check([f"asks/{r}"]): store.set(f"answer/{store.get(f'asks/{r}').decode()}", name)    # perhaps to a dead one: harmless
-            if time.monotonic() > until: raise DiffnbError(f"ranks {sorted(missing)} of {world} did not come within {minutes} minutes: were all machines started?")
+                if store.check([f"asks/{r}"]):
+                    store.set(f"answer/{store.get(f'asks/{r}').decode()}", name)    # perhaps to a dead one: harmless
+            if time.monotonic() > until:
+                raise DiffnbError(
+                    f"ranks {sorted(missing)} of {world} did not come within {minutes} minutes: were all "
+                    "machines started?")
             time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
@@ -70,18 +83,22 @@ class Ranks(SingleProcess):
     def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
-        if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world_size,
-                                store=_fresh_store(store, self.rank, self.world_size, minutes))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank,
+            world_size=self.world_size, store=_fresh_store(store, self.rank, self.world_size, minutes))
 
     def shard(self, batch): return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
     def sum(self, tensor):
-        tensor = tensor.clone(); dist.all_reduce(tensor)
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag): return self.sum(torch.tensor(int(bool(flag)))).item() > 0       # on the CPU: no GPU has to be waited for
+    def any(self, flag):
+        return self.sum(torch.tensor(int(bool(flag)))).item() > 0       # on the CPU: no GPU has to be waited for
 
     def first(self, work):
         done = work() if self.rank == 0 else None
@@ -90,7 +107,8 @@ class Ranks(SingleProcess):
 
     def map(self, f, *tensors): # f works on each image by itself; all ranks get the whole result
         n, each = len(tensors[0]), -(-len(tensors[0]) // self.world_size)
-        mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)      # as many for each rank, some twice
+        # as many for each rank, some twice
+        mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)
         out = f(*[v[mine.to(v.device)] for v in tensors]).contiguous()
         parts = [torch.empty_like(out) for _ in range(self.world_size)]
         dist.all_gather(parts, out)
@@ -102,28 +120,34 @@ class Ranks(SingleProcess):
 
     def init_device(self, device):
         self.device = device
-        return "cpu" if self.sharded else device                   # a model that is to be divided may be too large for one GPU
+        return "cpu" if self.sharded else device  # a model that is to be divided may be too large for one GPU
 
-    def compile_targets(self, network): # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
-        if not self.sharded: return [network]
+    def compile_targets(self, network):
+        # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
+        if not self.sharded:
+            return [network]
         torch._dynamo.config.recompile_limit = 64
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
     def backward(self, loss, last):
-        if self.sharded: self.network.set_requires_gradient_sync(last)
-        else: self.network.require_backward_grad_sync = last
+        if self.sharded:
+            self.network.set_requires_gradient_sync(last)
+        else:
+            self.network.require_backward_grad_sync = last
         loss.backward()
 
     def clip(self, parameters, max_norm): return unsharded(super().clip(parameters, max_norm))
 
     @contextmanager
     def guard(self):
-        try: yield
+        try:
+            yield
         except RuntimeError as e:
-            if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE): raise
+            if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE):
+                raise
             raise DiffnbError(f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its own message says why. "
                               "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
-        dist.destroy_process_group()                             # not after an error: on GPUs it would wait for the dead
+        dist.destroy_process_group()  # not after an error: on GPUs it would wait for the dead
 
 # %% ../nbs/13_scale.ipynb #c033
 def _divide(state, device):
@@ -135,10 +159,14 @@ def _divide(state, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for model in (state.model, *(ema.model for ema in state.averages.values())):
         model.to(memory_format=torch.contiguous_format)          # the only one that can be divided
-        for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))): fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=True) # the average draws samples, after which no backward pass puts it back
+        for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))):
+            fully_shard(block, mesh=mesh)
+        # the average draws samples, after which no backward pass puts it back
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
     state.optimizer, state.meter.sums = make_optimizer(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():
         if before[name] in moments:
-            state.optimizer.state[p] = {k: distribute_tensor(v.to(device).contiguous(), mesh, p.placements) if v.ndim else v.to(device) for k, v in moments[before[name]].items()}
+            state.optimizer.state[p] = {
+                k: distribute_tensor(v.to(device).contiguous(), mesh, p.placements) if v.ndim else v.to(device)
+                for k, v in moments[before[name]].items()}
     return state.model

@@ -24,11 +24,13 @@ from .data import to_float
 # %% ../nbs/02_schedule.ipynb #c009
 def write_statistics(data, # ImageData
                      out,  # a folder
-                    ):     # path of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
-    """Spectrum of the images exactly as training sees them (resized, then rounded to bytes), float32, with the facts it depends on.
-    At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core."""
+                    ):  # path of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
+    """Spectrum of the images exactly as training sees them (resized, then rounded to bytes), float32, with the facts it
+    depends on. At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core."""
     images = torch.cat([data.take(slice(i, i + 1000)).cpu() for i in range(0, len(data), 1000)])
-    facts = {"name": data.name, "images": len(data), "size": data.size, "native_size": data.native_size, "filter": data.filter}
+    facts = {
+        "name": data.name, "images": len(data), "size": data.size, "native_size": data.native_size,
+        "filter": data.filter}
     packed = io.BytesIO()
     np.savez(packed, spectrum=image_spectrum(images, chunk=1000).float().numpy(), facts=json.dumps(facts))
     suffix = "" if data.size == data.native_size else f"_{data.filter}"
@@ -49,27 +51,38 @@ def load_statistics(source, # a file from write_statistics, or the name of a shi
 # %% ../nbs/02_schedule.ipynb #c017
 def _integer(value, name, low, high):
     "`value` as an int between `low` and `high`, both included; otherwise an error that names the range."
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high: return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
+        return int(value)
     raise DiffnbError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
 # %% ../nbs/02_schedule.ipynb #c018
 def _checked(name, values):
     "`values` as a new float64 CPU tensor, if they can be one curve of a schedule."
-    try: a = torch.as_tensor(values.detach().cpu() if torch.is_tensor(values) else np.asarray(values, dtype=np.float64))
-    except (TypeError, ValueError) as e: raise DiffnbError(f"{name} must be a list of numbers: {e}.") from e
+    try:
+        a = torch.as_tensor(values.detach().cpu() if torch.is_tensor(values) else np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as e:
+        raise DiffnbError(f"{name} must be a list of numbers: {e}.") from e
     a = a.double().clone()
     wrong = ("must have one dimension and at least 2 entries" if a.ndim != 1 or len(a) < 2 else
              "must be finite" if not a.isfinite().all() else None)
-    if wrong: raise DiffnbError(f"{name} {wrong}; got shape {tuple(a.shape)}, values {a.flatten()[:5].tolist()} ...")
+    if wrong:
+        raise DiffnbError(f"{name} {wrong}; got shape {tuple(a.shape)}, values {a.flatten()[:5].tolist()} ...")
     return a
 
 def _check_curves(alpha_bar, s):
     "Raises DiffnbError unless the signal falls and the noise rises."
-    wrong = ("alpha_bar must lie in [0, 1): 1 would be an image without noise" if alpha_bar.min() < 0 or alpha_bar.max() >= 1 else
-             "alpha_bar must fall from each timestep to the next" if not (alpha_bar.diff() < 0).all() else
-             f"s has {len(s)} entries and alpha_bar {len(alpha_bar)}" if len(s) != len(alpha_bar) else
-             "s must be above 0 and never fall from one timestep to the next" if s[0] <= 0 or (s.diff() < 0).any() else None)
-    if wrong: raise DiffnbError(f"{wrong}; got alpha_bar {alpha_bar[:5].tolist()} ..., s {s[:5].tolist()} ...")
+    wrong = (
+        "alpha_bar must lie in [0, 1): 1 would be an image without noise"
+        if alpha_bar.min() < 0 or alpha_bar.max() >= 1
+        else "alpha_bar must fall from each timestep to the next"
+        if not (alpha_bar.diff() < 0).all()
+        else f"s has {len(s)} entries and alpha_bar {len(alpha_bar)}"
+        if len(s) != len(alpha_bar)
+        else "s must be above 0 and never fall from one timestep to the next"
+        if s[0] <= 0 or (s.diff() < 0).any()
+        else None)
+    if wrong:
+        raise DiffnbError(f"{wrong}; got alpha_bar {alpha_bar[:5].tolist()} ..., s {s[:5].tolist()} ...")
 
 # %% ../nbs/02_schedule.ipynb #c020
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,7 +99,8 @@ class NoiseSchedule:
         _check_curves(alpha_bar, s)
         for name, curve in (("alpha_bar", alpha_bar), ("a", alpha_bar.sqrt()), ("s", s)):
             object.__setattr__(self, name, curve)
-        object.__setattr__(self, "straight", bool((self.a + s - 1).abs().max() < 1e-9)) # x_t moves on a line from x0 to noise
+        # x_t moves on a line from x0 to noise
+        object.__setattr__(self, "straight", bool((self.a + s - 1).abs().max() < 1e-9))
 
     def __eq__(self, other):
         return (isinstance(other, NoiseSchedule) and torch.equal(self.alpha_bar, other.alpha_bar)
@@ -126,7 +140,8 @@ def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 i
     "Signal and noise level, a and s, at `t`. Raises DiffnbError if `t` is not an integer, or an int out of range."
     if not torch.is_tensor(t):
         return (1.0, 0.0) if _integer(t, "t", -1, self.T - 1) == -1 else (self.a[t].item(), self.s[t].item())
-    if t.is_floating_point(): raise DiffnbError(f"t must hold integers, got {t.dtype}; bf16 would turn 750 into 752.")
+    if t.is_floating_point():
+        raise DiffnbError(f"t must hold integers, got {t.dtype}; bf16 would turn 750 into 752.")
     # index_select refuses negative positions, so that -2 is an error and not the noisy end
     return self._table(t.device).index_select(1, t.flatten() + 1).view(2, -1, *[1] * (ndim - 1)).unbind()
 
@@ -136,7 +151,8 @@ def add_noise(self, x0, # clean images, (B, C, H, W), float in [-1, 1]
               noise,    # standard normal, same shape
               t         # timesteps, (B,), or one int for all
              ):         # noised images, same shape, float32
-    "x_t = a x0 + s noise (Ho et al. 2020, eq. 4, for a variance-preserving schedule). Raises DiffnbError for uint8 images."
+    """x_t = a x0 + s noise (Ho et al. 2020, eq. 4, for a variance-preserving schedule). Raises DiffnbError for uint8
+    images."""
     if not x0.is_floating_point():
         raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images).")
     if x0.shape != noise.shape:
@@ -168,7 +184,8 @@ def cosine_schedule(T=1000, # timesteps
                     s=0.008 # keeps the first betas from vanishing
                    ):       # a NoiseSchedule
     "A quarter of a cosine wave, squared (Nichol & Dhariwal 2021, eq. 17), betas clipped at 0.999. Raises DiffnbError."
-    if not s > 0: raise DiffnbError(f"s must be above 0, got {s}.")
+    if not s > 0:
+        raise DiffnbError(f"s must be above 0, got {s}.")
     return _from_curve(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
 
 # %% ../nbs/02_schedule.ipynb #c038
@@ -177,7 +194,8 @@ def sigmoid_schedule(T=1000,          # timesteps
                      tau=1.0          # temperature: the larger, the straighter the curve
                     ):                # a NoiseSchedule
     "A stretch of a sigmoid, scaled to run from 1 to 0 (Jabri et al. 2022; Chen 2023). Raises DiffnbError."
-    if not (start < end and tau > 0): raise DiffnbError(f"need start < end and tau > 0, got {start}, {end}, {tau}.")
+    if not (start < end and tau > 0):
+        raise DiffnbError(f"need start < end and tau > 0, got {start}, {end}, {tau}.")
     low, high = torch.tensor([start, end], dtype=torch.float64).div(tau).sigmoid()
     return _from_curve(lambda u: (high - ((u * (end - start) + start) / tau).sigmoid()) / (high - low), T)
 
@@ -187,9 +205,11 @@ def log_snr(self, t=None # timesteps, int or tensor (B,); None is the whole sche
            ):            # a float, or float64 on the CPU, (B,) or (T,); -inf where no signal is left
     "Natural logarithm of signal power over noise power, log(a**2 / s**2)."
     values = self.alpha_bar.log() - 2 * self.s.log()
-    if t is None: return values
+    if t is None:
+        return values
     values = torch.cat([torch.full((1,), math.inf, dtype=torch.float64), values])  # t=-1: no noise
-    if torch.is_tensor(t): return values.index_select(0, t.cpu() + 1)
+    if torch.is_tensor(t):
+        return values.index_select(0, t.cpu() + 1)
     return values[_integer(t, "t", -1, self.T - 1) + 1].item()
 
 @patch_to(NoiseSchedule)
@@ -204,7 +224,8 @@ def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
 def shift(self, scale # how many times longer the side of the image is; 2 from 32x32 to 64x64
          ):           # a new NoiseSchedule
     "SNR divided by scale**2, log SNR lowered by 2 log(scale) (Hoogeboom et al. 2023; Chen 2023). Raises DiffnbError."
-    if not 0 < scale < math.inf: raise DiffnbError(f"scale must be a number above 0, got {scale!r}.")
+    if not 0 < scale < math.inf:
+        raise DiffnbError(f"scale must be a number above 0, got {scale!r}.")
     if self.straight: # keep a + s = 1
         return NoiseSchedule((self.a / (self.a + self.s * scale)) ** 2, self.s * scale / (self.a + self.s * scale))
     return NoiseSchedule(self.alpha_bar / (self.alpha_bar + (1 - self.alpha_bar) * scale ** 2))
@@ -214,14 +235,16 @@ def shift(self, scale # how many times longer the side of the image is; 2 from 3
 def zero_terminal_snr(self): # a new NoiseSchedule
     """sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2023, algorithm 1).
     Raises DiffnbError for the flow schedule, which ends at pure noise as it is."""
-    if self.straight: raise DiffnbError("the flow schedule ends at pure noise already: leave zero_terminal_snr out.")
+    if self.straight:
+        raise DiffnbError("the flow schedule ends at pure noise already: leave zero_terminal_snr out.")
     a = self.alpha_bar.sqrt()
     return NoiseSchedule(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 
 # %% ../nbs/02_schedule.ipynb #c057a
 def flow_schedule(T=1000 # timesteps
                  ):      # a NoiseSchedule with a + s = 1
-    "The straight path from image to noise: s = (t + 1) / T, a = 1 - s (Lipman et al. 2023, arXiv:2210.02747, eq. 20-22)."
+    """The straight path from image to noise: s = (t + 1) / T, a = 1 - s (Lipman et al. 2023, arXiv:2210.02747, eq.
+    20-22)."""
     s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / T
     return NoiseSchedule((1 - s) ** 2, s)
 
@@ -234,7 +257,8 @@ def make_schedule(name,                   # "linear", "cosine", "sigmoid" or "fl
                   zero_terminal_snr=False # see NoiseSchedule.zero_terminal_snr; done after the shift
                  ):                       # a NoiseSchedule
     "A schedule from the words and numbers in a configuration. Raises DiffnbError for an unknown name."
-    if name not in _SCHEDULES: raise DiffnbError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {name!r}.")
+    if name not in _SCHEDULES:
+        raise DiffnbError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {name!r}.")
     schedule = _SCHEDULES[name](T).shift(shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
@@ -257,9 +281,12 @@ def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]
     """The training target: noise, x0, v = a noise - s x0 (Salimans & Ho 2022), or the velocity noise - x0
     (Lipman et al. 2023). Raises DiffnbError for an unknown prediction, and for a velocity off the straight path."""
     _check_prediction(self, prediction)
-    if prediction == "eps": return noise.float()
-    if prediction == "x0": return x0.float()
-    if prediction == "velocity": return noise.float() - x0.float()
+    if prediction == "eps":
+        return noise.float()
+    if prediction == "x0":
+        return x0.float()
+    if prediction == "velocity":
+        return noise.float() - x0.float()
     a, s = self.signal_noise(t, x0.ndim)
     return a * noise.float() - s * x0.float()
 
@@ -273,13 +300,18 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
     "The x0 that an output stands for. Raises DiffnbError for eps where no signal is left: there x_t is noise alone."
     _check_prediction(self, prediction)
     a, s = self.signal_noise(t, x_t.ndim)
-    if prediction == "x0": return output.float()
-    if prediction == "velocity": return x_t.float() - s * output.float()
-    if prediction == "v": return (a * x_t.float() - s * output.float()) / (a ** 2 + s ** 2)
+    if prediction == "x0":
+        return output.float()
+    if prediction == "velocity":
+        return x_t.float() - s * output.float()
+    if prediction == "v":
+        return (a * x_t.float() - s * output.float()) / (a ** 2 + s ** 2)
     # only a schedule that does end at 0 has to look at t, which makes the CPU wait for the GPU
     if self.alpha_bar[-1] == 0 and bool((torch.as_tensor(t) == self.T - 1).any()):
-        raise DiffnbError(f"At t={self.T - 1} this schedule has zero terminal SNR: x_t is the noise, so a network that "
-                          "predicts eps says nothing about x0. Train with prediction='v' or 'x0', or on the flow with 'velocity'.")
+        raise DiffnbError(
+            f"At t={self.T - 1} this schedule has zero terminal SNR: x_t is the noise, so a network that "
+            "predicts eps says nothing about x0. Train with prediction='v' or 'x0', or on the flow with "
+            "'velocity'.")
     return (x_t.float() - s * output.float()) / a
 
 # %% ../nbs/02_schedule.ipynb #c065
@@ -290,7 +322,8 @@ def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipp
           ):         # the noise that leads from this x0 to this x_t, float32
     "eps = (x_t - a x0) / s. Raises DiffnbError for t=-1, where there is no noise."
     a, s = self.signal_noise(t, x_t.ndim)
-    if not torch.is_tensor(s) and s == 0: raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps.")
+    if not torch.is_tensor(s) and s == 0:
+        raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps.")
     return (x_t.float() - a * x0.float()) / s
 
 # %% ../nbs/02_schedule.ipynb #c080
@@ -306,7 +339,8 @@ def timesteps(self, steps,       # how many, from 1 to T
               spacing="trailing" # "trailing", "leading", "linspace" or "quadratic"
              ):                  # list of `steps` ints, strictly falling
     "The timesteps a sampler visits (Lin et al. 2023, table 2; quadratic: Song et al. 2021). Raises DiffnbError."
-    if spacing not in _SPACINGS: raise DiffnbError(f"spacing must be one of {', '.join(_SPACINGS)}; got {spacing!r}.")
+    if spacing not in _SPACINGS:
+        raise DiffnbError(f"spacing must be one of {', '.join(_SPACINGS)}; got {spacing!r}.")
     steps = _integer(steps, "steps", 1, self.T)
     u = lambda j: Fraction(j, steps - 1) if steps > 1 else 1
     return [_SPACINGS[spacing](self.T, steps, j, u(j)) for j in reversed(range(steps))]

@@ -77,8 +77,10 @@ def drop_labels(y,         # int64 (B,), or None
                 null,      # the number of the null class: num_classes
                 generator, # on the device of y
                ) -> torch.Tensor | None: # int64 (B,)
-    "Replace each label by the null class with probability `p`, independently (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1)."
-    if y is None or p == 0: return y
+    """Replace each label by the null class with probability `p`, independently (Ho & Salimans 2022, arXiv:2207.12598,
+    algorithm 1)."""
+    if y is None or p == 0:
+        return y
     return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < p, null, y)
 
 # %% ../nbs/04_train.ipynb #c042
@@ -86,14 +88,16 @@ def draw_timesteps(n, T, generator,   # how many, of how many there are; a torch
                    logit_normal=None, # mean and deviation of logit(t/T), or None: all timesteps alike
                   ) -> torch.Tensor: # int64 (n,) in [0, T), on the generator's device
     "Timesteps for training: uniform, or logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1)."
-    if logit_normal is None: return torch.randint(T, (n,), device=generator.device, generator=generator)
+    if logit_normal is None:
+        return torch.randint(T, (n,), device=generator.device, generator=generator)
     mean, std = logit_normal
     u = (mean + std * torch.randn(n, device=generator.device, generator=generator)).sigmoid()
     return (u * T).long().clamp(max=T - 1)
 
 def timestep_probabilities(T, logit_normal=None) -> torch.Tensor: # float64 (T,), adding up to 1
     "How likely `draw_timesteps` is to draw each timestep: the weights of a mean loss."
-    if logit_normal is None: return torch.full((T,), 1 / T, dtype=torch.float64)
+    if logit_normal is None:
+        return torch.full((T,), 1 / T, dtype=torch.float64)
     mean, std = logit_normal
     edges = torch.arange(T + 1, dtype=torch.float64) / T
     return torch.special.ndtr((edges.logit() - mean) / std).diff()
@@ -117,13 +121,16 @@ def lr_at(step,   # 0, 1, …, total-1
           total,  # steps of the whole run
           peak,   # the learning rate named in the configuration
           warmup, # steps of linear rise; shortened to total // 10 in a short run
-          decay_share=None, # None: cosine; else the rate stays at its peak, and falls in a line over this last share of the run
+          # None: cosine; else the rate stays at its peak, and falls in a line over this last share of the run
+          decay_share=None,
          ) -> float:
-    """Linear warm-up to `peak`, then a half cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts);
-    or, with `decay_share`, constant and then linear to zero (Hägele et al. 2024, arXiv:2405.18392)."""
+    """Linear warm-up to `peak`, then a half cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without
+    restarts); or, with `decay_share`, constant and then linear to zero (Hägele et al. 2024, arXiv:2405.18392)."""
     warmup = min(warmup, total // 10)
-    if step < warmup: return peak * (step + 1) / warmup
-    if decay_share is not None: return peak * min(1, (total - step) / max(1, decay_share * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if decay_share is not None:
+        return peak * min(1, (total - step) / max(1, decay_share * total))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 # %% ../nbs/04_train.ipynb #c024
@@ -149,7 +156,8 @@ class EMA:
 
     def decay_at(self, step) -> float:
         "The decay of update `step`, 0, 1, …"
-        if self.share is None: return ema_decay_at(step, self.decay)
+        if self.share is None:
+            return ema_decay_at(step, self.decay)
         return (step / (step + 1)) ** (math.log(0.5) / math.log(1 - self.share))
 
     @torch.no_grad()
@@ -157,7 +165,8 @@ class EMA:
         "Move the average towards the weights of `model`; `step` counts the updates done before."
         weight = 1 - self.decay_at(step)
         mine, theirs = list(self.model.parameters()), [p.float() for p in model.parameters()]
-        if self.fused: torch._foreach_lerp_(mine, theirs, weight)
+        if self.fused:
+            torch._foreach_lerp_(mine, theirs, weight)
         else:
             for p, q in zip(mine, theirs):
                 p.lerp_(q, weight)
@@ -172,7 +181,7 @@ def orthogonalize(m,      # matrices, (..., rows, columns)
     tall = m.shape[-2] > m.shape[-1]
     x = (m.mT if tall else m).reshape(-1, *sorted(m.shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):                                               # x becomes 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
+    for _ in range(steps):  # x becomes 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT.reshape(m.shape) if tall else x.reshape(m.shape)
@@ -206,7 +215,8 @@ class Muon(torch.optim.AdamW):
         grads, shapes = [p.grad for p in params], {}
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, buffers, self.momentum)
-        if group["weight_decay"]: torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, u in zip(params, updates):
             shapes.setdefault(u.flatten(1).shape, []).append((p, u.flatten(1).to(self.dtype)))
             p.grad = None
@@ -218,10 +228,12 @@ def make_optimizer(model, config) -> torch.optim.Optimizer: # config: TrainConfi
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
     fused = config.fused and next(model.parameters()).device.type != "mps"
     how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused, foreach=None if config.fused else False)
-    if config.optimizer == "adamw": return torch.optim.AdamW(model.parameters(), **how)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **how)
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    return Muon(hidden, others, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, betas=(0.9, 0.99), **how)
+    return Muon(
+        hidden, others, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, betas=(0.9, 0.99), **how)
 
 def moments_of(optimizer, p) -> tuple: # names
     "What the optimiser keeps for parameter `p`."
@@ -230,15 +242,19 @@ def moments_of(optimizer, p) -> tuple: # names
 
 def make_averages(model, config) -> dict: # TrainConfig -> EMA by name: "ema", "ema2", …
     "One average, or one for each of `ema_half_lives`, in their order."
-    if config.ema_half_lives is None: return {"ema": EMA(model, config.ema_decay, config.fused)}
-    return {f"ema{i or ''}": EMA(model, fused=config.fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (config.batch_size / h))))
-            for i, h in zip((0, *range(2, 100)), config.ema_half_lives)}
+    if config.ema_half_lives is None:
+        return {"ema": EMA(model, config.ema_decay, config.fused)}
+    return {
+        f"ema{i or ''}": EMA(
+            model, fused=config.fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (config.batch_size / h))))
+        for i, h in zip((0, *range(2, 100)), config.ema_half_lives)}
 
 # %% ../nbs/04_train.ipynb #c046
 BINS = 10
 
 class Meter:
-    "Sums over the steps since the last row: losses and counts in ten timestep bins, gradient norm, clipped steps, steps."
+    """Sums over the steps since the last row: losses and counts in ten timestep bins, gradient norm, clipped steps,
+    steps."""
     def __init__(self, device): self.sums = torch.zeros(2 * BINS + 3, device=device)
 
     def add(self, losses,    # (B,), detached
@@ -257,7 +273,8 @@ class Meter:
         "The means since the last reading; the sums start again from zero."
         s = self.total(ranks).cpu().double().numpy()             # in this order: Apple's GPUs have no float64
         self.sums.zero_()
-        with np.errstate(invalid="ignore", divide="ignore"): bins = s[:BINS] / s[BINS:2 * BINS]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            bins = s[:BINS] / s[BINS:2 * BINS]
         return {"loss": s[:BINS].sum() / s[BINS:2 * BINS].sum(), **{f"loss_bin_{i}": b for i, b in enumerate(bins)},
                 "grad_norm": s[-3] / s[-1], "clipped": s[-2] / s[-1]}
 
@@ -312,9 +329,12 @@ class TrainState:
             load_weights(ema.model, tensors, f"{name}.")
         moments, on_device = self._moments_among(tensors), self.optimizer.defaults["fused"]
         for name, p in self.model.named_parameters():
-            if name not in moments: continue
-            kept = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in moments[name]} # laid out in memory as p
-            if "exp_avg" in kept: kept["step"] = torch.tensor(float(step), device=p.device if on_device else "cpu")
+            if name not in moments:
+                continue
+            # laid out in memory as p
+            kept = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in moments[name]}
+            if "exp_avg" in kept:
+                kept["step"] = torch.tensor(float(step), device=p.device if on_device else "cpu")
             self.optimizer.state[p] = kept
         self.meter.sums.copy_(tensors["meter"])
         self.step, self.seconds, self.processor_seconds = step, seconds, processor_seconds
@@ -328,7 +348,8 @@ class TrainState:
         shapes = {f"{m}.{name}": params[name].shape for name, names in moments.items() for m in names}
         shapes["meter"] = self.meter.sums.shape
         if given != shapes.keys() or any(tensors[k].shape != shape for k, shape in shapes.items()):
-            raise DiffnbError("the checkpoint's optimiser state or meter is missing or belongs to another model or optimizer")
+            raise DiffnbError(
+                "the checkpoint's optimiser state or meter is missing or belongs to another model or optimizer")
         if unknown := sorted({k.split(".")[0] for k in tensors} - known):
             raise DiffnbError(f"the checkpoint holds {unknown[0]!r}, which this configuration does not have")
         return moments

@@ -42,7 +42,8 @@ class TimeEmbedding(nn.Module):
 # %% ../nbs/03_unet.ipynb #c025
 def zero_init(layer):
     "The same layer with weights and bias set to zero: a branch that ends in it adds nothing until it has learned to."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 class ResBlock(nn.Module):
@@ -62,14 +63,16 @@ class ResBlock(nn.Module):
         if self.film:
             scale, shift = e.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
-        else: h = self.norm2(h + e)
+        else:
+            h = self.norm2(h + e)
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 # %% ../nbs/03_unet.ipynb #c036
 def dot_product_attention(q, k, v): # each (B, heads, tokens, head_dim) -> same shape
-    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). A GPU has a fused kernel for it;
-    on a CPU the two products are faster written out, as long as their table is small."""
-    if q.device.type != "cpu" or q.shape[-2] > 1024: return F.scaled_dot_product_attention(q, k, v)
+    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). A GPU has a fused kernel for
+    it; on a CPU the two products are faster written out, as long as their table is small."""
+    if q.device.type != "cpu" or q.shape[-2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
 
 class Attention(nn.Module):
@@ -109,7 +112,8 @@ class Upsample(nn.Module):
 # %% ../nbs/03_unet.ipynb #c050
 def _number(name, value, low, high, kind=int, none=False):
     "`value` if it is a `kind` in [low, high] (or None, where that is allowed); DiffnbError otherwise."
-    if value is None and none: return value
+    if value is None and none:
+        return value
     types = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
         raise DiffnbError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number from {low} to {high}"
@@ -131,46 +135,55 @@ def _choice(name, value, choices):
 def _shape(c):
     "Fills in channel_mult and checks it with sizes and norm_groups. Returns widths, resolutions, outermost first."
     if c["image_size"] % c["patch_size"]:
-        raise DiffnbError(f"patch_size={c['patch_size']} does not divide image_size={c['image_size']}: patches must tile the image.")
+        raise DiffnbError(
+            f"patch_size={c['patch_size']} does not divide image_size={c['image_size']}: patches must tile the image.")
     size = c["image_size"] // c["patch_size"]  # the network works on patches
     if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32: the inner ones stay the same
         c["channel_mult"] = [1] * max(0, int(math.log2(size / 32))) + [1, 2.5, 3.5]
     c["channel_mult"] = _numbers("channel_mult", c["channel_mult"], 0.01, 64, float)
     levels, groups = len(c["channel_mult"]), c["norm_groups"]
-    if not 1 <= levels <= 8: raise DiffnbError(f"channel_mult has {levels} levels: expected 1 to 8.")
+    if not 1 <= levels <= 8:
+        raise DiffnbError(f"channel_mult has {levels} levels: expected 1 to 8.")
     widths = [c["base_channels"] * m for m in c["channel_mult"]]
     if any(w != int(w) or int(w) % groups or int(w) < 2 for w in widths) or widths[0] % 2:
-        raise DiffnbError(f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times "
-                          f"channel_mult): each must be a whole number divisible by norm_groups={groups}, the first one "
-                          "even. Change base_channels, channel_mult or norm_groups.")
+        raise DiffnbError(
+            f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times "
+            f"channel_mult): each must be a whole number divisible by norm_groups={groups}, the first one "
+            "even. Change base_channels, channel_mult or norm_groups.")
     if size % 2**(levels - 1):
         of_patches = f" ({size} patches of {c['patch_size']})" if c["patch_size"] > 1 else ""
         raise DiffnbError(f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level of channel_mult "
                           f"after the first: it must be divisible by {2**(levels - 1)}. Resize the images or use fewer "
                           "levels.")
-    if widths[0] // 2 <= c["freq_shift"]: raise DiffnbError("freq_shift=1 needs a first width above 2.")
+    if widths[0] // 2 <= c["freq_shift"]:
+        raise DiffnbError("freq_shift=1 needs a first width above 2.")
     return [int(w) for w in widths], [size // 2**i for i in range(levels)]
 
 # %% ../nbs/03_unet.ipynb #c055
 def _checked(c):
     "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
     c = dict(c)
-    for name, low, high in [("image_size", 1, 4096), ("patch_size", 1, 64), ("in_channels", 1, 1024), ("base_channels", 1, 4096),
-                            ("blocks", 1, 16), ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]:
+    for name, low, high in [
+        ("image_size", 1, 4096), ("patch_size", 1, 64), ("in_channels", 1, 1024), ("base_channels", 1, 4096),
+        ("blocks", 1, 16), ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]:
         c[name] = _number(name, c[name], low, high)
-    for name in ("head_dim", "num_classes"): c[name] = _number(name, c[name], 1, 100_000, none=True)
+    for name in ("head_dim", "num_classes"):
+        c[name] = _number(name, c[name], 1, 100_000, none=True)
     c["dropout"] = _number("dropout", c["dropout"], 0, 0.99, float)
     c["norm_eps"] = _number("norm_eps", c["norm_eps"], 1e-12, 0.1, float)
-    for name in ("film", "mid_norm"): _choice(name, c[name], (True, False))
+    for name in ("film", "mid_norm"):
+        _choice(name, c[name], (True, False))
     _choice("mid_attention", c["mid_attention"], (True, False, None))
     _choice("down_padding", c["down_padding"], ("both", "end"))
     widths, sizes = _shape(c)
-    if c["attention"] is None: c["attention"] = [s for s in sizes[1:] if s <= 16][:1]
+    if c["attention"] is None:
+        c["attention"] = [s for s in sizes[1:] if s <= 16][:1]
     c["attention"] = sorted(set(_numbers("attention", c["attention"], 1, 4096, int)))
     if missing := [r for r in c["attention"] if r not in sizes]:
         raise DiffnbError(f"attention at resolution {missing[0]}, which does not occur: this UNet works at "
                           f"{', '.join(map(str, sizes))}.")
-    if c["mid_attention"] is None: c["mid_attention"] = bool(c["attention"])
+    if c["mid_attention"] is None:
+        c["mid_attention"] = bool(c["attention"])
     used = [w for w, s in zip(widths, sizes) if s in c["attention"]] + widths[-1:] * c["mid_attention"]
     if c["head_dim"] and any(w % c["head_dim"] for w in used):
         raise DiffnbError(f"head_dim={c['head_dim']} does not divide every width that has attention "
@@ -190,12 +203,16 @@ class Stage(nn.Module):
     def forward(self, x, emb, keep=None, join=None):
         "`keep`: a list to put every result in (on the way down); `join`: that list, to take them from (on the way up)."
         for block, attend in zip(self.blocks, self.attentions):
-            if join is not None: x = torch.cat([x, join.pop()], dim=1)
+            if join is not None:
+                x = torch.cat([x, join.pop()], dim=1)
             x = attend(block(x, emb))
-            if keep is not None: keep.append(x)
-        if self.resize is None: return x
+            if keep is not None:
+                keep.append(x)
+        if self.resize is None:
+            return x
         x = self.resize(x)
-        if keep is not None: keep.append(x)
+        if keep is not None:
+            keep.append(x)
         return x
 
 # %% ../nbs/03_unet.ipynb #c061
@@ -237,7 +254,8 @@ def _check_inputs(c, x_t, t, y):
         if y is not None:
             raise DiffnbError("this model was trained without classes: leave y out, or train a UNet(num_classes=...).")
         return t.expand(b), None
-    if y is None: y = torch.full((b,), c["num_classes"], device=x_t.device)
+    if y is None:
+        y = torch.full((b,), c["num_classes"], device=x_t.device)
     if not torch.is_tensor(y) or y.shape != (b,) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         what = f"{y.dtype} of shape {tuple(y.shape)}" if torch.is_tensor(y) else repr(y)
         raise DiffnbError(f"y is {what}: expected class numbers, an integer tensor of shape ({b},).")
@@ -267,7 +285,7 @@ class UNet(nn.Module):
                  base_channels=64,           # the width that channel_mult multiplies
                  channel_mult=None,          # one number per level; None: 1, 2.5, 3.5, more 1s in front above 32 pixels
                  blocks=2,                   # residual blocks per level on the way down; one more on the way up
-                 attention=None,             # resolutions, in patches, with attention; None: the first one up to 16; (): none
+                 attention=None,  # resolutions, in patches, with attention; None: the first one up to 16; (): none
                  head_dim=None,              # channels per attention head; None: a single head
                  dropout=0.0,                # before each block's last convolution
                  num_classes=None,           # None: no classes; else y is 0..num_classes, the last being the null class
@@ -291,13 +309,16 @@ class UNet(nn.Module):
     def forward(self, x_t, t, y=None):
         t, y = _check_inputs(self.config, x_t, t, y)
         emb = self.time(t)
-        if y is not None: emb = emb + self.classes(y)
+        if y is not None:
+            emb = emb + self.classes(y)
         x = fold(x_t, self.config["patch_size"])
         x = self.conv_in(x.to(self.conv_in.weight.dtype))        # samplers work in float32 whatever the network is in
         skips = [x]
-        for stage in self.down: x = stage(x, emb, keep=skips)
+        for stage in self.down:
+            x = stage(x, emb, keep=skips)
         x = self.mid(x, emb)
-        for stage in self.up: x = stage(x, emb, join=skips)
+        for stage in self.up:
+            x = stage(x, emb, join=skips)
         return unfold(self.conv_out(F.silu(self.norm_out(x))), self.config["patch_size"])
 
 def count_parameters(model):

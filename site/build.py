@@ -1,4 +1,5 @@
-"""The course as a static site: prepares pages from the notebooks and docstrings in _site/pages, builds _site/html with Sphinx."""
+"""The course as a static site: prepares pages from the notebooks and docstrings in _site/pages, builds _site/html with
+Sphinx."""
 import importlib, inspect, pathlib, re, sys, warnings
 
 import nbformat
@@ -11,15 +12,17 @@ written = set()
 
 def write(name, text):
     "Write a page, unless it is there already: Sphinx reads only what has changed."
-    path = pages / name; written.add(path)
+    path = pages / name
+    written.add(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     changed = not path.exists() or path.read_text(encoding="utf-8") != text
-    if changed: path.write_text(text, encoding="utf-8")
+    if changed:
+        path.write_text(text, encoding="utf-8")
     return changed
 
 def prepare(nb, depth):
-    """A notebook for readers: solutions folded, the cell that names the module gone, widgets left to their still pictures.
-    Links to lessons in outputs of type HTML lead to the pages.
+    """A notebook for readers: solutions folded, the cell that names the module gone, widgets left to their still
+    pictures. Links to lessons in outputs of type HTML lead to the pages.
     `#| export` stays, as a comment: the course explains it, and a copied cell is the notebook's own."""
     nb.cells = [c for c in nb.cells if not re.fullmatch(r"\s*#\|\s*default_exp.*\s*", c.source)]
     for cell in nb.cells:
@@ -29,9 +32,11 @@ def prepare(nb, depth):
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if len(data) > 1: data.pop("application/vnd.jupyter.widget-view+json", None)
+            if len(data) > 1:
+                data.pop("application/vnd.jupyter.widget-view+json", None)
             if "text/html" in data:
-                data["text/html"] = re.sub(r'href="(\d\d_\w+)\.ipynb', rf'href="{"../" * depth}\1.html', "".join(data["text/html"]))
+                data["text/html"] = re.sub(
+                    r'href="(\d\d_\w+)\.ipynb', rf'href="{"../" * depth}\1.html', "".join(data["text/html"]))
     nb.metadata.pop("widgets", None)
     return nb
 
@@ -44,27 +49,38 @@ def prose(text):
 
 def header(f):
     "The comment behind the last line of a function's signature: what it returns."
-    try: source = inspect.getsource(f)
-    except (OSError, TypeError): return None
+    try:
+        source = inspect.getsource(f)
+    except (OSError, TypeError):
+        return None
     found = re.search(r"^[^\n#]*\)\s*(?:->[^:\n]*)?:[ ]*#[ ]*([^\n]+)", source, re.M)
     return found and found[1]
 
 def parameters(f):
     "A line for each parameter that has a comment."
     for name, p in docments(f, full=True).items():
-        if name == "return" or not p.docment: continue
+        if name == "return" or not p.docment:
+            continue
         default = "" if p.default is inspect.Parameter.empty else f"={p.default!r}"
         yield f"- `{name}{default}`: {prose(p.docment)}"
 
 def entry(name, f, level=2):
     "Signature, docstring, parameters, what is returned; for a class also its methods."
-    try: signature = str(inspect.signature(f))
-    except (TypeError, ValueError): signature = ""
-    signature = re.sub(r"<factory>|<function (\w+) at [^>]+>", r"\1", signature).replace("(self, ", "(").replace("(self)", "()")
-    own_doc = f.__doc__ if not (inspect.isclass(f) and (f.__doc__ or "").startswith(f"{f.__name__}(")) else ""  # a dataclass's own
-    lines = [f"{'#' * level} {name}", f"```{{code-block}} python\n:class: signature\n{name}{signature}\n```", prose(own_doc), *parameters(f)]
+    try:
+        signature = str(inspect.signature(f))
+    except (TypeError, ValueError):
+        signature = ""
+    signature = (
+        re.sub(r"<factory>|<function (\w+) at [^>]+>", r"\1", signature).replace("(self, ", "(").replace("(self)", "()")
+    )
+    # a dataclass's own
+    own_doc = f.__doc__ if not (inspect.isclass(f) and (f.__doc__ or "").startswith(f"{f.__name__}(")) else ""
+    lines = [
+        f"{'#' * level} {name}", f"```{{code-block}} python\n:class: signature\n{name}{signature}\n```", prose(own_doc),
+        *parameters(f)]
     returns = None if inspect.isclass(f) else header(f)
-    if returns: lines.append(f"\nReturns: {prose(returns)}")
+    if returns:
+        lines.append(f"\nReturns: {prose(returns)}")
     out = "\n\n".join(lines[:3]) + "\n\n" + "\n".join(lines[3:])
     if inspect.isclass(f):
         for key, method in vars(f).items():
@@ -83,8 +99,9 @@ def api(notebook, module_name):
 
 def main():
     # workshop/checks stays out: it gives the answers of the exercises away
-    order = ["index"] + [str(p.relative_to(root / "nbs").with_suffix("")) for p in
-                         [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "workshop").glob("*.ipynb"))]]
+    order = ["index"] + [
+        str(p.relative_to(root / "nbs").with_suffix(""))
+        for p in [*sorted((root / "nbs").glob("[0-9]*.ipynb")), *sorted((root / "nbs" / "workshop").glob("*.ipynb"))]]
     references = {}
     for name in order:
         nb = nbformat.read(root / "nbs" / f"{name}.ipynb", 4)
@@ -93,16 +110,25 @@ def main():
             references[name] = f"api/{module}"
             write(f"api/{module}.md", api(name, f"diffnb.{module}"))
         write(f"{name}.ipynb", nbformat.writes(prepare(nb, name.count("/"))))
-    parts = {"Lessons": [n for n in order[1:] if "/" not in n], "Tools": [n for n in order if "/" in n], "Reference": list(references.values())}
-    moved = write("_toc.yml", "root: index\nformat: jb-book\nparts:\n" + "".join(
-        f"- caption: {caption}\n  chapters:\n" + "".join(f"  - file: {n}\n" for n in names) for caption, names in parts.items() if names))
+    parts = {
+        "Lessons": [n for n in order[1:] if "/" not in n], "Tools": [n for n in order if "/" in n],
+        "Reference": list(references.values())}
+    moved = write(
+        "_toc.yml",
+        "root: index\nformat: jb-book\nparts:\n"
+        + "".join(
+            f"- caption: {caption}\n  chapters:\n" + "".join(f"  - file: {n}\n" for n in names)
+            for caption, names in parts.items()
+            if names))
     for path in pages.rglob("*"):                                     # a page whose notebook is gone
         if path.is_file() and path not in written:
             path.unlink()
             (html / path.relative_to(pages)).with_suffix(".html").unlink(missing_ok=True)
     warnings.filterwarnings("ignore", module="sphinx_external_toc")   # it looks at every object, those of torch too
-    options = ["-q", "-b", "html", "-W", "--keep-going", "-c", str(root / "site"), "-d", str(root / "_site" / "doctrees")]
-    if moved: options += ["-E", "-a"]                                 # every page shows the list of pages
+    options = [
+        "-q", "-b", "html", "-W", "--keep-going", "-c", str(root / "site"), "-d", str(root / "_site" / "doctrees")]
+    if moved:
+        options += ["-E", "-a"]                                 # every page shows the list of pages
     return sphinx([*options, *sys.argv[1:], str(pages), str(html)])
 
 if __name__ == "__main__":

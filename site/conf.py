@@ -1,4 +1,5 @@
-"""Sphinx settings of the course's site. `make site` runs site/build.py, which prepares the pages and then uses this file."""
+"""Sphinx settings of the course's site. `make site` runs site/build.py, which prepares the pages and then uses this
+file."""
 from importlib.util import find_spec
 
 from myst_nb.core.render import NbElementRenderer
@@ -28,8 +29,9 @@ html_context = {"default_mode": "auto"}
 smartquotes = False                               # "eps" is a value
 html_css_files = ["course.css"]
 html_copy_source = html_show_sourcelink = False
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1, "navbar_persistent": [],
-                      "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark"}
+html_theme_options = {
+    "use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1, "navbar_persistent": [],
+    "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark"}
 
 render_image = NbElementRenderer.render_image
 

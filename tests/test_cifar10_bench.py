@@ -1,4 +1,5 @@
-"The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no Inception is needed; the digits stand in."
+"""The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no
+Inception is needed; the digits stand in."""
 import importlib, json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,13 +12,15 @@ FOLDER = Path(__file__).parent.parent / "bench" / "cifar10"
 
 @pytest.fixture(scope="module")
 def script():
-    "Imports a script of bench/cifar10, whose names (common, train, figures) others have too, and forgets it afterwards."
+    """Imports a script of bench/cifar10, whose names (common, train, figures) others have too, and forgets it
+    afterwards."""
     path, names = list(sys.path), [p.stem for p in FOLDER.glob("*.py")]
     taken = {n: sys.modules.pop(n) for n in names if n in sys.modules}
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module
     sys.path[:] = path
-    for name in names: sys.modules.pop(name, None)
+    for name in names:
+        sys.modules.pop(name, None)
     sys.modules.update(taken)
 
 
@@ -27,14 +30,17 @@ def common(script): return script("common")
 
 @pytest.fixture
 def tiny(common):
-    return common.TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32, device="cpu", precision="float32", sample_steps=2,
-                              ema_half_lives=common.HALF_LIVES)
+    return common.TrainConfig(
+        data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32,
+        device="cpu", precision="float32", sample_steps=2, ema_half_lives=common.HALF_LIVES)
 
 
 @pytest.fixture(scope="module")
 def features(script): # stand-in for Inception: 12 numbers of each image
     evaluate = importlib.import_module("diffnb.evaluate")
-    return evaluate.Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :12] / 255, "means of quarters", 12)
+    return evaluate.Features(
+        lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :12] / 255, "means of quarters",
+        12)
 
 
 def ends(common, run): return common.last_checkpoint(run / "run")[0]
@@ -44,16 +50,22 @@ def ends(common, run): return common.last_checkpoint(run / "run")[0]
 def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common.plan_of(tiny, whole, 0.1)
-    plan = json.loads((whole / "plan.json").read_text()); steps = 60
-    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5); plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6; plan["config"]["log_every"] = 5
-    (whole / "plan.json").write_text(json.dumps({**plan, "steps": steps, "seconds_per_grid": 0}))           # the same length on every machine
+    plan = json.loads((whole / "plan.json").read_text())
+    steps = 60
+    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5)
+    plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6
+    plan["config"]["log_every"] = 5
+    # the same length on every machine
+    (whole / "plan.json").write_text(json.dumps({**plan, "steps": steps, "seconds_per_grid": 0}))
     shutil.copytree(whole, parts)
     assert common.train_for(tiny, whole, 0.1, time.perf_counter() + 600, progress=False).step == steps
 
     stopped = common.train_for(tiny, parts, 0.1, time.perf_counter() + 0.001, progress=False)
     assert stopped.step == 5                                                            # at the first look at the clock
     kept = {w: common.join_shards(parts / "weights" / w)[0] for w in ("ema", "ema2")}   # weights are there already
-    assert common.read_json(parts / "run" / "config.json")["config"]["epochs"] == common.read_json(whole / "run" / "config.json")["config"]["epochs"]
+    assert (
+        common.read_json(parts / "run" / "config.json")["config"]["epochs"]
+        == common.read_json(whole / "run" / "config.json")["config"]["epochs"])
     assert common.train_for(tiny, parts, 0.1, time.perf_counter() + 600, progress=False).step == steps
     a, b = ends(common, whole), ends(common, parts)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -61,8 +73,10 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     assert not torch.equal(kept["ema2"]["ema.conv_in.weight"], b["ema2.conv_in.weight"].half())
     lr = common.diffnb.workshop.folder.read_metrics(parts / "run")["lr"]
     assert lr[-1] < 0.01 * lr.max()
-    with pytest.raises(common.DiffnbError, match="lr=0.0001"): common.train_for(replace(tiny, lr=1.0), parts, 0.1, 0)
-    with pytest.raises(common.DiffnbError, match="total_minutes"): common.train_for(tiny, parts, 9, 0)
+    with pytest.raises(common.DiffnbError, match="lr=0.0001"):
+        common.train_for(replace(tiny, lr=1.0), parts, 0.1, 0)
+    with pytest.raises(common.DiffnbError, match="total_minutes"):
+        common.train_for(tiny, parts, 9, 0)
 
 
 def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
@@ -70,7 +84,7 @@ def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
     assert plan["steps"] * plan["seconds_per_step"] <= 12 and math.ceil(config.epochs * 1498 / 32) == plan["steps"]
     averages = common.diffnb.train.make_averages(torch.nn.Linear(1, 1), config)
     assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
-    for memory, ema in zip((0.05, 0.1), averages.values()):                             # half of the weight: ln 2 of what is remembered
+    for memory, ema in zip((0.05, 0.1), averages.values()):  # half of the weight: ln 2 of what is remembered
         last = range(round((1 - memory * math.log(2)) * 10_000), 10_000)
         assert math.prod(ema.decay_at(step) for step in last) == pytest.approx(0.5, abs=0.01)
 
@@ -78,55 +92,82 @@ def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
 def test_shards_come_together_bit_for_bit(common, tmp_path):
     unet = common.diffnb.train.UNet(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
     tensors = {f"ema.{k}": v.half() for k, v in unet.state_dict().items()}
-    meta = {"step": 7, "config": asdict(common.TrainConfig()), "model": unet.config, "data": {"classes": list("0123456789")}}
+    meta = {
+        "step": 7, "config": asdict(common.TrainConfig()), "model": unet.config,
+        "data": {"classes": list("0123456789")}}
     paths = common.write_shards(tensors, meta, tmp_path / "weights" / "ema", largest=2**17)
     assert len(paths) > 2 and all(p.stat().st_size <= 2**17 for p in paths)
     again, told = common.join_shards(tmp_path / "weights" / "ema")
-    assert told == json.loads(json.dumps(meta)) and again.keys() == tensors.keys() and all(torch.equal(again[k], v) for k, v in tensors.items())
+    assert (
+        told == json.loads(json.dumps(meta))
+        and again.keys() == tensors.keys()
+        and all(torch.equal(again[k], v) for k, v in tensors.items()))
     loaded = common.open_model(tmp_path, "ema", "cpu")
-    assert loaded.step == 7 and all(torch.equal(v, tensors[f"ema.{k}"].float()) for k, v in loaded.model.state_dict().items())
-    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["ema"]                # nothing is left beside the shards
-    common.write_shards(tensors, meta, tmp_path / "weights" / "ema")                    # fewer of them: the old ones must go
+    assert loaded.step == 7 and all(
+        torch.equal(v, tensors[f"ema.{k}"].float()) for k, v in loaded.model.state_dict().items())
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["ema"]  # nothing is left beside the shards
+    common.write_shards(tensors, meta, tmp_path / "weights" / "ema")  # fewer of them: the old ones must go
     assert common.join_shards(tmp_path / "weights" / "ema")[0].keys() == tensors.keys()
     paths = common.write_shards(tensors, meta, tmp_path / "weights" / "ema", largest=2**17)
     paths[1].unlink()
-    with pytest.raises(common.DiffnbError, match="all shards"): common.join_shards(tmp_path / "weights" / "ema")
+    with pytest.raises(common.DiffnbError, match="all shards"):
+        common.join_shards(tmp_path / "weights" / "ema")
 
 
 def test_shipped_weights_load(common, script, tiny, tmp_path):
     ship = script("ship")
-    unet = common.diffnb.train.UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
-    common.write_shards({f"ema.{k}": v.half() for k, v in unet.state_dict().items()}, {"step": 1, "config": asdict(tiny), "model": unet.config, "data": {"classes": list("0123456789")}}, tmp_path / "weights" / "ema2")
+    unet = common.diffnb.train.UNet(
+        image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
+    common.write_shards(
+        {f"ema.{k}": v.half() for k, v in unet.state_dict().items()},
+        {"step": 1, "config": asdict(tiny), "model": unet.config, "data": {"classes": list("0123456789")}},
+        tmp_path / "weights" / "ema2")
     assert common.load_model(ship.ship(tmp_path, "small", "ema2", tmp_path), "cpu").classes == tuple("0123456789")
-    with pytest.raises(common.DiffnbError, match="evaluate.py"): ship.better(tmp_path)
-    common.save_json(tmp_path / "results" / "horizon.json", {"better": "ema2"}); assert ship.better(tmp_path) == "ema2"
+    with pytest.raises(common.DiffnbError, match="evaluate.py"):
+        ship.better(tmp_path)
+    common.save_json(tmp_path / "results" / "horizon.json", {"better": "ema2"})
+    assert ship.better(tmp_path) == "ema2"
 
 
 def test_every_ablation_is_a_possible_run(common, script):
     ablations = script("ablations")
     names = [v.name for v in ablations.VARIANTS]
     assert len(set(names)) == len(names) and "baseline" in names and not ablations.VARIANTS[0].change
-    assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)      # no two are the same experiment
+    # no two are the same experiment
+    assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)
     for v in ablations.VARIANTS:
         config = common.diffnb.workshop.settings.check_config(replace(ablations.BASE, **v.change))
         assert v.claim and v.prediction and v.weights in ("ema", "ema2", "model")
-        assert all(getattr(config, k) != getattr(ablations.BASE, k) for k in v.change)             # each change changes something
-        with torch.device("meta"): common.diffnb.train.UNet(image_size=config.image_size or 32, base_channels=config.base_channels, attention=config.attention)
+        assert all(getattr(config, k) != getattr(ablations.BASE, k) for k in v.change)  # each change changes something
+        with torch.device("meta"):
+            common.diffnb.train.UNet(
+                image_size=config.image_size or 32, base_channels=config.base_channels, attention=config.attention)
 
 
 def test_an_ablation_writes_all_that_must_be_known(common, script, tiny, features, tmp_path, monkeypatch, capsys):
     ablations, figures = script("ablations"), script("figures")
-    monkeypatch.setattr(ablations, "variant_config", lambda v, a, seed: replace(tiny, seed=seed, image_size=8, **v.change))
-    monkeypatch.setattr(ablations, "draw", lambda model, schedule, shape, n, **_: torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-    a = common.arguments("").parse_args(["--out", str(tmp_path), "--device", "cpu"]); a.n, a.steps, a.sample_batch = 64, 2, 32
-    real = {split: ablations.Real(torch.rand(80, 12, generator=torch.Generator().manual_seed(i))) for i, split in enumerate(("train", "test"))}
+    monkeypatch.setattr(
+        ablations, "variant_config", lambda v, a, seed: replace(tiny, seed=seed, image_size=8, **v.change))
+    monkeypatch.setattr(
+        ablations, "draw",
+        lambda model, schedule, shape, n, **_: torch.randint(
+            256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    a = common.arguments("").parse_args(["--out", str(tmp_path), "--device", "cpu"])
+    a.n, a.steps, a.sample_batch = 64, 2, 32
+    real = {
+        split: ablations.Real(torch.rand(80, 12, generator=torch.Generator().manual_seed(i)))
+        for i, split in enumerate(("train", "test"))}
     def done(v, seed): return (tmp_path / "results" / ablations.file_of(v, seed, 0.5)).exists()
     variants = {v.name: v for v in ablations.VARIANTS}
-    for name in ("baseline", "no-warmup"): ablations.run(variants[name], 0, 0.5, a, features, 32, real, done)
+    for name in ("baseline", "no-warmup"):
+        ablations.run(variants[name], 0, 0.5, a, features, 32, real, done)
     assert done(variants["ema-off"], 0) and done(variants["ema-10%"], 0)                # scored from the baseline's run
     r = common.read_json(tmp_path / "results" / "no-warmup_s0_0.5s.json")
-    assert {"claim", "prediction", "change", "seed", "seconds", "steps", "images", "n", "sampler", "sampler_steps", "protocol", "device", "torch", "distances", "config"} <= set(r)
-    assert r["config"]["warmup"] == 1 and all({"frechet", "error", "kid", "kid_std", "n_reference"} <= set(d) for d in r["distances"].values())
+    assert {
+        "claim", "prediction", "change", "seed", "seconds", "steps", "images", "n", "sampler", "sampler_steps",
+        "protocol", "device", "torch", "distances", "config"} <= set(r)
+    assert r["config"]["warmup"] == 1 and all(
+        {"frechet", "error", "kid", "kid_std", "n_reference"} <= set(d) for d in r["distances"].values())
     figures.ablations(tmp_path, tmp_path / "images")
     assert "| no-warmup |" in (tmp_path / "images" / "cifar10_ablations.md").read_text()
 
@@ -134,29 +175,48 @@ def test_an_ablation_writes_all_that_must_be_known(common, script, tiny, feature
 def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkeypatch, capsys):
     evaluate, Features, opened = script("evaluate"), importlib.import_module("diffnb.evaluate").Features, []
     features = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255, "quarters", 4)
-    def open_features(a): a.sample_batch = 10; return features, 10
-    def open_model(out, weights, device): opened.append(weights); return common.load_model("digits", "cpu")
-    real = {split: evaluate.Real(torch.rand(80, 4, generator=torch.Generator().manual_seed(i))) for i, split in enumerate(("train", "test"))}
-    for name, value in (("open_features", open_features), ("open_model", open_model), ("real_images", lambda *_: real), ("SETTINGS", [("ddim", 2), ("dpmpp_2m", 3)]), ("GUIDANCE", (1, 2))):
+    def open_features(a):
+        a.sample_batch = 10
+        return features, 10
+    def open_model(out, weights, device):
+        opened.append(weights)
+        return common.load_model("digits", "cpu")
+    real = {
+        split: evaluate.Real(torch.rand(80, 4, generator=torch.Generator().manual_seed(i)))
+        for i, split in enumerate(("train", "test"))}
+    for name, value in (
+        ("open_features", open_features), ("open_model", open_model), ("real_images", lambda *_: real),
+        ("SETTINGS", [("ddim", 2), ("dpmpp_2m", 3)]), ("GUIDANCE", (1, 2))):
         monkeypatch.setattr(evaluate, name, value)
     def command(minutes):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(tmp_path), "--n", "40", "--n-small", "20", "--device", "cpu", "--minutes", str(minutes)])
+        monkeypatch.setattr(
+            sys, "argv",
+            [
+                "evaluate.py", "--out", str(tmp_path), "--n", "40", "--n-small", "20", "--device", "cpu", "--minutes",
+                str(minutes)])
         evaluate.main()
         return capsys.readouterr().out
     monkeypatch.setattr(evaluate, "START", time.perf_counter())
     assert "repeat the command" in command(0) and not list((tmp_path / "results").glob("ema*.json"))
     assert "done" in command(9) and set(opened) == {"ema", "ema2"}
     results = {p.stem: common.read_json(p) for p in (tmp_path / "results").glob("ema*.json")}
-    assert len(results) == 5 and common.read_json(tmp_path / "results" / "horizon.json")["better"] in ("ema", "ema2") and (tmp_path / "results" / "floor_8.json").exists()
+    assert (
+        len(results) == 5
+        and common.read_json(tmp_path / "results" / "horizon.json")["better"] in ("ema", "ema2")
+        and (tmp_path / "results" / "floor_8.json").exists())
     for r in results.values():
-        assert {"weights", "sampler", "steps", "n", "w", "size", "scored_at", "distances", "seconds_sampling", "seconds_scoring", "precision", "batch", "protocol", "device", "torch"} <= set(r)
+        assert {
+            "weights", "sampler", "steps", "n", "w", "size", "scored_at", "distances", "seconds_sampling",
+            "seconds_scoring", "precision", "batch", "protocol", "device", "torch"} <= set(r)
     opened.clear()
-    assert "done" in command(9) and not opened                                          # all is there: nothing is loaded
+    assert "done" in command(9) and not opened  # all is there: nothing is loaded
 
 
 def test_statistics_give_the_same_distance(common, script, features, tmp_path):
     score = script("score")
-    real = {split: score.Real(torch.rand(300, 12, generator=torch.Generator().manual_seed(i))) for i, split in enumerate(("train", "test"))}
+    real = {
+        split: score.Real(torch.rand(300, 12, generator=torch.Generator().manual_seed(i)))
+        for i, split in enumerate(("train", "test"))}
     moments, meta = score.read_statistics(score.write_statistics(real, 32, tmp_path / "stats.safetensors"))
     assert meta["n"] == {"train": 300, "test": 300}
     direct = score.frechet_distance(real["test"].features, real["train"].features)
@@ -170,19 +230,26 @@ def test_our_inception_is_torch_fidelitys(script):
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as theirs
     assert (score.stretch(x) - theirs(x, (299, 299), align_corners=False)).abs().max() < 1e-3
     torch.manual_seed(0)
-    for ours, block in ((score.InceptionA(8, 4), fidelity.InceptionA(8, 4)), (score.InceptionC(8, 4), fidelity.InceptionC(8, 4))):
-        block.load_state_dict(ours.state_dict()); score.pool_inside(ours)
+    for ours, block in (
+        (score.InceptionA(8, 4), fidelity.InceptionA(8, 4)), (score.InceptionC(8, 4), fidelity.InceptionC(8, 4))):
+        block.load_state_dict(ours.state_dict())
+        score.pool_inside(ours)
         h = torch.randn(2, 8, 9, 9)
-        with torch.no_grad(): assert torch.allclose(ours.eval()(h), block.eval()(h), atol=1e-6)
+        with torch.no_grad():
+            assert torch.allclose(ours.eval()(h), block.eval()(h), atol=1e-6)
 
 
 def test_guidance_sees_the_same_shapes(script): # so that a compiled network is compiled once
     score, seen = script("score"), []
     class Model(torch.nn.Module):
         config = {"num_classes": 10}
-        def forward(self, x, t, y=None): seen.append(len(x)); return torch.zeros_like(x)
+        def forward(self, x, t, y=None):
+            seen.append(len(x))
+            return torch.zeros_like(x)
     schedule = importlib.import_module("diffnb.schedule").linear_schedule()
-    for w in (1.0, 2.0): assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (8, 3, 8, 8)
+    for w in (1.0, 2.0):
+        assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (
+            8, 3, 8, 8)
     assert set(seen) == {4}
     assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
 
@@ -237,7 +304,8 @@ def long(script, monkeypatch, tmp_path):
         return module.parsed()
     def go(out, *more, until=10**9):
         def stop(run):
-            if module.read_metrics(run)["step"][-1] >= until: os.kill(os.getpid(), signal.SIGTERM)
+            if module.read_metrics(run)["step"][-1] >= until:
+                os.kill(os.getpid(), signal.SIGTERM)
         train = module.diffnb.workshop.run.train
         monkeypatch.setattr(module, "train", lambda *args, **named: train(*args, **{"on_log": stop, **named}))
         return module.train_long(arguments(out, *more))
@@ -250,7 +318,8 @@ def events(out): return [json.loads(line) for line in (out / "log.jsonl").read_t
 @pytest.mark.filterwarnings("ignore:the loss leapt")
 def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     out = tmp_path / "long"
-    with pytest.raises(common.DiffnbError, match="--config"): long.go(out)
+    with pytest.raises(common.DiffnbError, match="--config"):
+        long.go(out)
     assert long.go(out, "--config", long.settings, until=20).step == 20
     assert long.go(out, until=30).step == 32                            # resumed; rows come every 4 steps
     plan = common.read_json(out / "plan.json")
@@ -274,7 +343,8 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
 
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**json.loads(long.settings.read_text()), "lr": 1.0}))
-    with pytest.raises(common.DiffnbError, match="lr=0.002"): long.go(out, "--config", other)
+    with pytest.raises(common.DiffnbError, match="lr=0.002"):
+        long.go(out, "--config", other)
 
 
 def test_a_stop_of_the_long_run_changes_nothing(long, tmp_path):
@@ -305,7 +375,8 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
     for path in paths:
         model = common.load_model(path, "cpu")
         assert model.step == 20 and path.stat().st_size < 0.6 * single
-        for k, v in model.model.state_dict().items(): assert torch.equal(v, tensors[f"{path.stem}.{k}"].half().float())
+        for k, v in model.model.state_dict().items():
+            assert torch.equal(v, tensors[f"{path.stem}.{k}"].half().float())
 
     a = long.arguments(new, "--config", long.settings, "--resume-from", kept)
     config = long.module.planned_config(a)
@@ -319,7 +390,8 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
     assert list(common.diffnb.workshop.folder.read_metrics(new / "run")["step"]) == [24, 28]
     assert [(e["event"], e["step"]) for e in events(new)] == [
         ("began from weights", 20), ("resumed", 20), ("stopped", 28)]
-    with pytest.raises(common.DiffnbError, match="exists"): long.module.planned_config(a)
+    with pytest.raises(common.DiffnbError, match="exists"):
+        long.module.planned_config(a)
 
 
 def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_path, monkeypatch, capsys):
@@ -335,12 +407,14 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
     monkeypatch.setattr(module, "open_features", open_features)
     monkeypatch.setattr(module, "real_images", lambda *_: real)
     def score(): return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2))
-    with pytest.raises(common.DiffnbError, match="no checkpoint"): score()
+    with pytest.raises(common.DiffnbError, match="no checkpoint"):
+        score()
 
     long.go(out, "--config", long.settings, until=12)
     with monkeypatch.context() as m:
         m.setattr(module, "distances", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError): score()
+        with pytest.raises(ZeroDivisionError):
+            score()
     assert sum(computed) == 40 and not (out / "scores.json").exists()
     long.go(out, until=20)                                                              # training has moved on
     row = score()
@@ -367,12 +441,15 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
 def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_path, monkeypatch):
     score, evaluate, seen = script("score"), importlib.import_module("diffnb.evaluate"), []
     def network(x):
-        if len(seen) == 3: seen.append(0); raise KeyboardInterrupt
+        if len(seen) == 3:
+            seen.append(0)
+            raise KeyboardInterrupt
         seen.append(len(x))
         return x.float().mean((2, 3))
     monkeypatch.setattr(score, "load_data", lambda name, size, split, root: load_data("digits", split=split))
     features, load_data = evaluate.Features(network, "means", 1), common.load_data
-    with pytest.raises(KeyboardInterrupt): score.real_images(8, features, cache=tmp_path, batch=500)
+    with pytest.raises(KeyboardInterrupt):
+        score.real_images(8, features, cache=tmp_path, batch=500)
     real = score.real_images(8, features, cache=tmp_path, batch=500)
     assert seen == [500, 500, 498, 0, 299] and [p.name for p in tmp_path.iterdir()] == ["real_8_all.safetensors"]
     images = load_data("digits").images
@@ -383,9 +460,11 @@ def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_pa
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
     def git(*args): return subprocess.run(["git", "-C", FOLDER, *args], capture_output=True, text=True).stdout.strip()
-    if not git("ls-tree", "HEAD", "long.py"): pytest.skip("not a git checkout that has long.py")
+    if not git("ls-tree", "HEAD", "long.py"):
+        pytest.skip("not a git checkout that has long.py")
     out, python = tmp_path / "long", [sys.executable]
-    if ranks > 1: python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     job = subprocess.Popen([*python, FOLDER / "long.py", "--out", out, "--config", long.settings, "--device", "cpu"],
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -395,7 +474,8 @@ def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
             time.sleep(0.05)
         job.send_signal(signal.SIGTERM)
         said = job.communicate(timeout=120)[0]
-    finally: job.kill()
+    finally:
+        job.kill()
     assert job.returncode == 143 or ranks > 1, said[-3000:]
     assert [e["event"] for e in events(out)] == ["started", "stopped"] and events(out)[0]["ranks"] == ranks
     assert events(out)[0]["commit"] == (out / "source" / "COMMIT").read_text() == git("rev-parse", "HEAD")

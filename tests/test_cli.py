@@ -1,4 +1,5 @@
-"What the page of the command line leaves to a machine: presets, averages by name, what is refused before work starts, and the shell around it."
+"""What the page of the command line leaves to a machine: presets, averages by name, what is refused before work starts,
+and the shell around it."""
 import errno, functools, inspect, io, os, re, shlex, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
@@ -34,17 +35,22 @@ def test_what_stands_after_a_preset_changes_it_and_what_stands_before_does_not(m
 
 @pytest.mark.parametrize("args", [["train", "--preset", "clothing"], ["train", "--preset="]])
 def test_an_unknown_preset_is_a_mistake_of_the_command_line(args, capsys):
-    with pytest.raises(SystemExit) as e: main(args)
+    with pytest.raises(SystemExit) as e:
+        main(args)
     assert e.value.code == 2 and "clothes" in capsys.readouterr().err
-    with pytest.raises(SystemExit): main(["train", "--preset"])
+    with pytest.raises(SystemExit):
+        main(["train", "--preset"])
 
-def test_other_commands_keep_their_arguments(): assert _without_preset(["info", "--preset", "clothes"]) == ["info", "--preset", "clothes"]
+def test_other_commands_keep_their_arguments():
+    assert _without_preset(["info", "--preset", "clothes"]) == ["info", "--preset", "clothes"]
 
 
 def test_a_small_run_of_the_new_recipe_through_every_command(tmp_path, capsys):
     run = tmp_path / "run"
-    new = ["train", "--data", "digits", "--schedule", "flow", "--prediction", "velocity", "--logit-normal", "-0.2", "1", "--optimizer", "muon",
-           "--lr", "1e-3", "--decay-share", "0.5", "--ema-half-lives", "0.1", "0.3", "--patch-size", "2", *TINY, "--image-size", "8"]
+    new = [
+        "train", "--data", "digits", "--schedule", "flow", "--prediction", "velocity", "--logit-normal", "-0.2", "1",
+        "--optimizer", "muon", "--lr", "1e-3", "--decay-share", "0.5", "--ema-half-lives", "0.1", "0.3", "--patch-size",
+        "2", *TINY, "--image-size", "8"]
     assert main([*new, "--run", str(run), "--dry-run"]) == 0 and not run.exists()
     assert main([*new, "--run", str(run), "--epochs", "0.1"]) == 0
     assert main(["resume", str(run), "--epochs", "0.2"]) == 0 and "planned before" in capsys.readouterr().out
@@ -53,20 +59,29 @@ def test_a_small_run_of_the_new_recipe_through_every_command(tmp_path, capsys):
     assert "flow schedule, predicts velocity" in said and "finished" in said
     for sampler in ("ddim", "heun", "dpmpp_2m", "ddpm"):
         out = tmp_path / f"{sampler}.png"
-        asked = ["--sampler", sampler, "--steps", "3", "--guidance", "2", "--n", "4", "--device", "cpu", "--out", str(out)]
+        asked = [
+            "--sampler", sampler, "--steps", "3", "--guidance", "2", "--n", "4", "--device", "cpu", "--out", str(out)]
         assert main(["sample", str(run), *asked]) == 0 and out.stat().st_size > 100
-    assert main(["sample", str(run), "--weights", "ema2", "--steps", "2", "--n", "2", "--device", "cpu", "--out", str(tmp_path / "2.png")]) == 0
+    assert (
+        main(
+            [
+                "sample", str(run), "--weights", "ema2", "--steps", "2", "--n", "2", "--device", "cpu", "--out",
+                str(tmp_path / "2.png")])
+        == 0)
     assert main(["sample", str(run), "--weights", "ema3", "--steps", "2", "--n", "2", "--device", "cpu"]) == 1
     assert "ema2" in capsys.readouterr().err
     assert main(["doctor", str(run)]) == 0 and (run / "report.html").exists()
     first, second = (load_model(run, "cpu", w).model.state_dict()["mid.blocks.0.conv1.weight"] for w in ("ema", "ema2"))
     assert not first.equal(second) and read_config(run)["config"].ema_half_lives == (0.1, 0.3)
 
-@pytest.mark.parametrize("change, says", [
-    (["--patch-size", "3"], "does not divide image_size"), (["--schedule", "flow"], "velocity"), (["--prediction", "velocity"], "schedule=flow"),
-    (["--schedule", "flow", "--prediction", "v", "--zero-terminal-snr", "True"], "pure noise already"),
-    (["--ema-half-lives", "1e9"], "more than the run sees"), (["--logit-normal", "1"], "two numbers"), (["--decay-share", "0"], "above 0"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (["--patch-size", "3"], "does not divide image_size"), (["--schedule", "flow"], "velocity"),
+        (["--prediction", "velocity"], "schedule=flow"),
+        (["--schedule", "flow", "--prediction", "v", "--zero-terminal-snr", "True"], "pure noise already"),
+        (["--ema-half-lives", "1e9"], "more than the run sees"), (["--logit-normal", "1"], "two numbers"),
+        (["--decay-share", "0"], "above 0")])
 def test_settings_that_cannot_work_are_refused_before_work_starts(change, says, tmp_path, capsys):
     assert main(["train", "--data", "digits", *TINY, "--run", str(tmp_path / "x"), *change]) == 1
     assert says in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -78,49 +93,67 @@ def test_another_optimizer_does_not_go_on_with_a_run(tmp_path, capsys):
 
 def test_a_flow_is_exported_with_the_lines_that_sample_it(tmp_path, capsys):
     pytest.importorskip("diffusers")
-    run = ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--schedule", "flow", "--prediction", "velocity", "--run", str(tmp_path / "x")]
+    run = [
+        "train", "--data", "digits", *TINY, "--epochs", "0.05", "--schedule", "flow", "--prediction", "velocity",
+        "--run", str(tmp_path / "x")]
     assert main(run) == 0 and main(["export", str(tmp_path / "x"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert (tmp_path / "out/README.md").exists() and not (tmp_path / "out/model_index.json").exists() and "DDIMPipeline loads it" not in said
+    assert (
+        (tmp_path / "out/README.md").exists()
+        and not (tmp_path / "out/model_index.json").exists()
+        and "DDIMPipeline loads it" not in said)
 
 
 # ---- help, names and numbers
 
 def said(capsys, *args):
     "(exit code, standard output, standard error); usage errors exit as they do from a shell."
-    try: code = main([str(a) for a in args])
-    except SystemExit as e: code = e.code
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as e:
+        code = e.code
     return code, *capsys.readouterr()
 
 @pytest.mark.parametrize("command", commands)
 def test_every_option_is_explained(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")                                      # one column of boxes
     code, out, _ = said(capsys, command, "--help")
-    entries = dict(re.findall(r"^[│ ]{1,4}(--[a-zA-Z][\w-]+|--[nT]|PATH)(.*?)(?=^[│ ]{1,4}[-\w]|^ *$|^╰|\Z)", out, re.S | re.M))
+    entries = dict(
+        re.findall(r"^[│ ]{1,4}(--[a-zA-Z][\w-]+|--[nT]|PATH)(.*?)(?=^[│ ]{1,4}[-\w]|^ *$|^╰|\Z)", out, re.S | re.M))
     expected = set(inspect.signature(commands[command]).parameters) - {"config"}
-    if command == "train": expected |= {f.name for f in fields(TrainConfig)}
+    if command == "train":
+        expected |= {f.name for f in fields(TrainConfig)}
     first = "PATH" if "PATH" in entries else None
-    assert code == 0 and entries.keys() - {first} >= {f"--{n.removesuffix('_').replace('_', '-')}" for n in expected - {"run" * (first is not None), "source", "out" * (command == "workbook")}}
+    assert code == 0 and entries.keys() - {first} >= {
+        f"--{n.removesuffix('_').replace('_', '-')}"
+        for n in expected - {"run" * (first is not None), "source", "out" * (command == "workbook")}}
     for option, text in entries.items():
         about = re.sub(r"\{[^}]*\}|\((default|required)[^)]*\)|--no-\S+", "", text)
         assert re.search(r"[a-z]{2,} .*[a-z]{2,}|[a-z]+, [a-z]+", about), (option, text)
 
 def test_a_comment_beside_a_parameter_is_its_help(capsys):
     assert "image k depends on (seed, k) alone" in " ".join(said(capsys, "sample", "--help")[1].split())
-    assert "measured steps" in said(capsys, "train", "--help")[1] and "a run folder" in said(capsys, "resume", "--help")[1]
+    assert (
+        "measured steps" in said(capsys, "train", "--help")[1] and "a run folder" in said(capsys, "resume", "--help")[1]
+    )
 
 def test_version(capsys):
     import platform
     code, out, _ = said(capsys, "--version")
-    assert code == 0 and out.startswith(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    assert code == 0 and out.startswith(
+        f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
 
-@pytest.mark.parametrize("typed, meant", [("trian", "train"), ("sampel", "sample"), ("Info", "info"), ("eval", "evaluate"), ("zzz", None)])
+@pytest.mark.parametrize(
+    "typed, meant", [("trian", "train"), ("sampel", "sample"), ("Info", "info"), ("eval", "evaluate"), ("zzz", None)])
 def test_an_unknown_command(typed, meant, capsys):
     code, _, err = said(capsys, typed, "run")
     assert code == 2 and (f"did you mean {meant}?" in err if meant else "did you mean" not in err) and "workbook" in err
 
-@pytest.mark.parametrize("args, near", [(["train", "--epoch", "3"], "--epochs"), (["sample", "digits", "--stepz", "3"], "--steps"),
-                                        (["resume", "x", "--tensorbord"], "--tensorboard")])
+@pytest.mark.parametrize(
+    "args, near",
+    [
+        (["train", "--epoch", "3"], "--epochs"), (["sample", "digits", "--stepz", "3"], "--steps"),
+        (["resume", "x", "--tensorbord"], "--tensorboard")])
 def test_an_unknown_option(args, near, capsys):
     code, _, err = said(capsys, *args)
     assert code == 2 and near in err
@@ -130,7 +163,12 @@ def test_two_presets_are_one_too_many(capsys):
         code, _, err = said(capsys, "train", *args)
         assert code == 1 and "twice" in err
 
-@pytest.mark.parametrize("args", [["info", "r\udcff"], ["train", "--data", "\udcc3"], ["sample", "digits", "--out=x\udcff.png"], ["\udcff"], ["info", "\ud800"]], ids=ascii)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["info", "r\udcff"], ["train", "--data", "\udcc3"], ["sample", "digits", "--out=x\udcff.png"], ["\udcff"],
+        ["info", "\ud800"]],
+    ids=ascii)
 def test_arguments_that_are_not_text(args, capsys):
     code, _, err = said(capsys, *args)
     assert code == 1 and "is not UTF-8" in err
@@ -147,7 +185,9 @@ def test_any_text_can_be_the_name_of_a_class_or_a_file(word, monkeypatch):
     assert main(["sample", "digits", f"--class={word}", f"--out={word}"]) == main(["sample", "digits"]) == 0
     assert calls[0]["class_"] == word and str(calls[0]["out"]) == word and calls[1]["class_"] is calls[1]["out"] is None
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "9" * 30, "-" + "9" * 30, "9" * 5000, "", "x", "0x10", "²", "None", "True"])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "-inf", "1e400", "9" * 30, "-" + "9" * 30, "9" * 5000, "", "x", "0x10", "²", "None", "True"]
+)
 @pytest.mark.parametrize("option", ["--guidance", "--n", "--seed"])
 def test_numbers_that_no_option_can_mean(option, value, monkeypatch, capsys):
     calls = seen(monkeypatch, "sample")
@@ -157,12 +197,18 @@ def test_numbers_that_no_option_can_mean(option, value, monkeypatch, capsys):
 def options_of(command):
     parameters = list(inspect.signature(commands[command]).parameters.values())
     names = [p.name for p in parameters if p.name not in ("config", "run", "source")]
-    if command == "train": names += ["run", *(f.name for f in fields(TrainConfig))]
+    if command == "train":
+        names += ["run", *(f.name for f in fields(TrainConfig))]
     return [f"--{n.removesuffix('_').replace('_', '-')}" for n in names if n not in ("dry_run", "data_url")]
 
-words = st.one_of(st.sampled_from(["nan", "-inf", "1e400", "1_000", "-1", "0", "", "None", "True", "False", "auto", "ema", ".", "..", "/", "-", "--", "=", "2", "0.5", "cpu", "²",
-                                   "٣", "9" * 25, "9" * 5000, "digits", "\udcff", "a\nb", "\u202e", "~", "*", "x" * 300]),
-                  st.integers().map(str), st.floats().map(str), st.text(st.characters(exclude_characters="\0"), max_size=8))
+words = st.one_of(
+    st.sampled_from(
+        [
+            "nan", "-inf", "1e400", "1_000", "-1", "0", "", "None", "True", "False", "auto", "ema", ".", "..", "/", "-",
+            "--", "=", "2", "0.5", "cpu", "²", "٣", "9" * 25, "9" * 5000, "digits", "\udcff", "a\nb", "\u202e", "~",
+            "*", "x" * 300]),
+    st.integers().map(str), st.floats().map(str),
+    st.text(st.characters(exclude_characters="\0"), max_size=8))
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.data())
@@ -170,11 +216,17 @@ def test_whatever_options_say_is_done_or_refused(data):
     "Property: exit code 1 or 2 with a message, or the work begins with checked settings; nothing else is ever raised."
     command = data.draw(st.sampled_from([c for c in commands if c not in ("info", "workbook")]))
     options = data.draw(st.lists(st.tuples(st.sampled_from(options_of(command)), words, st.booleans()), max_size=3))
-    args = [command, *([] if command == "train" else ["no-such-run"]), *(part for o, v, one in options for part in ([f"{o}={v}"] if one else [o, v]))]
+    args = [
+        command, *([] if command == "train" else ["no-such-run"]),
+        *(part for o, v, one in options for part in ([f"{o}={v}"] if one else [o, v]))]
     begun, out, err = [], io.StringIO(), io.StringIO()
-    with mock.patch("diffnb.workshop.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0), redirect_stdout(out), redirect_stderr(err):
-        try: code = main(args)
-        except SystemExit as e: code = e.code
+    with (
+        mock.patch("diffnb.workshop.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0),
+        redirect_stdout(out), redirect_stderr(err)):
+        try:
+            code = main(args)
+        except SystemExit as e:
+            code = e.code
     assert code == 0 and (begun or "usage" in out.getvalue()) or code in (1, 2) and err.getvalue().strip(), (args, code)
     assert "Traceback" not in err.getvalue()
 
@@ -199,7 +251,9 @@ def a_run(tmp_path_factory):
 def every_command(run, out):
     "(arguments, file that must be there)."
     small = ["--n", "16", "--steps", "2", "--device", "cpu"]
-    yield ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", out / "new"], out / "new/checkpoints/step_000000010.safetensors"
+    yield (
+        ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", out / "new"],
+        out / "new/checkpoints/step_000000010.safetensors")
     yield ["resume", out / "new", "--epochs", "0.06"], out / "new/checkpoints/step_000000012.safetensors"
     yield ["info", run], run
     yield ["sample", run, *small, "--out", out / "grid.png"], out / "grid.png"
@@ -219,13 +273,17 @@ def test_no_command_stops_where_output_fails(a_run, tmp_path, monkeypatch, capsy
             m.setattr("sys.stdout", Full(number))
             assert said(capsys, *args)[::2] == (code, mock.ANY) and there.exists(), args
     with monkeypatch.context() as m:
-        m.setattr("sys.stdout", Full(number)); m.setattr("sys.stderr", Full())
-        assert said(capsys, "sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "2.png")[0] == code
+        m.setattr("sys.stdout", Full(number))
+        m.setattr("sys.stderr", Full())
+        assert (
+            said(capsys, "sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "2.png")[0]
+            == code)
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_every_command_speaks_in_every_encoding(a_run, tmp_path, monkeypatch, capsys, encoding):
     pytest.importorskip("diffusers")
-    for args, there in [*every_command(a_run, tmp_path), (["train", "--help"], a_run), (["info", tmp_path / "é…"], a_run)]:
+    for args, there in [
+        *every_command(a_run, tmp_path), (["train", "--help"], a_run), (["info", tmp_path / "é…"], a_run)]:
         with monkeypatch.context() as m:
             m.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
             code, _, err = said(capsys, *args)
@@ -234,7 +292,9 @@ def test_every_command_speaks_in_every_encoding(a_run, tmp_path, monkeypatch, ca
 
 def test_what_an_encoding_lacks_is_written_in_ascii():
     assert "1 ± 2 … ² é \udcff \U0001f600".encode("ascii", "diffnb") == b"1 +- 2 ... 2 \\xe9 \xff \\U0001f600"
-    assert "é ± \udcff".encode("latin-1", "diffnb") == b"\xe9 \xb1 \xff" and "é ± \udcff".encode("utf-8", "diffnb") == "é ± ".encode() + b"\xff"
+    assert (
+        "é ± \udcff".encode("latin-1", "diffnb") == b"\xe9 \xb1 \xff"
+        and "é ± \udcff".encode("utf-8", "diffnb") == "é ± ".encode() + b"\xff")
 
 @pytest.mark.parametrize("columns", ["1", "2", "5", "12", "1000000000"])
 def test_help_ends_in_any_width(columns, monkeypatch, capsys):
@@ -246,7 +306,9 @@ def test_help_ends_in_any_width(columns, monkeypatch, capsys):
 def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
     for name in ("a run", "$x", "it's", "a;b"):
         run = tmp_path / name
-        for args in (["train", "--data", "digits", *TINY, "--epochs", "0.02", "--run", run], ["workbook", tmp_path / f"{name} book"]):
+        for args in (
+            ["train", "--data", "digits", *TINY, "--epochs", "0.02", "--run", run],
+            ["workbook", tmp_path / f"{name} book"]):
             printed = said(capsys, *args)[1]
             line = re.search(r"(diffnb (?:sample|resume)|jupyter lab) (.*)", printed)
             assert shlex.split(line[2]) in ([str(run)], [str(tmp_path / f"{name} book/index.ipynb")]), printed
@@ -255,14 +317,16 @@ def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
 # ---- the process
 
 def process(*args, **kw):
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # a shell's background jobs are born deaf to it
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
     return subprocess.Popen([sys.executable, "-m", "diffnb", *map(str, args)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, preexec_fn=hear, **kw)
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 def test_ctrl_c_while_pytorch_is_imported(a_run):
     waiting = [(delay, process("info", a_run)) for delay in (0.3, 0.8)]
-    for delay, p in waiting: time.sleep(delay); p.send_signal(signal.SIGINT)
+    for delay, p in waiting:
+        time.sleep(delay)
+        p.send_signal(signal.SIGINT)
     for _, p in waiting:
         out, err = p.communicate(timeout=60)
         assert (p.returncode, out, err) == (130, "", "diffnb: interrupted\n")
@@ -270,7 +334,9 @@ def test_ctrl_c_while_pytorch_is_imported(a_run):
 @pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 def test_a_closed_standard_output_is_not_given_to_a_file(a_run, tmp_path):
     "The next file opened would be descriptor 1, and hold what libraries print."
-    p = process("sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "x.png", preexec_fn=lambda: (os.close(1), os.close(2)))
+    p = process(
+        "sample", a_run, "--n", "2", "--steps", "2", "--device", "cpu", "--out", tmp_path / "x.png",
+        preexec_fn=lambda: (os.close(1), os.close(2)))
     assert p.wait(60) == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 WITHOUT = """
@@ -291,12 +357,18 @@ for line in sys.stdin:
 def test_every_command_without_optional_packages(a_run, tmp_path):
     "Each works, or says what to install, before anything is written."
     todo = [[str(a) for a in args] for args, _ in every_command(a_run, tmp_path)]
-    todo += [["train", "--data", "digits", *TINY, "--tensorboard", "--run", str(tmp_path / "t")],
-             ["evaluate", str(a_run), "--n", "16", "--features", "inception-2048", "--inception", str(a_run / "config.json"), "--steps", "2", "--out", str(tmp_path / "i")]]
-    done = subprocess.run([sys.executable, "-c", WITHOUT], input="\n".join(map(repr, todo)), capture_output=True, text=True, timeout=300)
+    todo += [
+        ["train", "--data", "digits", *TINY, "--tensorboard", "--run", str(tmp_path / "t")],
+        [
+            "evaluate", str(a_run), "--n", "16", "--features", "inception-2048", "--inception",
+            str(a_run / "config.json"), "--steps", "2", "--out", str(tmp_path / "i")]]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], input="\n".join(map(repr, todo)), capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     codes, errors = re.findall(r"CODE (\d)", done.stdout), done.stderr.split("CODE ")
-    needs = {"export": "pip install diffusers", "workbook": "pip install 'diffnb[notebook]'", "--tensorboard": "pip install tensorboard", "inception-2048": "pip install torch-fidelity"}
+    needs = {
+        "export": "pip install diffusers", "workbook": "pip install 'diffnb[notebook]'",
+        "--tensorboard": "pip install tensorboard", "inception-2048": "pip install torch-fidelity"}
     assert len(codes) == len(todo)
     for args, code, err in zip(todo, codes, errors):
         missing = next((text for word, text in needs.items() if word in args), None)

@@ -21,8 +21,9 @@ from diffnb.workshop.folder import columns, read_config, read_metrics
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
-BASE = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
-                   log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
+BASE = TrainConfig(
+    data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
+    log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +47,16 @@ def patient(ward, tmp_path):
     def make(config={}, data={}, rows=None, model={}, **top):
         run = shutil.copytree(ward / "healthy", tmp_path / "run", dirs_exist_ok=True)
         facts = json.loads((run / "config.json").read_text())
-        facts["config"].update(config); facts["data"].update(data); facts["model"].update(model); facts.update(top)
+        facts["config"].update(config)
+        facts["data"].update(data)
+        facts["model"].update(model)
+        facts.update(top)
         (run / "config.json").write_text(json.dumps(facts))
         if rows:
-            m = read_metrics(run); m = rows(m) or m
-            text = [",".join(columns)] + [",".join(repr(float(m[c][i])) for c in columns) for i in range(len(m["step"]))]
+            m = read_metrics(run)
+            m = rows(m) or m
+            text = [",".join(columns)] + [
+                ",".join(repr(float(m[c][i])) for c in columns) for i in range(len(m["step"]))]
             (run / "metrics.csv").write_text("\n".join(text) + "\n")
         return run
     return make
@@ -58,14 +64,16 @@ def patient(ward, tmp_path):
 
 def alarms(run, deep=False):
     problems = examine(run, deep).problems
-    assert all(x.figure in FIGURES and x.evidence and x.advice and x.effect for x in problems)      # no finding without evidence and a picture
+    # no finding without evidence and a picture
+    assert all(x.figure in FIGURES and x.evidence and x.advice and x.effect for x in problems)
     return {x.id for x in problems}
 
 
 def rows(**change):
     "A function that changes columns of the metrics: a number, an array, or a function of the column."
     def edit(m):
-        for k, v in change.items(): m[k] = v(m[k]) if callable(v) else np.broadcast_to(v, m[k].shape).copy()
+        for k, v in change.items():
+            m[k] = v(m[k]) if callable(v) else np.broadcast_to(v, m[k].shape).copy()
         return m
     return edit
 
@@ -79,7 +87,8 @@ def cut(n):
 def test_a_healthy_run_has_no_problems(ward):
     report = examine(ward / "healthy")
     assert report.problems == []
-    assert {"above-floor", "flip-harmful", "ema-worse", "copies", "clipping"} - {x.id for x in report.findings} <= {"flip-harmful"}
+    assert {"above-floor", "flip-harmful", "ema-worse", "copies", "clipping"} - {x.id for x in report.findings} <= {
+        "flip-harmful"}
     assert report.facts.missing == ["scores: no evaluation.json that can be read; `diffnb evaluate` writes one"]
 
 
@@ -88,14 +97,17 @@ def test_the_live_doctor_was_silent_in_the_healthy_run(ward):
 
 
 def test_no_prefix_of_the_healthy_metrics_alarms(patient):
-    run = patient(); facts = gather(run, live=True); full = facts.metrics
+    run = patient()
+    facts = gather(run, live=True)
+    full = facts.metrics
     facts.floor = gaussian_loss_floor(load_data("digits").images, facts.schedule)
     for n in range(1, len(full["step"]) + 1):
         facts.metrics = {k: v[:n] for k, v in full.items()}
         assert [x.id for x in findings(facts) if x.severity != "good"] == [], n
 
 
-@pytest.mark.parametrize("change", [dict(seed=1, epochs=9.0), dict(prediction="v", schedule="cosine", seed=2, epochs=9.0)])
+@pytest.mark.parametrize(
+    "change", [dict(seed=1, epochs=9.0), dict(prediction="v", schedule="cosine", seed=2, epochs=9.0)])
 def test_other_healthy_runs(change, tmp_path):
     train(replace(BASE, **change), tmp_path / "run", sampler=ddim, progress=False)
     assert examine(tmp_path / "run").problems == []
@@ -141,8 +153,10 @@ def test_the_floor_is_that_of_the_timesteps_drawn(logit_normal, patient):
     assert facts.floor_mean == pytest.approx(floor[t].mean().item(), rel=5e-3)
     for i, expected in enumerate(bin_floor(facts)):
         drawn = t[t * BINS // T == i]
-        if len(drawn) > 1000: assert expected == pytest.approx(floor[drawn].mean().item(), rel=2e-2), i
-    if logit_normal: assert abs(facts.floor_mean / floor.mean().item() - 1) > 0.1      # or the test would prove nothing
+        if len(drawn) > 1000:
+            assert expected == pytest.approx(floor[drawn].mean().item(), rel=2e-2), i
+    if logit_normal:
+        assert abs(facts.floor_mean / floor.mean().item() - 1) > 0.1      # or the test would prove nothing
 
 
 def test_a_bin_that_is_never_drawn_has_no_floor(patient):
@@ -154,7 +168,8 @@ def test_a_bin_that_is_never_drawn_has_no_floor(patient):
     with warnings.catch_warnings():
         warnings.simplefilter("error")                                           # no mean of empty slices either
         report = examine(run)
-        for name in ("bins", "loss", "schedule", "ema", "lr"): assert "nan" not in draw(name, report.facts)[1]
+        for name in ("bins", "loss", "schedule", "ema", "lr"):
+            assert "nan" not in draw(name, report.facts)[1]
     assert "bin-above-floor" not in {x.id for x in report.problems}
     silent = {f"loss_bin_{i}": np.nan for i in range(9)} | {"loss": 0.001, "loss_bin_9": 0.001}
     words = examine(patient(config=dict(logit_normal=[4.0, 0.1]), rows=rows(**silent))).markdown()
@@ -248,7 +263,8 @@ def test_the_end_of_a_linear_decay(share, alarm, patient):
     run = patient(config=dict(decay_share=share), rows=at_the_end)
     assert alarms(run) == ({"lr-not-decayed"} if alarm else set())
     assert ("You may stop" in examine(run, deep=False).summary) != alarm
-    if alarm: assert "decay_share" in next(x.advice for x in examine(run, deep=False).problems)
+    if alarm:
+        assert "decay_share" in next(x.advice for x in examine(run, deep=False).problems)
 
 
 def test_a_rate_that_never_fell_although_a_decay_was_planned(patient):
@@ -259,7 +275,8 @@ def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
     short = replace(BASE, decay_share=0.5, epochs=2.0, log_every=4, sample_every=1e6, checkpoint_every=0.5, keep=9)
     train(short, tmp_path / "run", progress=False)
     early = shutil.copytree(tmp_path / "run", tmp_path / "early")
-    for p in checkpoints(early)[1:]: p.unlink()                                  # at a quarter, in the constant part
+    for p in checkpoints(early)[1:]:
+        p.unlink()                                  # at a quarter, in the constant part
     for run, expected in ((early, False), (tmp_path / "run", True)):
         train(replace(short, epochs=4.0), run, progress=False)
         problems = {x.id: x for x in examine(run, deep=False).problems}
@@ -284,7 +301,8 @@ def test_averages_with_half_lives(half_lives, decay, alarm, patient):
     problems = {x for x in ("no-ema", "ema-short") if x in found and found[x].severity != "good"}
     assert problems == ({alarm} if alarm else set())
     assert "10,000 steps" not in found["no-ema"].evidence
-    if alarm: assert "ema_half_lives" in found[alarm].evidence and "ema_decay is" not in found[alarm].evidence
+    if alarm:
+        assert "ema_half_lives" in found[alarm].evidence and "ema_decay is" not in found[alarm].evidence
 
 
 def test_a_short_average_of_images_in_a_long_run(patient):
@@ -319,7 +337,8 @@ def test_an_average_that_is_worse_names_the_others(flow, tmp_path):
     def forget(tensors, meta):
         g = addressed("forget")
         for k, v in tensors.items():
-            if k.startswith("ema.") and v.ndim > 1: v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
+            if k.startswith("ema.") and v.ndim > 1:
+                v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
     x = next(x for x in examine(edit_checkpoint(run, forget)).problems if x.id == "ema-worse")
     assert "ema2" in x.advice
 
@@ -341,38 +360,39 @@ def some(index, factor): return lambda y: y * np.where(np.isin(np.arange(len(y))
 
 GOOD_ROWS = {f"loss_bin_{i}": lambda y: y for i in range(BINS)}
 PLANTED = {
-    "diverging": dict(rows=rows(loss=lambda y: y * np.where(np.arange(len(y)) < 38, 1, np.linspace(0, 3, len(y)).clip(1)))),
-    "spikes": dict(rows=rows(loss=some([25, 40], 5))),
-    "not-finite": dict(rows=rows(loss=some([50], np.nan))),
+    "diverging": dict(
+        rows=rows(loss=lambda y: y * np.where(np.arange(len(y)) < 38, 1, np.linspace(0, 3, len(y)).clip(1)))),
+    "spikes": dict(rows=rows(loss=some([25, 40], 5))), "not-finite": dict(rows=rows(loss=some([50], np.nan))),
     "above-floor": dict(rows=rows(loss=lambda y: np.maximum(y, 0.2) * 1.01)),
     "bin-above-floor": dict(rows=rows(loss_bin_4=lambda y: y + 0.2)),
     "no-warmup": dict(config=dict(warmup=0), rows=rows(lr=np.linspace(4e-3, 0, 57))),
     "lr-not-decayed": dict(rows=rows(lr=4e-3)),
-    "lr-jump": dict(rows=rows(lr=lambda y: np.where(np.arange(len(y)) > 40, 3e-3 * np.linspace(3, 0, len(y)).clip(0, 1), y))),
-    "clipping": dict(rows=rows(clipped=0.6)),
-    "no-clip": dict(config=dict(grad_clip=0.0)),
-    "grad-growing": dict(rows=rows(grad_norm=scale_late(42, 20))),
-    "no-ema": dict(config=dict(ema_decay=0.0)),
+    "lr-jump": dict(
+        rows=rows(lr=lambda y: np.where(np.arange(len(y)) > 40, 3e-3 * np.linspace(3, 0, len(y)).clip(0, 1), y))),
+    "clipping": dict(rows=rows(clipped=0.6)), "no-clip": dict(config=dict(grad_clip=0.0)),
+    "grad-growing": dict(rows=rows(grad_norm=scale_late(42, 20))), "no-ema": dict(config=dict(ema_decay=0.0)),
     "ema-short": dict(config=dict(ema_decay=0.95, epochs=2000.0)),
     "few-images": dict(config=dict(base_channels=256), model=dict(base_channels=256)),
-    "flip-harmful": dict(config=dict(flip=True)),
-    "imbalance": dict(data=dict(class_counts=[600, 10] + [111] * 8)),
+    "flip-harmful": dict(config=dict(flip=True)), "imbalance": dict(data=dict(class_counts=[600, 10] + [111] * 8)),
     "small-data": dict(data=dict(images=60, class_counts=[6] * 10), config=dict(epochs=281 * 64 / 60)),
-    "size-mismatch": dict(config=dict(image_size=16)),
-    "upscaled": dict(data=dict(native_size=4)),
+    "size-mismatch": dict(config=dict(image_size=16)), "upscaled": dict(data=dict(native_size=4)),
     "zero-snr-eps": dict(config=dict(zero_terminal_snr=True)),
     "noise-never-pure": dict(config=dict(T=100, sample_steps=20)),
-    "no-label-dropout": dict(config=dict(label_dropout=0.0)),
-    "sampler-steps": dict(config=dict(sample_steps=3)),
+    "no-label-dropout": dict(config=dict(label_dropout=0.0)), "sampler-steps": dict(config=dict(sample_steps=3)),
     "slowing": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) < 25, 30.0, 3.0))),
     "overhead": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) % 8 == 7, 0.3, 30.0))),
     "float32-on-gpu": dict(device="cuda"),
-    "gpu-starved": dict(device="cuda:0", config=dict(precision="bf16")),
-}
+    "gpu-starved": dict(device="cuda:0", config=dict(precision="bf16"))}
 ALSO = {  # what necessarily comes with a fault
-    "not-finite": {"spikes"}, "few-images": {"size-mismatch"}, "noise-never-pure": {"above-floor", "bin-above-floor"},
-    "zero-snr-eps": {"bin-above-floor"}, "ema-short": {"stopped-early"}, "float32-on-gpu": {"gpu-starved"},
-    "diverging": {"above-floor", "spikes"}, "above-floor": {"plateau"}, "size-mismatch": {"upscaled", "above-floor", "bin-above-floor"},
+    "not-finite": {"spikes"},
+    "few-images": {"size-mismatch"},
+    "noise-never-pure": {"above-floor", "bin-above-floor"},
+    "zero-snr-eps": {"bin-above-floor"},
+    "ema-short": {"stopped-early"},
+    "float32-on-gpu": {"gpu-starved"},
+    "diverging": {"above-floor", "spikes"},
+    "above-floor": {"plateau"},
+    "size-mismatch": {"upscaled", "above-floor", "bin-above-floor"},
 }
 
 
@@ -385,7 +405,8 @@ def test_planted(fault, patient):
 def test_plateau_needs_a_high_rate(patient):
     flat = lambda m: {**cut(40)(m), "loss": np.r_[m["loss"][:20], 0.09 + 0.0003 * np.sin(2.4 * np.arange(20))]}
     assert "plateau" in alarms(patient(config=dict(epochs=60.0), rows=flat))
-    assert "plateau" not in alarms(patient(config=dict(epochs=60.0), rows=lambda m: {**flat(m), "lr": np.full(40, 1e-5)}))
+    assert "plateau" not in alarms(
+        patient(config=dict(epochs=60.0), rows=lambda m: {**flat(m), "lr": np.full(40, 1e-5)}))
 
 
 def test_stopped_early_only_when_nothing_moves(patient):
@@ -404,8 +425,10 @@ def test_an_extension_is_seen_as_a_jump(tmp_path):
 
 
 def edit_checkpoint(run, change):
-    path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
-    change(tensors, meta); write_tensors(path, tensors, meta)
+    path = checkpoints(run)[-1]
+    tensors, meta = read_tensors(path)
+    change(tensors, meta)
+    write_tensors(path, tensors, meta)
     return run
 
 
@@ -413,7 +436,8 @@ def test_ema_worse_than_the_weights(patient):
     def forget(tensors, meta):
         g = addressed("forget")
         for k, v in tensors.items():
-            if k.startswith("ema.") and v.ndim > 1: v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
+            if k.startswith("ema.") and v.ndim > 1:
+                v += 0.1 * v.std() * torch.randn(v.shape, generator=g)
     assert alarms(edit_checkpoint(patient(), forget), deep=True) == {"ema-worse"}
 
 
@@ -428,13 +452,16 @@ def test_checkpoint_of_another_size(patient):
 
 
 def test_damaged_checkpoints(patient):
-    run = patient(); paths = checkpoints(run)
+    run = patient()
+    paths = checkpoints(run)
     paths[-1].write_bytes(paths[-1].read_bytes()[:1000])
     report = examine(run, deep=False)
     assert [x.id for x in report.problems] == ["damaged-checkpoint"] and paths[-1].name in report.problems[0].evidence
-    for p in paths: p.write_bytes(b"nothing")
+    for p in paths:
+        p.write_bytes(b"nothing")
     report = examine(run)
-    assert "damaged-checkpoint" in [x.id for x in report.problems] and any("checkpoint" in m and "damaged" in m for m in report.facts.missing)
+    assert "damaged-checkpoint" in [x.id for x in report.problems] and any(
+        "checkpoint" in m and "damaged" in m for m in report.facts.missing)
 
 
 def grid(run, made, size=8):
@@ -456,13 +483,15 @@ def test_samples_of_noise_grey_and_copies(patient):
 
 def test_no_samples(patient):
     run = patient()
-    for p in (run / "samples").glob("*.png"): p.unlink()
+    for p in (run / "samples").glob("*.png"):
+        p.unlink()
     assert alarms(run) == {"no-samples"}
 
 
 def as_folder(images, labels, folder):
     for i, (x, y) in enumerate(zip(images, labels)):
-        path = folder / str(int(y)) / f"{i}.png"; path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / str(int(y)) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x[0].numpy()).save(path)
 
 
@@ -471,8 +500,9 @@ def test_overfitting(tmp_path):
     train_set, test_set = load_data("digits"), load_data("digits", split="test")
     as_folder(train_set.images[:32], train_set.labels[:32], tmp_path / "set/train")
     as_folder(test_set.images[:32], test_set.labels[:32], tmp_path / "set/test")
-    config = replace(BASE, data=str(tmp_path / "set"), image_size=8, data_root=str(tmp_path), epochs=600.0, lr=8e-3, sample_every=1e6,
-                     checkpoint_every=1e6, flip=False)
+    config = replace(
+        BASE, data=str(tmp_path / "set"), image_size=8, data_root=str(tmp_path), epochs=600.0, lr=8e-3,
+        sample_every=1e6, checkpoint_every=1e6, flip=False)
     train(config, tmp_path / "run", progress=False)
     report = examine(tmp_path / "run")
     gap = next(x for x in report.problems if x.id == "overfitting")
@@ -482,30 +512,42 @@ def test_overfitting(tmp_path):
 def test_flips_that_would_help(patient, tmp_path):
     images = load_data("digits").images[:300]
     as_folder(torch.cat([images, images.flip(-1)]), torch.zeros(600), tmp_path / "symmetric")
-    assert "flip-absent" in alarms(patient(config=dict(data=str(tmp_path / "symmetric"), data_root=str(tmp_path)), data=dict(name=str(tmp_path / "symmetric"))))
+    assert "flip-absent" in alarms(
+        patient(
+            config=dict(data=str(tmp_path / "symmetric"), data_root=str(tmp_path)),
+            data=dict(name=str(tmp_path / "symmetric"))))
 
 
-SCORE = dict(metric="Fréchet distance", value=5.0, network="digits classifier", dim=64, n=10_000, reference="digits", split="train", n_reference=1498,
-             size=8, native_size=8, filter="bicubic", error=0.05, text="Fréchet distance 5")
-EVALUATION = dict(step=281, steps=50, score=SCORE, floor={**SCORE, "value": 1.0, "n": 749}, precision={"value": 0.8}, recall={"value": 0.7},
-                  real_precision=0.9, real_recall=0.9, extrapolated=4.8, copied=0.06, held_out=None, unseen=None)
+SCORE = dict(
+    metric="Fréchet distance", value=5.0, network="digits classifier", dim=64, n=10_000, reference="digits",
+    split="train", n_reference=1498, size=8, native_size=8, filter="bicubic", error=0.05, text="Fréchet distance 5")
+EVALUATION = dict(
+    step=281, steps=50, score=SCORE, floor={**SCORE, "value": 1.0, "n": 749}, precision={"value": 0.8},
+    recall={"value": 0.7}, real_precision=0.9, real_recall=0.9, extrapolated=4.8, copied=0.06, held_out=None,
+    unseen=None)
 
 
-@pytest.mark.parametrize("fault,change", [
-    (None, {}), ("score-few", {"score": {**SCORE, "n": 300}}),
-    ("score-few", {"score": {**SCORE, "n": 300}, "extrapolated": None}), ("score-uncertain", {"score": {**SCORE, "error": 0.6}}),
-    ("score-copying", {"copied": 0.9}), ("size-mismatch", {"score": {**SCORE, "size": 16}}), ("sampler-steps", {"steps": 4})])
+@pytest.mark.parametrize(
+    "fault,change",
+    [
+        (None, {}), ("score-few", {"score": {**SCORE, "n": 300}}),
+        ("score-few", {"score": {**SCORE, "n": 300}, "extrapolated": None}),
+        ("score-uncertain", {"score": {**SCORE, "error": 0.6}}), ("score-copying", {"copied": 0.9}),
+        ("size-mismatch", {"score": {**SCORE, "size": 16}}), ("sampler-steps", {"steps": 4})])
 def test_scores(fault, change, patient):
-    run = patient(); (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
+    run = patient()
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
     report = examine(run, deep=False)
     assert [x.id for x in report.problems] == ([fault] if fault else [])
     assert "was measured" in report.summary and "Precision 0.80" in report.markdown()
-    if not fault: assert report.facts.scores["score"]["value"] == 5.0 and 'alt="Scores' not in report.html()
+    if not fault:
+        assert report.facts.scores["score"]["value"] == 5.0 and 'alt="Scores' not in report.html()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"score": 3}', '{"score": {"value": "x"}}'])
 def test_a_strange_evaluation_is_missing_not_fatal(text, patient):
-    run = patient(); (run / "evaluation.json").write_text(text)
+    run = patient()
+    (run / "evaluation.json").write_text(text)
     assert any("evaluation.json" in m for m in examine(run, deep=False).facts.missing)
 
 
@@ -526,18 +568,25 @@ def test_every_check_points_to_a_page_that_exists():
 
 def test_not_a_run(tmp_path):
     for what in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DiffnbError, match="not a run folder"): examine(what)
+        with pytest.raises(DiffnbError, match="not a run folder"):
+            examine(what)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DiffnbError, match="damaged"): examine(tmp_path)
+    with pytest.raises(DiffnbError, match="damaged"):
+        examine(tmp_path)
     (tmp_path / "config.json").write_text('{"config": {"lr": -1}, "model": {}, "data": {}}')
-    with pytest.raises(DiffnbError): examine(tmp_path)
+    with pytest.raises(DiffnbError):
+        examine(tmp_path)
 
 
-@pytest.mark.parametrize("gone,word", [(["metrics.csv"], "metrics"), (["checkpoints"], "checkpoint"), (["samples"], "samples"),
-                                       (["metrics.csv", "checkpoints", "samples"], "metrics")])
+@pytest.mark.parametrize(
+    "gone,word",
+    [
+        (["metrics.csv"], "metrics"), (["checkpoints"], "checkpoint"), (["samples"], "samples"),
+        (["metrics.csv", "checkpoints", "samples"], "metrics")])
 def test_half_written(gone, word, patient, tmp_path):
     run = patient()
-    for name in gone: shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    for name in gone:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     report = examine(run)
     assert any(word in m for m in report.facts.missing) and not {x.severity for x in report.problems} & {"critical"}
     assert word in report.write(tmp_path / "out").read_text()
@@ -545,12 +594,18 @@ def test_half_written(gone, word, patient, tmp_path):
 
 def test_a_csv_with_a_header_only_or_one_row(patient):
     assert "no metrics yet" in examine(patient(rows=cut(0)), deep=False).summary
-    for n in (1, 2, 5): assert "cannot be said" in examine(patient(rows=cut(n)), deep=False).summary
+    for n in (1, 2, 5):
+        assert "cannot be said" in examine(patient(rows=cut(n)), deep=False).summary
 
 
 def test_data_that_are_not_here_are_never_downloaded(patient, tmp_path, monkeypatch):
     import urllib.request
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("the doctor went to the network") if "http" in str(getattr(a[0], "full_url", a[0])) else (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(
+        urllib.request, "urlopen",
+        lambda *a, **k: (
+            pytest.fail("the doctor went to the network")
+            if "http" in str(getattr(a[0], "full_url", a[0]))
+            else (_ for _ in ()).throw(OSError())))
     run = patient(config=dict(data="fashion_mnist", data_root=str(tmp_path)), data=dict(name="fashion_mnist"))
     report = examine(run)
     assert any("train images" in m for m in report.facts.missing) and "cannot be said" in report.summary
@@ -570,14 +625,20 @@ def test_the_verdict(patient, ward):
 
 def test_reports(patient, tmp_path):
     run = patient(config=dict(flip=True, label_dropout=0.0), rows=rows(loss=some([25, 40], 5)))
-    report = examine(run); page = report.write(tmp_path / "out").read_text(); text = (tmp_path / "out/report.md").read_text()
-    for id in ("flip-harmful", "no-label-dropout", "spikes"): assert id in page and id in text
+    report = examine(run)
+    page = report.write(tmp_path / "out").read_text()
+    text = (tmp_path / "out/report.md").read_text()
+    for id in ("flip-harmful", "no-label-dropout", "spikes"):
+        assert id in page and id in text
     images = re.findall(r'<img alt="([^"]*)" src="([^"]{20})', page)
     assert len(images) >= 2 and all(len(alt) > 20 and src.startswith("data:image/png") for alt, src in images)
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page and "viewport" in page
-    for heading in ("Critical problems", "What is well set", "Recommendations", "Checklist", "Expected image quality", "Metrics to watch", "Next steps"):
+    for heading in (
+        "Critical problems", "What is well set", "Recommendations", "Checklist", "Expected image quality",
+        "Metrics to watch", "Next steps"):
         assert heading in page and heading in text
-    ids = re.findall(r'id="(\w+)"', page); assert len(ids) == len(set(ids))
+    ids = re.findall(r'id="(\w+)"', page)
+    assert len(ids) == len(set(ids))
 
 
 def test_names_are_escaped(patient):
@@ -613,7 +674,8 @@ def test_trend_covers_the_truth():
 def test_spikes_in_noise_are_rare():
     rng = np.random.default_rng(2)
     assert sum(len(spikes(np.exp(0.05 * rng.standard_normal(200)))) for _ in range(200)) == 0
-    y = np.exp(0.05 * rng.standard_normal(200)); y[[50, 120]] *= 2
+    y = np.exp(0.05 * rng.standard_normal(200))
+    y[[50, 120]] *= 2
     assert spikes(y).tolist() == [50, 120]
 
 

@@ -21,11 +21,13 @@ def randomise(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
-        if p.ndim == 1 and "weight" in name: p.data.add_(1)
+        if p.ndim == 1 and "weight" in name:
+            p.data.add_(1)
     return model.eval().requires_grad_(False)
 
 
-def batch(n=2, channels=3, size=8): return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([999, 3][:n])
+def batch(n=2, channels=3, size=8):
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([999, 3][:n])
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def model(): return randomise(UNet(**SMALL))
 
 
 @pytest.fixture(scope="module")
-def saved(model, tmp_path_factory): return save_diffusers(model, linear_schedule(), tmp_path_factory.mktemp("saved") / "model")
+def saved(model, tmp_path_factory):
+    return save_diffusers(model, linear_schedule(), tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture()
@@ -55,7 +58,8 @@ def edit(path, **changes):
 def test_folder_round_trip(tmp_path, schedule, prediction):
     model = randomise(UNet(**SMALL, num_classes=3, head_dim=8))
     if prediction == "eps" and schedule.alpha_bar[-1] == 0:
-        with pytest.raises(DiffnbError, match="zero terminal SNR"): save_diffusers(model, schedule, tmp_path / "m", prediction)
+        with pytest.raises(DiffnbError, match="zero terminal SNR"):
+            save_diffusers(model, schedule, tmp_path / "m", prediction)
         assert not list(tmp_path.iterdir())
         return
     again, its_schedule, its_prediction = from_diffusers(save_diffusers(model, schedule, tmp_path / "m", prediction))
@@ -69,16 +73,22 @@ def test_no_partial_folder_left(saved):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("prediction, schedule", [("eps", linear_schedule()), ("v", linear_schedule().zero_terminal_snr()),
-                                                  ("x0", cosine_schedule())], ids=["eps", "v", "x0"])
+@pytest.mark.parametrize(
+    "prediction, schedule",
+    [("eps", linear_schedule()), ("v", linear_schedule().zero_terminal_snr()), ("x0", cosine_schedule())],
+    ids=["eps", "v", "x0"])
 def test_pipeline_samples_the_same_images(tmp_path, model, prediction, schedule):
     from diffusers import DDIMPipeline
     sample = pytest.importorskip("diffnb.sample")
-    pipe = DDIMPipeline.from_pretrained(save_diffusers(model, schedule, tmp_path / "m", prediction), low_cpu_mem_usage=False)
+    pipe = DDIMPipeline.from_pretrained(
+        save_diffusers(model, schedule, tmp_path / "m", prediction), low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)  # 25 divides T: DDIMScheduler goes to t - T // steps (diffusers#12633)
-    images = pipe(4, torch.Generator().manual_seed(3), num_inference_steps=25, use_clipped_model_output=True, output_type="np").images
+    images = pipe(
+        4, torch.Generator().manual_seed(3), num_inference_steps=25, use_clipped_model_output=True, output_type="np"
+    ).images
     x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(): ours = sample.ddim(model, schedule, (4, 3, 8, 8), steps=25, prediction=prediction, x_T=x_T)
+    with torch.no_grad():
+        ours = sample.ddim(model, schedule, (4, 3, 8, 8), steps=25, prediction=prediction, x_T=x_T)
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     print("PIPELINE", prediction, (ours - theirs).abs().max().item())
     assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-3
@@ -107,24 +117,29 @@ def test_schedules_described_in_words(folder, settings, build):
     schedule = from_diffusers(folder)[1]
     theirs = DDIMScheduler.from_pretrained(folder / "scheduler")
     assert (theirs.alphas_cumprod.double() - schedule.alpha_bar).abs().max() < 1e-5
-    if build: assert torch.allclose(build().alpha_bar, schedule.alpha_bar, rtol=1e-12, atol=1e-15)
+    if build:
+        assert torch.allclose(build().alpha_bar, schedule.alpha_bar, rtol=1e-12, atol=1e-15)
 
 
 def ddpm_folder(path, old_names):
     "A folder as published in 2022: everything at the root, few settings, attention under its old names."
     from diffusers import UNet2DModel
-    theirs = randomise(UNet2DModel(
-        sample_size=32, block_out_channels=(16, 32, 32, 32), norm_num_groups=16, norm_eps=1e-6, freq_shift=1, downsample_padding=0,
-        flip_sin_to_cos=False, attention_head_dim=None, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
+    theirs = randomise(
+        UNet2DModel(
+            sample_size=32, block_out_channels=(16, 32, 32, 32), norm_num_groups=16, norm_eps=1e-6, freq_shift=1,
+            downsample_padding=0, flip_sin_to_cos=False, attention_head_dim=None,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
     theirs.save_pretrained(path)
-    edit(path / "config.json", dropout=..., add_attention=..., resnet_time_scale_shift=..., upsample_type=..., downsample_type=...,
-         attn_norm_num_groups=..., class_embed_type=..., num_class_embeds=..., time_embedding_dim=..., mid_block_type=...,
-         num_train_timesteps=..., _diffusers_version="0.0.4")
+    edit(
+        path / "config.json", dropout=..., add_attention=..., resnet_time_scale_shift=..., upsample_type=...,
+        downsample_type=..., attn_norm_num_groups=..., class_embed_type=..., num_class_embeds=...,
+        time_embedding_dim=..., mid_block_type=..., num_train_timesteps=..., _diffusers_version="0.0.4")
     if old_names:
         old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
         weights = load_file(file := path / "diffusion_pytorch_model.safetensors")
-        for new, name in old.items(): weights = {k.replace(new, name): v for k, v in weights.items()}
+        for new, name in old.items():
+            weights = {k.replace(new, name): v for k, v in weights.items()}
         assert any("proj_attn" in k for k in weights)
         save_file(weights, file)
     return theirs
@@ -143,8 +158,9 @@ def test_published_ddpm_form(tmp_path, old_names):
 
 def test_published_ddpm_size():
     with torch.device("meta"):
-        ours = UNet(base_channels=128, channel_mult=(1, 2, 2, 2), norm_groups=32, film=False, norm_eps=1e-6, freq_shift=1,
-                    down_padding="end")
+        ours = UNet(
+            base_channels=128, channel_mult=(1, 2, 2, 2), norm_groups=32, film=False, norm_eps=1e-6, freq_shift=1,
+            down_padding="end")
     assert sum(p.numel() for p in ours.parameters()) == 35_746_307
 
 
@@ -155,8 +171,10 @@ def test_reading_needs_no_diffusers(saved, monkeypatch):
 
 def test_widths_without_exact_ratio():
     from diffusers import UNet2DModel
-    theirs = randomise(UNet2DModel(sample_size=8, block_out_channels=(24, 56, 88), norm_num_groups=8,
-                                   down_block_types=["DownBlock2D"] * 3, up_block_types=["UpBlock2D"] * 3, attention_head_dim=None))
+    theirs = randomise(
+        UNet2DModel(
+            sample_size=8, block_out_channels=(24, 56, 88), norm_num_groups=8, down_block_types=["DownBlock2D"] * 3,
+            up_block_types=["UpBlock2D"] * 3, attention_head_dim=None))
     x, t = batch()
     assert (unet_from_diffusers(theirs)(x, t) - theirs(x, t).sample).abs().max() < 1e-5
 
@@ -187,7 +205,8 @@ def test_key_map_covers_every_tensor(model):
 def flow_folder(path, T=1000, shift=1.0, **settings):
     "A saved flow model, and what it was made from."
     model, schedule = randomise(UNet(**SMALL | settings)), flow_schedule(T)
-    if shift != 1: schedule = schedule.shift(shift)
+    if shift != 1:
+        schedule = schedule.shift(shift)
     return save_diffusers(model, schedule, path, "velocity", say=lambda _: None), model, schedule
 
 
@@ -200,7 +219,8 @@ def their_flow(folder):
 @torch.no_grad()
 def their_walk(unet, scheduler, x):
     "What their own step() makes of x, at whatever timesteps the scheduler was set to."
-    for t in scheduler.timesteps: x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
     return x
 
 
@@ -242,7 +262,8 @@ def test_flow_trajectory_is_that_of_their_steps(tmp_path, T, shift, steps, spaci
                     callback=lambda t, t_next, x, x0: seen.append(x))
     x = x_T
     for t, mine in zip(scheduler.timesteps, seen):
-        with torch.no_grad(): x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        with torch.no_grad():
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
         assert (x - mine).abs().max() < 1e-4 * max(1, mine.abs().max())                        # after every step
     assert ours.std() > 0.1 and torch.allclose(ours, x, atol=1e-4, rtol=1e-4)
 
@@ -269,7 +290,8 @@ def test_flow_readme_can_be_run(tmp_path, monkeypatch, T, shift, classes):
     torch.manual_seed(5)
     x_T = torch.randn(4, 3, 8, 8)
     y = None if classes is None else torch.arange(4) % classes
-    with torch.no_grad(): ours = ddim(model, schedule, x_T.shape, 50, y=y, prediction="velocity", clip=False, x_T=x_T)
+    with torch.no_grad():
+        ours = ddim(model, schedule, x_T.shape, 50, y=y, prediction="velocity", clip=False, x_T=x_T)
     assert torch.allclose(values["images"], (ours.clamp(-1, 1) + 1) / 2, atol=1e-3) and values["images"].std() > 0.05
     assert "DDIMPipeline" in text and str(tmp_path) not in text
 
@@ -288,7 +310,8 @@ def test_flow_says_how_to_sample(tmp_path, model, capsys):
     (NoiseSchedule(linear_schedule().alpha_bar, linear_schedule().s * 0.9), "eps", "variance preserving"),
     (NoiseSchedule((1 - flow_schedule(50).s ** 2) ** 2, flow_schedule(50).s ** 2), "velocity", "shift")], ids=range(7))
 def test_what_diffusers_cannot_say(tmp_path, model, schedule, prediction, words):
-    with pytest.raises(DiffnbError, match=words): save_diffusers(model, schedule, tmp_path / "m", prediction)
+    with pytest.raises(DiffnbError, match=words):
+        save_diffusers(model, schedule, tmp_path / "m", prediction)
     assert not list(tmp_path.iterdir())
 
 
@@ -297,7 +320,8 @@ def test_patches_stay_here(tmp_path):
     for schedule, prediction in ((linear_schedule(), "eps"), (flow_schedule(), "velocity")):
         with pytest.raises(DiffnbError, match="patch_size=2"):
             save_diffusers(model, schedule, tmp_path / "m", prediction)
-    with pytest.raises(DiffnbError, match="patch_size=2"): unet_to_diffusers(model)
+    with pytest.raises(DiffnbError, match="patch_size=2"):
+        unet_to_diffusers(model)
     assert not list(tmp_path.iterdir())
 
 
@@ -310,7 +334,8 @@ def test_patches_stay_here(tmp_path):
 def test_unsupported_flow_settings_are_named(tmp_path, change):
     folder = flow_folder(tmp_path / "m")[0]
     edit(folder / "scheduler/scheduler_config.json", **change)
-    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    with pytest.raises(DiffnbError) as e:
+        from_diffusers(folder)
     assert next(iter(change)) in str(e.value)
 
 
@@ -319,7 +344,8 @@ def test_flow_trained_elsewhere_is_refused(tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
     folder = flow_folder(tmp_path / "m")[0]
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    with pytest.raises(DiffnbError, match="T \\* sigma"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="T \\* sigma"):
+        from_diffusers(folder)
 
 
 # ---- refused
@@ -327,31 +353,38 @@ def test_flow_trained_elsewhere_is_refused(tmp_path):
 def hide_diffusers(monkeypatch):
     real = builtins.__import__
     def fake(name, *args, **kw):
-        if name.split(".")[0] == "diffusers": raise ImportError("No module named 'diffusers'")
+        if name.split(".")[0] == "diffusers":
+            raise ImportError("No module named 'diffusers'")
         return real(name, *args, **kw)
-    for name in [m for m in sys.modules if m.split(".")[0] == "diffusers"]: monkeypatch.delitem(sys.modules, name)
+    for name in [m for m in sys.modules if m.split(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", fake)
 
 
 def test_missing_diffusers(model, tmp_path, monkeypatch):
     hide_diffusers(monkeypatch)
     for f in (lambda: unet_to_diffusers(model), lambda: save_diffusers(model, linear_schedule(), tmp_path / "m")):
-        with pytest.raises(DiffnbError, match="pip install diffusers"): f()
+        with pytest.raises(DiffnbError, match="pip install diffusers"):
+            f()
     assert not list(tmp_path.iterdir())
 
 
 def test_ours_that_diffusers_lacks():
-    with pytest.raises(DiffnbError, match="mid_norm"): unet_to_diffusers(UNet(**SMALL, film=False, mid_norm=False))
+    with pytest.raises(DiffnbError, match="mid_norm"):
+        unet_to_diffusers(UNet(**SMALL, film=False, mid_norm=False))
 
 
 def test_wrong_prediction(model):
-    with pytest.raises(DiffnbError, match="prediction='epsilon'"): to_diffusers(model, linear_schedule(), "epsilon")
+    with pytest.raises(DiffnbError, match="prediction='epsilon'"):
+        to_diffusers(model, linear_schedule(), "epsilon")
 
 
 def test_does_not_overwrite(model, saved, tmp_path):
-    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), saved)
+    with pytest.raises(DiffnbError, match="exists already"):
+        save_diffusers(model, linear_schedule(), saved)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), tmp_path / "file")
+    with pytest.raises(DiffnbError, match="exists already"):
+        save_diffusers(model, linear_schedule(), tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert from_diffusers(save_diffusers(model, linear_schedule(), tmp_path / "empty"))
 
@@ -360,63 +393,83 @@ def test_does_not_overwrite(model, saved, tmp_path):
 def test_writes_into_the_empty_folder_one_is_in(model, tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    if name.startswith("new"): name = "../here"
+    if name.startswith("new"):
+        name = "../here"
     assert from_diffusers(save_diffusers(model, linear_schedule(), name))[0].config == model.config
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["model_index.json", "scheduler", "unet"]
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
-    with pytest.raises(DiffnbError, match="exists already"): save_diffusers(model, linear_schedule(), name)
+    with pytest.raises(DiffnbError, match="exists already"):
+        save_diffusers(model, linear_schedule(), name)
 
 
-@pytest.mark.parametrize("change", [
-    dict(center_input_sample=True), dict(time_embedding_type="fourier"), dict(time_embedding_dim=99), dict(act_fn="gelu"),
-    dict(mid_block_type=None), dict(mid_block_scale_factor=1.5), dict(downsample_type="resnet"), dict(upsample_type="resnet"),
-    dict(class_embed_type="timestep"), dict(out_channels=6), dict(attn_norm_num_groups=4), dict(downsample_padding=2),
-    dict(flip_sin_to_cos="yes"), dict(num_class_embeds=0), dict(add_attention=None), dict(resnet_time_scale_shift="spatial"),
-    dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), dict(up_block_types=["UpBlock2D", "AttnUpBlock2D"]),
-    dict(down_block_types=["DownBlock2D"]), dict(block_out_channels=[16, "32"]), dict(block_out_channels=[]), dict(sample_size=None),
-    dict(sample_size=[8, 16]), dict(sample_size="8"), dict(future_setting=1), dict(block_out_channels={"a": 1}),
-    dict(down_block_types=[3, None])], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(center_input_sample=True), dict(time_embedding_type="fourier"), dict(time_embedding_dim=99),
+        dict(act_fn="gelu"), dict(mid_block_type=None), dict(mid_block_scale_factor=1.5),
+        dict(downsample_type="resnet"), dict(upsample_type="resnet"), dict(class_embed_type="timestep"),
+        dict(out_channels=6), dict(attn_norm_num_groups=4), dict(downsample_padding=2), dict(flip_sin_to_cos="yes"),
+        dict(num_class_embeds=0), dict(add_attention=None), dict(resnet_time_scale_shift="spatial"),
+        dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), dict(up_block_types=["UpBlock2D", "AttnUpBlock2D"]),
+        dict(down_block_types=["DownBlock2D"]), dict(block_out_channels=[16, "32"]), dict(block_out_channels=[]),
+        dict(sample_size=None), dict(sample_size=[8, 16]), dict(sample_size="8"), dict(future_setting=1),
+        dict(block_out_channels={"a": 1}), dict(down_block_types=[3, None])],
+    ids=str)
 def test_unsupported_settings_are_named(folder, change):
     edit(folder / "unet/config.json", **change)
-    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    with pytest.raises(DiffnbError) as e:
+        from_diffusers(folder)
     assert next(iter(change)) in str(e.value)
 
 
-@pytest.mark.parametrize("change", [
-    dict(layers_per_block="2"), dict(layers_per_block=0), dict(layers_per_block=10**9), dict(norm_num_groups=7), dict(dropout=2),
-    dict(norm_eps=None), dict(freq_shift=0.5), dict(in_channels=-3, out_channels=-3), dict(attention_head_dim=5),
-    dict(block_out_channels=[60000, 60000]), dict(block_out_channels=[10**9] * 2), dict(sample_size=7), dict(in_channels=[3], out_channels=[3])], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers_per_block="2"), dict(layers_per_block=0), dict(layers_per_block=10**9), dict(norm_num_groups=7),
+        dict(dropout=2), dict(norm_eps=None), dict(freq_shift=0.5), dict(in_channels=-3, out_channels=-3),
+        dict(attention_head_dim=5), dict(block_out_channels=[60000, 60000]), dict(block_out_channels=[10**9] * 2),
+        dict(sample_size=7), dict(in_channels=[3], out_channels=[3])],
+    ids=str)
 def test_values_out_of_range(folder, change):
     edit(folder / "unet/config.json", **change)
-    with pytest.raises(DiffnbError): from_diffusers(folder)
+    with pytest.raises(DiffnbError):
+        from_diffusers(folder)
 
 
-@pytest.mark.parametrize("change", [
-    dict(_class_name="FlowMatchEulerDiscreteScheduler"), dict(prediction_type="flow_prediction"),
-    dict(trained_betas=[0.1, 0.2]), dict(trained_betas=[0.1, "0.2"]), dict(trained_betas="linear"), dict(trained_betas=[0.5, 2]),
-    dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"), dict(trained_betas=None, beta_schedule="sigmoid"),
-    dict(trained_betas=None, beta_start=0), dict(trained_betas=None, beta_end=float("nan")), dict(rescale_betas_zero_snr=1),
-    dict(trained_betas=[0.0] * 1000)], ids=lambda c: str(c)[:50])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(_class_name="FlowMatchEulerDiscreteScheduler"), dict(prediction_type="flow_prediction"),
+        dict(trained_betas=[0.1, 0.2]), dict(trained_betas=[0.1, "0.2"]), dict(trained_betas="linear"),
+        dict(trained_betas=[0.5, 2]), dict(num_train_timesteps=10**12), dict(num_train_timesteps="1000"),
+        dict(trained_betas=None, beta_schedule="sigmoid"), dict(trained_betas=None, beta_start=0),
+        dict(trained_betas=None, beta_end=float("nan")), dict(rescale_betas_zero_snr=1),
+        dict(trained_betas=[0.0] * 1000)],
+    ids=lambda c: str(c)[:50])
 def test_unsupported_schedules(folder, change):
     edit(folder / "scheduler/scheduler_config.json", **change)
-    with pytest.raises(DiffnbError): from_diffusers(folder)
+    with pytest.raises(DiffnbError):
+        from_diffusers(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "\x00", "{\"sample_size\": }", "[" * 100_000])
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
 def test_damaged_json(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(DiffnbError, match="config.json"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="config.json"):
+        from_diffusers(folder)
 
 
 def test_damaged_json_bytes(folder):
     (folder / "unet/config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(DiffnbError, match="cannot read"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="cannot read"):
+        from_diffusers(folder)
 
 
 def test_other_model_class(folder):
     edit(folder / "unet/config.json", _class_name="UNet2DConditionModel")
-    with pytest.raises(DiffnbError, match="UNet2DConditionModel"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="UNet2DConditionModel"):
+        from_diffusers(folder)
 
 
 def weights_of(folder): return folder / "unet/diffusion_pytorch_model.safetensors"
@@ -426,18 +479,25 @@ def weights_of(folder): return folder / "unet/diffusion_pytorch_model.safetensor
 def test_cut_weights(folder, cut):
     file = weights_of(folder)
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(DiffnbError, match="cannot read"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="cannot read"):
+        from_diffusers(folder)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda w: w.pop("conv_in.bias"), "no tensor conv_in.bias"), (lambda w: w.update(extra=torch.zeros(1)), "unexpected tensor extra"),
-    (lambda w: w.update({"conv_in.bias": torch.zeros(3)}), "shape (3,)"), (lambda w: w["conv_in.bias"].fill_(float("nan")), "finite"),
-    (lambda w: w.update({"conv_in.bias": torch.zeros(16).long()}), "int64"), (lambda w: w.clear(), "more")], ids=range(6))
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.pop("conv_in.bias"), "no tensor conv_in.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unexpected tensor extra"),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(3)}), "shape (3,)"),
+        (lambda w: w["conv_in.bias"].fill_(float("nan")), "finite"),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(16).long()}), "int64"), (lambda w: w.clear(), "more")],
+    ids=range(6))
 def test_weights_that_do_not_fit(folder, change, words):
     weights = load_file(weights_of(folder))
     change(weights)
     save_file(weights, weights_of(folder))
-    with pytest.raises(DiffnbError) as e: from_diffusers(folder)
+    with pytest.raises(DiffnbError) as e:
+        from_diffusers(folder)
     assert words in str(e.value)
 
 
@@ -450,18 +510,22 @@ def test_half_precision_weights_become_float32(folder, model):
 
 def test_pickle_is_never_read(folder):
     weights_of(folder).rename(weights_of(folder).with_suffix(".bin"))
-    with pytest.raises(DiffnbError, match="pickle.*save_pretrained"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="pickle.*save_pretrained"):
+        from_diffusers(folder)
 
 
 def test_missing_pieces(folder, tmp_path):
-    with pytest.raises(DiffnbError, match="download the folder first"): from_diffusers("google/ddpm-cifar10-32")
-    with pytest.raises(DiffnbError, match="no model"): from_diffusers(tmp_path)
+    with pytest.raises(DiffnbError, match="download the folder first"):
+        from_diffusers("google/ddpm-cifar10-32")
+    with pytest.raises(DiffnbError, match="no model"):
+        from_diffusers(tmp_path)
     shutil.rmtree(folder / "scheduler")
     said = []
     assert from_diffusers(folder, say=said.append)[1] == linear_schedule()
     assert len(said) == 1 and "no scheduler_config.json" in said[0] and "eps" in said[0]
     weights_of(folder).unlink()
-    with pytest.raises(DiffnbError, match="Copy the whole folder"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="Copy the whole folder"):
+        from_diffusers(folder)
 
 
 # ---- what lies beside the weights
@@ -474,8 +538,11 @@ def heard(folder, *args, **kw):
 
 def small_theirs(seed=0):
     from diffusers import UNet2DModel
-    return randomise(UNet2DModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, down_block_types=["DownBlock2D"] * 2,
-                                 up_block_types=["UpBlock2D"] * 2), seed)
+    return randomise(
+        UNet2DModel(
+            sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, down_block_types=["DownBlock2D"] * 2,
+            up_block_types=["UpBlock2D"] * 2),
+        seed)
 
 
 def same(ours, theirs):
@@ -493,9 +560,12 @@ def checkpoint(tmp_path):
     from diffusers.training_utils import EMAModel
     last, average = small_theirs(0), small_theirs(1)
     folder = tmp_path / "run/checkpoint-500"
-    EMAModel(average.parameters(), model_cls=UNet2DModel, model_config=average.config, use_ema_warmup=True).save_pretrained(folder / "unet_ema")
+    EMAModel(
+        average.parameters(), model_cls=UNet2DModel, model_config=average.config, use_ema_warmup=True
+    ).save_pretrained(folder / "unet_ema")
     last.save_pretrained(folder / "unet")
-    DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(tmp_path / "run/scheduler")
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(
+        tmp_path / "run/scheduler")
     return folder, last, average
 
 
@@ -510,14 +580,18 @@ def test_an_average_is_read_before_the_last_weights(checkpoint):
 @pytest.mark.parametrize("name, which", [("unet_ema", 2), ("unet", 1)])
 def test_a_part_of_a_checkpoint(checkpoint, name, which):
     ours, schedule, prediction, said = heard(checkpoint[0] / name)
-    assert same(ours, checkpoint[which]) and schedule == cosine_schedule() and prediction == "v" and "unet_ema" not in said
+    assert (
+        same(ours, checkpoint[which]) and schedule == cosine_schedule() and prediction == "v" and "unet_ema" not in said
+    )
 
 
 def test_an_average_alone(checkpoint):
     shutil.rmtree(checkpoint[0] / "unet")
     assert same(heard(checkpoint[0])[0], checkpoint[2])
-    with pytest.raises(DiffnbError, match="only the average"): from_diffusers(checkpoint[0], weights="model")
-    with pytest.raises(DiffnbError, match="expected one of 'ema', 'model'"): from_diffusers(checkpoint[0], weights="unet")
+    with pytest.raises(DiffnbError, match="only the average"):
+        from_diffusers(checkpoint[0], weights="model")
+    with pytest.raises(DiffnbError, match="expected one of 'ema', 'model'"):
+        from_diffusers(checkpoint[0], weights="unet")
 
 
 def test_a_part_of_a_pipeline_has_the_schedule_of_the_pipeline(tmp_path, model):
@@ -533,24 +607,35 @@ def test_shards(tmp_path, variant):
     shards = sorted(tmp_path.glob("*-of-*.safetensors"))
     assert len(shards) > 3
     ours, *_, said = heard(tmp_path)
-    assert same(ours, theirs) and ("of the variant" in said) == (variant is not None) and ("half precision" in said) == (variant == "fp16")
+    assert (
+        same(ours, theirs)
+        and ("of the variant" in said) == (variant is not None)
+        and ("half precision" in said) == (variant == "fp16"))
     assert same(heard(tmp_path, variant=variant)[0], theirs)
     shards[1].unlink()
-    with pytest.raises(DiffnbError, match=f"1 are missing: {shards[1].name}"): from_diffusers(tmp_path)
+    with pytest.raises(DiffnbError, match=f"1 are missing: {shards[1].name}"):
+        from_diffusers(tmp_path)
     shutil.copy(shards[0], shards[1])
-    with pytest.raises(DiffnbError, match="disagree"): from_diffusers(tmp_path)
+    with pytest.raises(DiffnbError, match="disagree"):
+        from_diffusers(tmp_path)
     shards[1].write_bytes(shards[0].read_bytes()[:100])
-    with pytest.raises(DiffnbError, match="cannot read.*Copy it again"): from_diffusers(tmp_path)
+    with pytest.raises(DiffnbError, match="cannot read.*Copy it again"):
+        from_diffusers(tmp_path)
 
 
-@pytest.mark.parametrize("index, words", [
-    ({}, "weight_map"), ({"weight_map": []}, "weight_map"), ({"weight_map": {}}, "weight_map"), ({"weight_map": {"a": 3}}, "3"),
-    ({"weight_map": {"a": "../other.safetensors"}}, "beside it"), ({"weight_map": {"a": "/etc/passwd"}}, "beside it"),
-    ({"weight_map": {"a": "x.bin"}}, "x.bin"), ({"weight_map": {"a": "x.safetensors"}}, "missing")], ids=str)
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ({}, "weight_map"), ({"weight_map": []}, "weight_map"), ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": {"a": 3}}, "3"), ({"weight_map": {"a": "../other.safetensors"}}, "beside it"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "beside it"), ({"weight_map": {"a": "x.bin"}}, "x.bin"),
+        ({"weight_map": {"a": "x.safetensors"}}, "missing")],
+    ids=str)
 def test_an_index_that_cannot_be(folder, index, words):
     weights_of(folder).rename(folder / "unet/elsewhere")
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(DiffnbError, match=words): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match=words):
+        from_diffusers(folder)
 
 
 def test_weights_held_twice(tmp_path):
@@ -558,8 +643,10 @@ def test_weights_held_twice(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     small_theirs(1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other/diffusion_pytorch_model.safetensors", tmp_path)
-    with pytest.raises(DiffnbError, match="twice"): from_diffusers(tmp_path)
-    for shard in tmp_path.glob("*-of-*.safetensors"): shard.unlink()                  # an index left behind is no weights
+    with pytest.raises(DiffnbError, match="twice"):
+        from_diffusers(tmp_path)
+    for shard in tmp_path.glob("*-of-*.safetensors"):
+        shard.unlink()                  # an index left behind is no weights
     assert same(heard(tmp_path)[0], small_theirs(1))
 
 
@@ -569,39 +656,55 @@ def test_variants(folder, model):
     x, t = batch()
     assert torch.equal(heard(folder)[0](x, t), model(x, t)) and heard(folder)[3] == ""   # the whole weights come first
     assert not torch.equal(heard(folder, variant="fp16")[0](x, t), model(x, t))
-    with pytest.raises(DiffnbError, match="choose variant='fp16', or none"): from_diffusers(folder, variant="bf16")
+    with pytest.raises(DiffnbError, match="choose variant='fp16', or none"):
+        from_diffusers(folder, variant="bf16")
     weights_of(folder).unlink()
     ours, *_, said = heard(folder)
     assert torch.allclose(ours(x, t), model(x, t), atol=0.05) and "'fp16'" in said and "half precision" in said
     shutil.copy(half, half.with_name("diffusion_pytorch_model.non_ema.safetensors"))
-    with pytest.raises(DiffnbError, match="variant='fp16' or 'non_ema'"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="variant='fp16' or 'non_ema'"):
+        from_diffusers(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_flax_model.msgpack", "diffusion_pytorch_model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "diffusion_flax_model.msgpack", "diffusion_pytorch_model-00001-of-00002.safetensors"])
 def test_a_folder_without_weights_says_what_is_there(folder, name):
     weights_of(folder).rename(folder / "unet" / name)
-    with pytest.raises(DiffnbError, match=name): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match=name):
+        from_diffusers(folder)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model-00001-of-00002.bin", "unet.ckpt", "diffusion_pytorch_model.fp16.bin", "x.pt"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model-00001-of-00002.bin", "unet.ckpt", "diffusion_pytorch_model.fp16.bin", "x.pt"])
 def test_no_pickle_under_any_name(folder, name):
     weights_of(folder).rename(folder / "unet" / name)
-    with pytest.raises(DiffnbError, match="pickle"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="pickle"):
+        from_diffusers(folder)
 
 
-@pytest.mark.parametrize("cls, changes, words", [
-    ("DDPMScheduler", {}, ["spacing='leading'"]), ("DDIMScheduler", dict(timestep_spacing="trailing"), []),
-    ("DDIMScheduler", dict(timestep_spacing="linspace", clip_sample=False), ["spacing='linspace', clip=False"]),
-    ("DDIMScheduler", dict(thresholding=True, clip_sample_range=2.0), ["thresholding=True", "clip_sample_range=2.0", "do not have"]),
-    ("DDIMScheduler", dict(set_alpha_to_one=False, steps_offset=1), ["set_alpha_to_one=False", "steps_offset=1"]),
-    ("PNDMScheduler", {}, ["spacing='leading', clip=False"]), ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), ["spacing='linspace'", "karras"]),
-    ("UniPCMultistepScheduler", {}, ["spacing='linspace', clip=False"])], ids=str)
+@pytest.mark.parametrize(
+    "cls, changes, words",
+    [
+        ("DDPMScheduler", {}, ["spacing='leading'"]), ("DDIMScheduler", dict(timestep_spacing="trailing"), []),
+        ("DDIMScheduler", dict(timestep_spacing="linspace", clip_sample=False), ["spacing='linspace', clip=False"]),
+        (
+            "DDIMScheduler", dict(thresholding=True, clip_sample_range=2.0),
+            ["thresholding=True", "clip_sample_range=2.0", "do not have"]),
+        ("DDIMScheduler", dict(set_alpha_to_one=False, steps_offset=1), ["set_alpha_to_one=False", "steps_offset=1"]),
+        ("PNDMScheduler", {}, ["spacing='leading', clip=False"]),
+        ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), ["spacing='linspace'", "karras"]),
+        ("UniPCMultistepScheduler", {}, ["spacing='linspace', clip=False"])],
+    ids=str)
 def test_how_their_scheduler_samples_is_said(folder, cls, changes, words):
     import diffusers
     getattr(diffusers, cls)(**changes).save_pretrained(folder / "scheduler")
     edit(folder / "model_index.json", scheduler=["diffusers", cls])
     *_, prediction, said = heard(folder)
-    assert prediction == "eps" and all(w in said for w in words) and bool(words) == bool(said) and "does not know" not in said
+    assert (
+        prediction == "eps"
+        and all(w in said for w in words)
+        and bool(words) == bool(said)
+        and "does not know" not in said)
 
 
 def test_what_our_samplers_are_told_is_what_theirs_does(folder, model):
@@ -613,36 +716,47 @@ def test_what_our_samplers_are_told_is_what_theirs_does(folder, model):
     assert "spacing='leading'" in said and schedule.timesteps(25, "leading") == theirs.timesteps.tolist()
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(future_setting=1), "does not know.*future_setting"), (dict(timestep_type="continuous"), "does not know.*timestep_type")], ids=str)
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(future_setting=1), "does not know.*future_setting"),
+        (dict(timestep_type="continuous"), "does not know.*timestep_type")],
+    ids=str)
 def test_settings_of_a_scheduler_never_heard_of_are_named(folder, change, words):
     import re
     edit(folder / "scheduler/scheduler_config.json", **change)
     assert re.search(words, heard(folder)[3])
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(_class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"), (dict(_class_name="LDMPipeline"), "works on pixels"),
-    (dict(_class_name=...), "None"), (dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]), "FlowMatch.*DDIM"),
-    (dict(scheduler=["diffusers", "DDPMScheduler"]), "restore the one"), (dict(_class_name=3), "3")], ids=str)
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(_class_name="StableDiffusionPipeline"), "StableDiffusionPipeline"),
+        (dict(_class_name="LDMPipeline"), "works on pixels"), (dict(_class_name=...), "None"),
+        (dict(scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]), "FlowMatch.*DDIM"),
+        (dict(scheduler=["diffusers", "DDPMScheduler"]), "restore the one"), (dict(_class_name=3), "3")],
+    ids=str)
 def test_an_index_that_says_something_else_is_refused(folder, change, words):
     edit(folder / "model_index.json", **change)
     for place in (folder, folder / "unet"):
-        with pytest.raises(DiffnbError, match=words): from_diffusers(place)
+        with pytest.raises(DiffnbError, match=words):
+            from_diffusers(place)
 
 
 def test_the_class_of_a_scheduler_is_in_the_index_too(folder):
     edit(folder / "scheduler/scheduler_config.json", _class_name=...)
     assert heard(folder)[2] == "eps"
     (folder / "model_index.json").unlink()
-    with pytest.raises(DiffnbError, match="_class_name"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="_class_name"):
+        from_diffusers(folder)
 
 
 def test_a_solver_for_flows_is_refused(folder):
     from diffusers import UniPCMultistepScheduler
     UniPCMultistepScheduler(use_flow_sigmas=True).save_pretrained(folder / "scheduler")
     edit(folder / "model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])
-    with pytest.raises(DiffnbError, match="use_flow_sigmas"): from_diffusers(folder)
+    with pytest.raises(DiffnbError, match="use_flow_sigmas"):
+        from_diffusers(folder)
 
 
 @pytest.mark.parametrize("there, refused", [(False, "another process meanwhile"), (True, "exists already")])
@@ -650,13 +764,16 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path, monkeypatch, there, re
     "A new folder belongs to whoever finishes first, an empty one to whoever begins first; the other is told."
     from diffusers import DDIMPipeline
     model, write = UNet(**SMALL), DDIMPipeline.save_pretrained
-    if there: (tmp_path / "out").mkdir()
+    if there:
+        (tmp_path / "out").mkdir()
     def export(): save_diffusers(model, linear_schedule(), tmp_path / "out")
     def second_in_between(pipeline, folder):
         write(pipeline, folder)
         monkeypatch.setattr(DDIMPipeline, "save_pretrained", write)
         export()
     monkeypatch.setattr(DDIMPipeline, "save_pretrained", second_in_between)
-    with pytest.raises(DiffnbError, match=refused): export()
+    with pytest.raises(DiffnbError, match=refused):
+        export()
     assert not list(tmp_path.rglob("*.partial"))
-    if not there: assert DDIMPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 8
+    if not there:
+        assert DDIMPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 8

@@ -1,6 +1,8 @@
-"""What every notebook promises, checked on the stored files; and the stored outputs of the quick ones against their code.
+"""What every notebook promises, checked on the stored files; and the stored outputs of the quick ones against their
+code.
 
-Each rule is a function that yields what is wrong with a notebook, so that `test_a_planted_fault_is_seen` can try it on faults."""
+Each rule is a function that yields what is wrong with a notebook, so that `test_a_planted_fault_is_seen` can try it on
+faults."""
 import base64, functools, html, importlib, io, re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,7 +22,9 @@ def outputs(nb):
 
 def text(output):
     "All that an output says, pictures left out."
-    parts = [output.get("text", ""), *(v for k, v in sorted(output.get("data", {}).items()) if k.startswith("text/") and isinstance(v, str))]
+    parts = [
+        output.get("text", ""),
+        *(v for k, v in sorted(output.get("data", {}).items()) if k.startswith("text/") and isinstance(v, str))]
     return re.sub(r"data:[\w/+]+;base64,[\w+/=\s]+", "", "\n".join(parts))
 
 # ---- the rules ----
@@ -28,48 +32,65 @@ def text(output):
 def skipped(nb, path):
     "A cell that no test runs; a directive other than these two does nothing we want."
     for i, c in enumerate(nb.cells):
-        for directive in re.findall(r"^[ \t]*#[ \t]*\|[ \t]*([\w:. ]+)", c.source, re.M) if c.cell_type == "code" else []:
-            if directive.split()[0] not in ("export", "default_exp"): yield f"cell {i}: the directive `{directive.strip()}`"
-        if c.cell_type == "raw" or re.search(r"^skip_exec:", c.source, re.M): yield f"cell {i}: nbdev_test may skip this"
+        for directive in (
+            re.findall(r"^[ \t]*#[ \t]*\|[ \t]*([\w:. ]+)", c.source, re.M) if c.cell_type == "code" else []):
+            if directive.split()[0] not in ("export", "default_exp"):
+                yield f"cell {i}: the directive `{directive.strip()}`"
+        if c.cell_type == "raw" or re.search(r"^skip_exec:", c.source, re.M):
+            yield f"cell {i}: nbdev_test may skip this"
 
 def machine(nb, path):
     "What works on one machine only."
     here = r"(?:(?<![\w.:/<])|file://)/(?:home|root|tmp|work|Users|mnt|opt|var|usr|content|kaggle|data|etc|private)/|\b[A-Z]:\\\\?\w"
     for i, c in enumerate(nb.cells):
-        if c.cell_type == "code" and re.search(r"\.cuda\(", c.source): yield f"cell {i}: .cuda()"
-        if found := re.search(here, c.source): yield f"cell {i}: an absolute path at {c.source[found.start():][:40]!r}"
+        if c.cell_type == "code" and re.search(r"\.cuda\(", c.source):
+            yield f"cell {i}: .cuda()"
+        if found := re.search(here, c.source):
+            yield f"cell {i}: an absolute path at {c.source[found.start():][:40]!r}"
     for i, o in outputs(nb):
-        if found := re.search(here, text(o)): yield f"cell {i}: an absolute path in the output, at {text(o)[found.start():][:40]!r}"
+        if found := re.search(here, text(o)):
+            yield f"cell {i}: an absolute path in the output, at {text(o)[found.start():][:40]!r}"
 
 def noise(nb, path):
     "Warnings and errors; a lesson that shows an error catches it and prints the message."
     for i, o in outputs(nb):
-        if o.output_type == "error": yield f"cell {i}: {o.ename}: {o.evalue[:80]}"
-        if o.get("name") == "stderr": yield f"cell {i}: stderr: {o.text[:80]}"
+        if o.output_type == "error":
+            yield f"cell {i}: {o.ename}: {o.evalue[:80]}"
+        if o.get("name") == "stderr":
+            yield f"cell {i}: stderr: {o.text[:80]}"
 
 def speechless(nb, path):
     "Figures without alt text: as `<img alt>` in HTML, or in the metadata of a stored picture."
     for i, o in outputs(nb):
         for kind in (k for k in o.get("data", {}) if k.startswith("image/")):
-            if not o.metadata.get(kind, {}).get("alt", "").strip() and "<img" not in o.data.get("text/html", ""): yield f"cell {i}: a picture without alt text"
+            if not o.metadata.get(kind, {}).get("alt", "").strip() and "<img" not in o.data.get("text/html", ""):
+                yield f"cell {i}: a picture without alt text"
         for tag in re.findall(r"<img\b[^>]*>", o.get("data", {}).get("text/html", "")):
             alt = re.search(r"\balt=(\"[^\"]*\"|'[^']*')", tag)
-            if not alt or len(alt[1].strip("\"' ")) < 10: yield f"cell {i}: an <img> without alt text that says something"
+            if not alt or len(alt[1].strip("\"' ")) < 10:
+                yield f"cell {i}: an <img> without alt text that says something"
 
 def unmade(nb, path):
     "A page that was never run, or whose outputs were lost."
-    prints = [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and re.search(r"^(?:print|show_images|you_are_here)\(", c.source, re.M)]
-    if prints and not outputs(nb): yield f"no outputs at all, though cell {prints[0]} makes some: execute the notebook"
+    prints = [
+        i
+        for i, c in enumerate(nb.cells)
+        if c.cell_type == "code" and re.search(r"^(?:print|show_images|you_are_here)\(", c.source, re.M)]
+    if prints and not outputs(nb):
+        yield f"no outputs at all, though cell {prints[0]} makes some: execute the notebook"
 
 def astray(nb, path):
     "Links, modules and lessons that are named but not there."
     for i, c in enumerate(nb.cells):
-        for wrong in dead(c.source if c.cell_type == "markdown" else "", path.parent): yield f"cell {i}: {wrong}"
+        for wrong in dead(c.source if c.cell_type == "markdown" else "", path.parent):
+            yield f"cell {i}: {wrong}"
         for lesson in re.findall(r"\b(\d\d_[a-z]\w*)\b", c.source):
-            if not (root / "nbs" / f"{lesson}.ipynb").exists(): yield f"cell {i}: names the lesson {lesson}, which is not there"
+            if not (root / "nbs" / f"{lesson}.ipynb").exists():
+                yield f"cell {i}: names the lesson {lesson}, which is not there"
         if c.cell_type == "markdown":
             for dotted in re.findall(r"`(diffnb(?:\.\w+)+)[`(]", c.source):
-                if not exists(dotted): yield f"cell {i}: `{dotted}` is not there"
+                if not exists(dotted):
+                    yield f"cell {i}: `{dotted}` is not there"
 
 formulas, code = r"\$\$.*?\$\$|\$[^$\n]+\$", r"^```.*?^```|`[^`\n]*`"
 
@@ -78,33 +99,45 @@ def without(what, markdown): return re.sub(what, "", markdown, flags=re.S | re.M
 def dead(markdown, folder):
     "Relative links in Markdown that lead to no file or heading."
     markdown = without(code, markdown)
-    for target in re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", markdown) + re.findall(r"(?:src|href)=\"([^\"]+)\"", markdown):
+    for target in re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", markdown) + re.findall(
+        r"(?:src|href)=\"([^\"]+)\"", markdown):
         url = urlsplit(target)
-        if url.scheme or url.netloc: continue
+        if url.scheme or url.netloc:
+            continue
         to = folder / unquote(url.path)
-        if url.path and not to.exists(): yield f"no such file: {target}"
-        elif url.fragment and to.suffix == ".ipynb" and unquote(url.fragment) not in headings(to): yield f"no such heading: {target}"
+        if url.path and not to.exists():
+            yield f"no such file: {target}"
+        elif url.fragment and to.suffix == ".ipynb" and unquote(url.fragment) not in headings(to):
+            yield f"no such heading: {target}"
 
 @functools.cache
 def headings(path):
     "The anchors of a notebook's headings, as JupyterLab makes them."
-    return {h.strip().replace(" ", "-") for c in nbformat.read(path, 4).cells if c.cell_type == "markdown" for h in re.findall(r"^#+ (.*)$", c.source, re.M)}
+    return {
+        h.strip().replace(" ", "-")
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "markdown"
+        for h in re.findall(r"^#+ (.*)$", c.source, re.M)}
 
 @functools.cache
 def exists(dotted):
     "Whether a name such as diffnb.sample.ddim can be imported."
     parts = dotted.split(".")
     for n in range(len(parts), 0, -1):
-        try: value = importlib.import_module(".".join(parts[:n]))
-        except ModuleNotFoundError: continue
+        try:
+            value = importlib.import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
         for part in parts[n:]:
-            if not hasattr(value, part): return False
+            if not hasattr(value, part):
+                return False
             value = getattr(value, part)
         return True
 
 # The names of the table in 02_schedule against those that other libraries and papers use. A cell that speaks of such a
 # library or paper may name them, and so may an attribute (`scheduler.alphas_cumprod`): it is the other library's.
-compared = re.compile(r"diffusers|DDIMScheduler|DDPMScheduler|prediction_type|stable diffusion|improved-diffusion|paper", re.I)
+compared = re.compile(
+    r"diffusers|DDIMScheduler|DDPMScheduler|prediction_type|stable diffusion|improved-diffusion|paper", re.I)
 terms = {
     r"(?<!\.)\balphas?_?cumprod\w*|\balphas_bar\b|\balphabar\b|\balpha_hat\b": "alpha_bar",
     r"(?<!\\)\bx_0\b|\bx_start\b|\bx_clean\b": "x0",
@@ -123,18 +156,25 @@ terms = {
 def misnamed(nb, path):
     "Terms spelled otherwise than in the table of 02_schedule."
     for i, c in enumerate(nb.cells):
-        if compared.search(c.source): continue
-        for wrong in spelled(without(formulas, c.source)): yield f"cell {i}: {wrong}"
+        if compared.search(c.source):
+            continue
+        for wrong in spelled(without(formulas, c.source)):
+            yield f"cell {i}: {wrong}"
 
 def spelled(text):
     for pattern, right in terms.items():
-        for found in re.finditer(pattern, text): yield f"{found[0]!r}, here called {right}"
+        for found in re.finditer(pattern, text):
+            yield f"{found[0]!r}, here called {right}"
 
 def raw(nb, path):
     "Mathematics that no page draws, because it stands outside of dollar signs and of code."
     for i, c in enumerate(nb.cells):
-        if c.cell_type != "markdown": continue
-        for found in re.finditer(r"\w*[_^]\{[^}\n]*\}?|\\(?:frac|sqrt|alpha|bar|epsilon|cdot|mathbb)\b", without(f"{formulas}|{code}", c.source)): yield f"cell {i}: {found[0]!r} outside of $...$"
+        if c.cell_type != "markdown":
+            continue
+        for found in re.finditer(
+            r"\w*[_^]\{[^}\n]*\}?|\\(?:frac|sqrt|alpha|bar|epsilon|cdot|mathbb)\b",
+            without(f"{formulas}|{code}", c.source)):
+            yield f"cell {i}: {found[0]!r} outside of $...$"
 
 rules = [skipped, machine, noise, speechless, unmade, astray, misnamed, raw]
 
@@ -155,7 +195,8 @@ def test_size_and_form(path):
 def test_readme():
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert not list(dead(readme, root)) and not list(spelled(readme))
-    for dotted in re.findall(r"`(diffnb(?:\.\w+)+)[`(]", readme): assert exists(dotted), dotted
+    for dotted in re.findall(r"`(diffnb(?:\.\w+)+)[`(]", readme):
+        assert exists(dotted), dotted
 
 def test_docstrings_name_lessons_that_are_there():
     for path in (root / "diffnb").rglob("*.py"):
@@ -164,32 +205,41 @@ def test_docstrings_name_lessons_that_are_there():
 
 # ---- stored outputs match their code ----
 
-# Numbers may differ by one in their last printed place, or by a hundredth: another processor rounds otherwise. On the machine
-# that stored them they are equal. Not compared: what is measured in time, and ids and addresses that change in every run.
+# Numbers may differ by one in their last printed place, or by a hundredth: another processor rounds otherwise. On the
+# machine
+# that stored them they are equal. Not compared: what is measured in time, and ids and addresses that change in every
+# run.
 number = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
-volatile = re.compile(r"(?<![\w.])[\d.,]+\s*(?:s|ms|µs|us|seconds?|minutes?|images/s|it/s|s/it|[MGk]i?B/s)\b|0x[0-9a-f]{6,}|\b[0-9a-f]{32}\b|\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?")
+volatile = re.compile(
+    r"(?<![\w.])[\d.,]+\s*(?:s|ms|µs|us|seconds?|minutes?|images/s|it/s|s/it|[MGk]i?B/s)\b|0x[0-9a-f]{6,}|\b[0-9a-f]{32}\b|\d{4}-\d\d-\d\d(?:[ "
+    r"T]\d\d:\d\d(?::\d\d)?)?")
 
 def same_text(stored, now):
     "None, or where two texts differ."
     stored, now = (volatile.sub("…", t).splitlines() for t in (stored, now))
-    if len(stored) != len(now): return f"{len(stored)} lines stored, {len(now)} made"
+    if len(stored) != len(now):
+        return f"{len(stored)} lines stored, {len(now)} made"
     for a, b in zip(stored, now):
         words = [re.sub(r"\s+", " ", number.sub("#", t)).strip() for t in (a, b)]
-        if words[0] != words[1]: return f"stored {a!r}, made {b!r}"
+        if words[0] != words[1]:
+            return f"stored {a!r}, made {b!r}"
         for x, y in zip(number.findall(a), number.findall(b)):
             digits, _, power = x.replace(",", "").lower().partition("e")
             unit = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
             x, y = float(x.replace(",", "")), float(y.replace(",", ""))
-            if abs(x - y) > max(1.01 * unit if "." in digits or power else 0, 0.01 * abs(x)): return f"stored {a!r}, made {b!r}"
+            if abs(x - y) > max(1.01 * unit if "." in digits or power else 0, 0.01 * abs(x)):
+                return f"stored {a!r}, made {b!r}"
 
 def pixels(data): return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"), dtype=float)
 
 def same_picture(stored, now):
     "None, or how two PNG files differ: fonts and rounding move a few pixels, another curve moves many."
     stored, now = pixels(stored), pixels(now)
-    if np.abs(np.subtract(stored.shape, now.shape)).max() > 12: return f"a picture of {stored.shape} stored, {now.shape} made"
+    if np.abs(np.subtract(stored.shape, now.shape)).max() > 12:
+        return f"a picture of {stored.shape} stored, {now.shape} made"
     h, w = np.minimum(stored.shape, now.shape)
-    if (off := np.abs(stored[:h, :w] - now[:h, :w]).mean()) > 6: return f"pictures differ by {off:.1f} of 255 levels on average"
+    if (off := np.abs(stored[:h, :w] - now[:h, :w]).mean()) > 6:
+        return f"pictures differ by {off:.1f} of 255 levels on average"
 
 def said(cell):
     "(text printed and shown, pictures) of a cell; how a stream was cut into pieces is chance."
@@ -197,90 +247,135 @@ def said(cell):
     for o in cell.outputs:
         data = o.get("data", {})
         source = data.get("text/html", "")
-        pictures += re.findall(r"data:image/png;base64,([\w+/=]+)", source) + ([data["image/png"]] if "image/png" in data else [])
-        texts.append(text(o) if "<img" not in source else " ".join(html.unescape(t) for t in re.findall(r"alt=\"([^\"]*)\"", source)))
+        pictures += re.findall(r"data:image/png;base64,([\w+/=]+)", source) + (
+            [data["image/png"]] if "image/png" in data else [])
+        texts.append(
+            text(o)
+            if "<img" not in source
+            else " ".join(html.unescape(t) for t in re.findall(r"alt=\"([^\"]*)\"", source)))
     return "".join(t if o.output_type == "stream" else f"\n{t}\n" for t, o in zip(texts, cell.outputs)), pictures
 
 def differences(stored, now):
     "What differs between the outputs of two runs of a notebook."
     for i, (a, b) in enumerate(zip(stored.cells, now.cells, strict=True)):
-        if a.cell_type != "code": continue
+        if a.cell_type != "code":
+            continue
         (text_a, pictures_a), (text_b, pictures_b) = said(a), said(b)
-        if wrong := same_text(text_a.strip(), text_b.strip()): yield f"cell {i}: {wrong}"
-        if len(pictures_a) != len(pictures_b): yield f"cell {i}: {len(pictures_a)} pictures stored, {len(pictures_b)} made"
+        if wrong := same_text(text_a.strip(), text_b.strip()):
+            yield f"cell {i}: {wrong}"
+        if len(pictures_a) != len(pictures_b):
+            yield f"cell {i}: {len(pictures_a)} pictures stored, {len(pictures_b)} made"
         for p, q in zip(pictures_a, pictures_b):
-            if wrong := same_picture(p, q): yield f"cell {i}: {wrong}"
+            if wrong := same_picture(p, q):
+                yield f"cell {i}: {wrong}"
 
 def execute(nb, folder):
     "A copy of the notebook, run in an empty folder: it needs no file that another notebook made."
     from nbclient import NotebookClient
     nb = nbformat.from_dict(nb)
     for c in nb.cells:
-        if c.cell_type == "code": c.outputs = []
+        if c.cell_type == "code":
+            c.outputs = []
     NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     return nb
 
-# Neither timings, nor training, whose last digits differ from processor to processor, nor (index) what the machine is; nbdev_test runs the others.
-same_everywhere = ["01_data", "02_schedule", "workshop/check", "workshop/data_reader", "workshop/interchange", "workshop/widgets", "workshop/workbook"]
+# Neither timings, nor training, whose last digits differ from processor to processor, nor (index) what the machine is;
+# nbdev_test runs the others.
+same_everywhere = [
+    "01_data", "02_schedule", "workshop/check", "workshop/data_reader", "workshop/interchange", "workshop/widgets",
+    "workshop/workbook"]
 
 @pytest.mark.parametrize("name", same_everywhere)
 def test_stored_outputs_match_their_code(name, tmp_path):
     stored = nbformat.read(root / "nbs" / f"{name}.ipynb", 4)
-    assert not list(differences(stored, execute(stored, tmp_path))), f"execute nbs/{name}.ipynb again and keep its outputs"
+    assert not list(differences(stored, execute(stored, tmp_path))), (
+        f"execute nbs/{name}.ipynb again and keep its outputs")
 
 # ---- faults, planted ----
 
 def notebook(source="1", cell="code", **output):
-    make = nbformat.v4.new_code_cell if cell == "code" else nbformat.v4.new_markdown_cell if cell == "markdown" else nbformat.v4.new_raw_cell
+    make = (
+        nbformat.v4.new_code_cell
+        if cell == "code"
+        else nbformat.v4.new_markdown_cell
+        if cell == "markdown"
+        else nbformat.v4.new_raw_cell)
     c = make(source)
-    if output: c.outputs = [nbformat.v4.new_output(**output)]
+    if output:
+        c.outputs = [nbformat.v4.new_output(**output)]
     return nbformat.v4.new_notebook(cells=[c])
 
 def shown(**data): return dict(output_type="display_data", data={k.replace("_", "/"): v for k, v in data.items()})
 def printed(text, name="stdout"): return dict(output_type="stream", name=name, text=text)
 
 faults = [
-    (skipped, notebook("#| eval: false\nx = 1")), (skipped, notebook("x = 1\n#|eval:false")), (skipped, notebook("#| hide\nx")), (skipped, notebook("#| slow\nx")),
+    (skipped, notebook("#| eval: false\nx = 1")), (skipped, notebook("x = 1\n#|eval:false")),
+    (skipped, notebook("#| hide\nx")), (skipped, notebook("#| slow\nx")),
     (skipped, notebook("---\nskip_exec: true\n---", "raw")), (skipped, notebook("# T\n\nskip_exec: true", "markdown")),
-    (machine, notebook("model.cuda()")), (machine, notebook("u = 'file:///home/me/x'")), (machine, notebook("x = open('/home/me/x.png')")), (machine, notebook("see /Users/me/x", "markdown")),
-    (machine, notebook(**printed("saved /tmp/abc/x.png"))), (machine, notebook("p = 'C:\\\\data'")), (machine, notebook(**shown(text_plain="PosixPath('/root/x/y')"))),
-    (noise, notebook(**printed("UserWarning: ...", "stderr"))), (noise, notebook(output_type="error", ename="ValueError", evalue="no", traceback=[])),
-    (speechless, notebook(**shown(image_png="AAAA", text_plain="<Figure>"))), (speechless, notebook(**shown(text_html='<img src="data:image/png;base64,AA">'))),
-    (speechless, notebook(**shown(text_html='<img alt="" src="x">'))), (speechless, notebook(**shown(text_html='<img alt="figure" src="x">'))),
-    (unmade, notebook("x = 1\nprint(x)")),
-    (astray, notebook("[a](99_none.ipynb)", "markdown")), (astray, notebook("[a](02_schedule.ipynb#No-such)", "markdown")), (astray, notebook("![a](x.png)", "markdown")),
-    (astray, notebook("as 02_schedules says", "markdown")), (astray, notebook("`diffnb.sample.dddim`", "markdown")), (astray, notebook("# see 12_more")),
-    *((misnamed, notebook(t, "markdown")) for t in ("`alphas_cumprod` falls", "the image x_0", "epsilon-prediction", "v-prediction", "the guidance scale",
-      "classifier free", "a time step", "the U-Net", "the Frechet distance")),
+    (machine, notebook("model.cuda()")), (machine, notebook("u = 'file:///home/me/x'")),
+    (machine, notebook("x = open('/home/me/x.png')")), (machine, notebook("see /Users/me/x", "markdown")),
+    (machine, notebook(**printed("saved /tmp/abc/x.png"))), (machine, notebook("p = 'C:\\\\data'")),
+    (machine, notebook(**shown(text_plain="PosixPath('/root/x/y')"))),
+    (noise, notebook(**printed("UserWarning: ...", "stderr"))),
+    (noise, notebook(output_type="error", ename="ValueError", evalue="no", traceback=[])),
+    (speechless, notebook(**shown(image_png="AAAA", text_plain="<Figure>"))),
+    (speechless, notebook(**shown(text_html='<img src="data:image/png;base64,AA">'))),
+    (speechless, notebook(**shown(text_html='<img alt="" src="x">'))),
+    (speechless, notebook(**shown(text_html='<img alt="figure" src="x">'))), (unmade, notebook("x = 1\nprint(x)")),
+    (astray, notebook("[a](99_none.ipynb)", "markdown")),
+    (astray, notebook("[a](02_schedule.ipynb#No-such)", "markdown")), (astray, notebook("![a](x.png)", "markdown")),
+    (astray, notebook("as 02_schedules says", "markdown")), (astray, notebook("`diffnb.sample.dddim`", "markdown")),
+    (astray, notebook("# see 12_more")),
+    *(
+        (misnamed, notebook(t, "markdown"))
+        for t in (
+            "`alphas_cumprod` falls", "the image x_0", "epsilon-prediction", "v-prediction", "the guidance scale",
+            "classifier free", "a time step", "the U-Net", "the Frechet distance")),
     (raw, notebook("the slightly less noisy x_{t-1}", "markdown")), (raw, notebook("about \\sqrt(2)", "markdown")),
-    *((misnamed, notebook(t)) for t in ("alphas_cumprod = 1", "x_start = x", "f(num_inference_steps=5)", "xt = 1", "# a U-Net")),
-]
+    *(
+        (misnamed, notebook(t))
+        for t in ("alphas_cumprod = 1", "x_start = x", "f(num_inference_steps=5)", "xt = 1", "# a U-Net"))]
 
 @pytest.mark.parametrize("rule, nb", faults, ids=[f"{r.__name__}{i}" for i, (r, _) in enumerate(faults)])
 def test_a_planted_fault_is_seen(rule, nb):
     assert list(rule(nb, paths[0]))
 
-@pytest.mark.parametrize("rule, nb", [
-    (skipped, notebook("#| export\nx = 1")), (machine, notebook("x / tmp / y, 'runs/tmp/a', 'https://a.org/data/x'")), (noise, notebook(**printed("must be 3"))),
-    (speechless, notebook(**shown(text_html='<img alt="a curve that falls" src="x">'))), (astray, notebook("[a](02_schedule.ipynb)", "markdown")),
-    (astray, notebook("`diffnb.sample.ddim` in 05_sample", "markdown")), (misnamed, notebook("diffusers says alphas_cumprod", "markdown")),
-    (misnamed, notebook("$x_0$ and x0", "markdown")), (raw, notebook("$x_{t-1}$, and `x_{t}` in LaTeX", "markdown")), (misnamed, notebook("same(lin.alphas_cumprod, linear.alpha_bar)"))])
+@pytest.mark.parametrize(
+    "rule, nb",
+    [
+        (skipped, notebook("#| export\nx = 1")),
+        (machine, notebook("x / tmp / y, 'runs/tmp/a', 'https://a.org/data/x'")),
+        (noise, notebook(**printed("must be 3"))),
+        (speechless, notebook(**shown(text_html='<img alt="a curve that falls" src="x">'))),
+        (astray, notebook("[a](02_schedule.ipynb)", "markdown")),
+        (astray, notebook("`diffnb.sample.ddim` in 05_sample", "markdown")),
+        (misnamed, notebook("diffusers says alphas_cumprod", "markdown")),
+        (misnamed, notebook("$x_0$ and x0", "markdown")),
+        (raw, notebook("$x_{t-1}$, and `x_{t}` in LaTeX", "markdown")),
+        (misnamed, notebook("same(lin.alphas_cumprod, linear.alpha_bar)"))])
 def test_what_is_right_passes(rule, nb):
     assert not list(rule(nb, root / "nbs" / "x.ipynb"))
 
-@pytest.mark.parametrize("stored, now, equal", [
-    ("loss 0.031 after 5", "loss 0.032 after 5", True), ("loss 0.031", "loss 0.041", False), ("34 steps", "30 steps", False), ("a 1", "b 1", False),
-    ("12,345 images", "12,346 images", True), ("1.2e-05", "1.3e-05", True), ("1.2e-05", "1.2e-03", False), ("took 0.5 s", "took 7.1 s", True), ("1\n2", "1", False)])
+@pytest.mark.parametrize(
+    "stored, now, equal",
+    [
+        ("loss 0.031 after 5", "loss 0.032 after 5", True), ("loss 0.031", "loss 0.041", False),
+        ("34 steps", "30 steps", False), ("a 1", "b 1", False), ("12,345 images", "12,346 images", True),
+        ("1.2e-05", "1.3e-05", True), ("1.2e-05", "1.2e-03", False), ("took 0.5 s", "took 7.1 s", True),
+        ("1\n2", "1", False)])
 def test_comparing_texts(stored, now, equal):
     assert (same_text(stored, now) is None) == equal
 
 def test_comparing_runs(tmp_path):
-    cells = ["import matplotlib.pyplot as plt\nprint(2 + 2)", "plt.plot([0, 1], [0, 1]);", "import pathlib\nassert not list(pathlib.Path().iterdir())"]
+    cells = [
+        "import matplotlib.pyplot as plt\nprint(2 + 2)", "plt.plot([0, 1], [0, 1]);",
+        "import pathlib\nassert not list(pathlib.Path().iterdir())"]
     nb = execute(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), tmp_path)
     assert not list(differences(nb, nb))
     other = nbformat.from_dict(nb)
     other.cells[0].source, other.cells[1].source = cells[0].replace("2 + 2", "2 + 3"), "plt.imshow([[0, 1], [1, 0]]);"
     found = list(differences(nb, execute(other, tmp_path)))
-    assert any(f.startswith("cell 0: stored '4', made '5'") for f in found) and any("cell 1: " in f and "picture" in f for f in found)
+    assert any(f.startswith("cell 0: stored '4', made '5'") for f in found) and any(
+        "cell 1: " in f and "picture" in f for f in found)
     other.cells[1].outputs = []
     assert any(f == "cell 1: 1 pictures stored, 0 made" for f in differences(nb, other))

@@ -1,6 +1,7 @@
 """Several ranks, one run: real processes that talk over gloo on the CPU.
 
-One warm process (this file, run as a script) forks the ranks, so that the imports are paid once; torchrun itself is tried at the end."""
+One warm process (this file, run as a script) forks the ranks, so that the imports are paid once; torchrun itself is
+tried at the end."""
 import json, os, pathlib, shutil, signal, socket, subprocess, sys, time, traceback
 from dataclasses import replace
 
@@ -19,8 +20,9 @@ from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
-tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3, log_every=5,
-                   sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")                                       # 20 steps
+tiny = TrainConfig(
+    data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=0.85, lr=2e-3,
+    log_every=5, sample_steps=3, sample_every=0.35, checkpoint_every=0.4, device="cpu")  # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}
 muon = replace(tiny, optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "
@@ -28,15 +30,24 @@ settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8
 
 
 def fork(world, work): # -> exit codes, seconds
-    with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
     start, children = time.monotonic(), []
     for rank in range(world):
         if (pid := os.fork()) == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                MASTER_PORT=str(port))
             code = 0
-            try: work(rank)
-            except DiffnbError as e: print(e, flush=True); code = 1
-            except BaseException: traceback.print_exc(); code = 2
+            try:
+                work(rank)
+            except DiffnbError as e:
+                print(e, flush=True)
+                code = 1
+            except BaseException:
+                traceback.print_exc()
+                code = 2
             os._exit(code)
         children.append(pid)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children], time.monotonic() - start
@@ -44,16 +55,21 @@ def fork(world, work): # -> exit codes, seconds
 
 def script(folder):
     torch.set_num_threads(1)
-    done = {}; load_data("digits")                                            # read once, for all that are forked
+    done = {}
+    load_data("digits")                                            # read once, for all that are forked
     train(tiny, folder / "alone", sampler=ddim, progress=False)
     train(muon, folder / "muon_alone", sampler=ddim, progress=False)
     def go(run, shard=False, on_log=None, config=tiny, **change):
         ranks = Ranks(shard, "cpu")
-        with ranks.guard(): train(replace(config, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
-    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(grad_accum_steps=2)), ("divided", 2, True, {}), ("divided_last", 2, True, dict(channels_last=True))):
+        with ranks.guard():
+            train(replace(config, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
+    for name, world, shard, change in (
+        ("two", 2, False, {}), ("four", 4, False, dict(grad_accum_steps=2)), ("divided", 2, True, {}),
+        ("divided_last", 2, True, dict(channels_last=True))):
         done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
-    done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
+    # by two ranks, ended by two divided ones
+    done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]
     done["resumed"] = fork(2, lambda rank: go(folder / "resumed", shard=True))[0]
     done["muon_begun"] = fork(2, lambda rank: go(folder / "muon_two", on_log=stop_early, config=muon))[0]
     done["muon_two"] = fork(2, lambda rank: go(folder / "muon_two", config=muon))[0]
@@ -61,33 +77,44 @@ def script(folder):
     done["two_begun"] = fork(2, lambda rank: go(folder / "ended_alone", on_log=stop_early))[0]
     train(tiny, folder / "ended_alone", sampler=ddim, progress=False)
     def die(run):
-        if read_metrics(run)["step"][-1] == 20: os.kill(os.getpid(), signal.SIGKILL)       # the last checkpoint, of step 19, holds a row half filled
+        if read_metrics(run)["step"][-1] == 20:
+            os.kill(os.getpid(), signal.SIGKILL)       # the last checkpoint, of step 19, holds a row half filled
     done["dies"], done["dies_seconds"] = fork(2, lambda rank: go(folder / "dies", on_log=die))
     shutil.copytree(folder / "dies", folder / "mended")
     done["mended"] = fork(2, lambda rank: go(folder / "mended"))[0]
     done["uneven"] = fork(2, lambda rank: go(folder / "uneven", batch_size=63))[0]
 
     m = load_model("digits", "cpu")
-    def draw(out, ranks, n=7): return sample_to(folder / out, m.model, m.schedule, m.shape, n, y=torch.arange(n) % 10, steps=2, progress=False, ranks=ranks)
+    def draw(out, ranks, n=7):
+        return sample_to(
+            folder / out, m.model, m.schedule, m.shape, n, y=torch.arange(n) % 10, steps=2, progress=False, ranks=ranks)
     def shared(rank):
         ranks = Ranks(device="cpu")
         with ranks.guard():
-            draw("png_two", ranks); draw("two.npz", ranks)
-            e = evaluate_run(folder / "two", 40, out=folder / "eval_two", device="cpu", steps=2, progress=False, ranks=ranks)
+            draw("png_two", ranks)
+            draw("two.npz", ranks)
+            e = evaluate_run(
+                folder / "two", 40, out=folder / "eval_two", device="cpu", steps=2, progress=False, ranks=ranks)
             (folder / f"score_{rank}").write_text(repr(e.score.value))
-    draw("png_one", SingleProcess()); draw("one.npz", SingleProcess())
-    done["score"] = repr(evaluate_run(folder / "two", 40, out=folder / "eval_one", device="cpu", steps=2, progress=False).score.value)
+    draw("png_one", SingleProcess())
+    draw("one.npz", SingleProcess())
+    done["score"] = repr(
+        evaluate_run(folder / "two", 40, out=folder / "eval_one", device="cpu", steps=2, progress=False).score.value)
     done["sampled"] = fork(2, shared)[0]
     (folder / "done.json").write_text(json.dumps(done))
 
 
-if __name__ == "__main__": script(pathlib.Path(sys.argv[1])); sys.exit()
+if __name__ == "__main__":
+    script(pathlib.Path(sys.argv[1]))
+    sys.exit()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    job = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = subprocess.run(
+        [sys.executable, __file__, str(folder)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr[-3000:]
     return folder, json.loads((folder / "done.json").read_text()), job.stdout + job.stderr
 
@@ -101,11 +128,12 @@ def test_any_number_of_ranks_gives_the_same_run(ranks, name):
     assert set(done[name]) == {0}, said[-2000:]
     a, b = read_metrics(folder / "alone"), read_metrics(folder / name)
     assert (a["step"] == b["step"]).all() and len(a["step"]) == 4
-    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+    for column in a.keys() - timed:
+        assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
     (x, meta), (y, meta_b) = (read_tensors(checkpoints(folder / run)[-1]) for run in ("alone", name))
     assert x.keys() == y.keys() and meta["step"] == meta_b["step"] == 20
     assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith("ema.")) < 1e-4
-    assert files(folder / "alone") == files(folder / name)                      # one writer: the same files, none of them twice
+    assert files(folder / "alone") == files(folder / name)  # one writer: the same files, none of them twice
 
 
 def test_a_run_may_change_its_ranks(ranks):
@@ -118,14 +146,17 @@ def test_a_run_may_change_its_ranks(ranks):
 
 
 def test_two_ranks_with_muon_are_one_process_with_muon(ranks):
-    "Stopped and continued on the way, with two averages; gradients are summed in another order, and Muon's iteration keeps that small."
+    """Stopped and continued on the way, with two averages; gradients are summed in another order, and Muon's iteration
+    keeps that small."""
     folder, done, said = ranks
     assert done["muon_begun"] == done["muon_two"] == [0, 0], said[-2000:]
     a, b = read_metrics(folder / "muon_alone"), read_metrics(folder / "muon_two")
-    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-4, rtol=1e-3, equal_nan=True), column
+    for column in a.keys() - timed:
+        assert np.allclose(a[column], b[column], atol=1e-4, rtol=1e-3, equal_nan=True), column
     x, y = (read_tensors(checkpoints(folder / run)[-1])[0] for run in ("muon_alone", "muon_two"))
     assert x.keys() == y.keys() and {"ema", "ema2", "momentum_buffer", "exp_avg"} < {k.split(".")[0] for k in x}
-    assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith(("ema.", "ema2.", "momentum_buffer."))) < 1e-3
+    assert (
+        max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith(("ema.", "ema2.", "momentum_buffer."))) < 1e-3)
 
 
 def test_muon_is_not_divided(ranks):
@@ -140,7 +171,8 @@ def test_processor_time_is_that_of_all_ranks_and_goes_on_with_fewer(ranks):
     for name in ("two", "resumed", "ended_alone"):
         spent = read_metrics(folder / name)["processor_seconds"]
         assert len(spent) == 4 and (np.diff(spent) > 0).all(), (name, spent)
-    kept = {m["step"]: m["processor_seconds"] for m in (read_tensors(c)[1] for c in checkpoints(folder / "ended_alone"))}
+    kept = {
+        m["step"]: m["processor_seconds"] for m in (read_tensors(c)[1] for c in checkpoints(folder / "ended_alone"))}
     spent = read_metrics(folder / "ended_alone")["processor_seconds"]
     assert spent[1] <= kept[10] < spent[2] and spent[3] <= kept[20]     # a checkpoint counts for all, too
 
@@ -156,50 +188,75 @@ def test_a_row_that_spans_a_death_counts_each_image_once(ranks):
     assert [read_tensors(c)[1]["step"] for c in checkpoints(folder / "dies")] == [10, 19]
     a, b = read_metrics(folder / "alone"), read_metrics(folder / "mended")
     assert (a["step"] == b["step"]).all()
-    for column in a.keys() - timed: assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
+    for column in a.keys() - timed:
+        assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
 
 
 def test_ranks_do_not_read_what_an_earlier_start_has_left():
     "torchrun keeps one store over its restarts: two starts must leave nothing under the same name."
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    rank = "import torch; from diffnb.scale import Ranks\nranks = Ranks(device='cpu', minutes=0.5)\nwith ranks.guard(): assert ranks.sum(torch.ones(1)).item() == 2"
+    rank = (
+        "import torch; from diffnb.scale import Ranks\nranks = Ranks(device='cpu', minutes=0.5)\nwith "
+        "ranks.guard(): assert ranks.sum(torch.ones(1)).item() == 2")
     keys = [store.num_keys()]
     for _ in range(2):
-        jobs = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r),
-                "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}) for r in (0, 1)]
-        try: said = [job.communicate(timeout=120)[1] for job in jobs]
-        finally: [job.kill() for job in jobs]
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True,
+                env={
+                    **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2",
+                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
+            for r in (0, 1)]
+        try:
+            said = [job.communicate(timeout=120)[1] for job in jobs]
+        finally:
+            [job.kill() for job in jobs]
         assert [job.returncode for job in jobs] == [0, 0], said
         keys.append(store.num_keys())
-    assert keys[2] - keys[1] >= keys[1] - keys[0] - 2 > 1                              # but rank 1's question, and a key of torch's own
+    assert keys[2] - keys[1] >= keys[1] - keys[0] - 2 > 1  # but rank 1's question, and a key of torch's own
 
 
 def test_a_batch_that_cannot_be_shared(ranks):
-    assert ranks[1]["uneven"] == [1, 1] and "batch_size=63 cannot be cut" in ranks[2] and not (ranks[0] / "uneven").exists()
+    assert (
+        ranks[1]["uneven"] == [1, 1]
+        and "batch_size=63 cannot be cut" in ranks[2]
+        and not (ranks[0] / "uneven").exists())
 
 
 def test_samples_and_scores_are_shared(ranks):
     folder, done, said = ranks
     assert done["sampled"] == [0, 0], said[-2000:]
     assert files(folder / "png_one") == files(folder / "png_two") and len(files(folder / "png_one")) == 8
-    for name in files(folder / "png_one"): assert (folder / "png_one" / name).read_bytes() == (folder / "png_two" / name).read_bytes()
+    for name in files(folder / "png_one"):
+        assert (folder / "png_one" / name).read_bytes() == (folder / "png_two" / name).read_bytes()
     assert (np.load(folder / "one.npz")["arr_0"] == np.load(folder / "two.npz")["arr_0"]).all()
     scores = [float((folder / f"score_{rank}").read_text()) for rank in (0, 1)]
     assert scores[0] == scores[1] and np.isclose(scores[0], float(done["score"]), rtol=1e-4)
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(ranks, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "--", "diffnb",
-               "train", *settings, "--epochs", "4.26", "--checkpoint-every", "1", "--run", str(tmp_path / "run")]    # 100 steps
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        "-m", "--", "diffnb", "train", *settings, "--epochs", "4.26", "--checkpoint-every", "1", "--run",
+        str(tmp_path / "run")]  # 100 steps
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     try:
-        while not checkpoints(tmp_path / "run"): assert job.poll() is None; time.sleep(0.05)
+        while not checkpoints(tmp_path / "run"):
+            assert job.poll() is None
+            time.sleep(0.05)
         for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):                  # kill one rank, a child of torchrun
-            try: pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            except OSError: continue
-            if parent == job.pid and b"RANK=1\0" in (stat.parent / "environ").read_bytes(): os.kill(pid, signal.SIGKILL); break
+            try:
+                pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == job.pid and b"RANK=1\0" in (stat.parent / "environ").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                break
         said = job.communicate(timeout=240)[0]
-    finally: job.kill()
+    finally:
+        job.kill()
     assert job.returncode == 0, said[-3000:]
     assert "has lost another rank" in said and "continuing" in said
     m = read_metrics(tmp_path / "run")
@@ -207,14 +264,20 @@ def test_torchrun_restarts_from_the_last_checkpoint(ranks, tmp_path):
 
 
 def test_torchrun_takes_a_signal_for_all_ranks(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "diffnb", "train", *settings,
-               "--epochs", "80", "--run", str(tmp_path / "run")]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "diffnb",
+        "train", *settings, "--epochs", "80", "--run", str(tmp_path / "run")]
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     try:
-        while not (tmp_path / "run" / "metrics.csv").exists() or len(read_metrics(tmp_path / "run")["step"]) < 2: assert job.poll() is None; time.sleep(0.05)
+        while not (tmp_path / "run" / "metrics.csv").exists() or len(read_metrics(tmp_path / "run")["step"]) < 2:
+            assert job.poll() is None
+            time.sleep(0.05)
         job.send_signal(signal.SIGTERM)
         said = job.communicate(timeout=120)[0]
-    finally: job.kill()
+    finally:
+        job.kill()
     assert job.returncode != 0 and "stopped by SIGTERM" in said, said[-3000:]
     assert len(checkpoints(tmp_path / "run")) == 1
 

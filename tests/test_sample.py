@@ -28,13 +28,14 @@ def toy(schedule, prediction):
 
 def walk(scheduler, model, x, steps, **kw):
     scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps: x = scheduler.step(model(x, t.expand(len(x))), t, x, **kw).prev_sample
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(len(x))), t, x, **kw).prev_sample
     return x
 
 
 x_T = torch.randn(8, 3, 4, 4, generator=addressed("parity"))
 names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-exact = [10, 20, 25, 50, 100]           # where t - T // steps, as diffusers computes it, is the next timestep of the list
+exact = [10, 20, 25, 50, 100]  # where t - T // steps, as diffusers computes it, is the next timestep of the list
 
 
 @pytest.mark.parametrize("name", schedules)
@@ -42,16 +43,19 @@ exact = [10, 20, 25, 50, 100]           # where t - T // steps, as diffusers com
 @pytest.mark.parametrize("steps", exact)
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 def test_ddim_is_diffusers_ddim(name, prediction, steps, spacing):
-    schedule = schedules[name]; model = toy(schedule, prediction)
-    scheduler = diffusers.DDIMScheduler(beta_schedule=name, prediction_type=names[prediction], timestep_spacing=spacing, clip_sample=True,
-                                        set_alpha_to_one=True)
+    schedule = schedules[name]
+    model = toy(schedule, prediction)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule=name, prediction_type=names[prediction], timestep_spacing=spacing, clip_sample=True,
+        set_alpha_to_one=True)
     ours = ddim(model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, spacing=spacing)
     assert (ours - walk(scheduler, model, x_T, steps, use_clipped_model_output=True)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_ddim_with_eta_is_diffusers_ddim(eta):
-    schedule = schedules["linear"]; model = toy(schedule, "eps")
+    schedule = schedules["linear"]
+    model = toy(schedule, "eps")
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=True)
     theirs = walk(scheduler, model, x_T, 50, eta=eta, use_clipped_model_output=True, generator=addressed("dice"))
     ours = ddim(model, schedule, x_T.shape, 50, eta, x_T=x_T, generator=addressed("dice"))
@@ -62,21 +66,26 @@ def test_ddim_with_eta_is_diffusers_ddim(eta):
 @pytest.mark.parametrize("prediction", names)
 @pytest.mark.parametrize("steps", [10, 50, 1000])
 def test_ddpm_is_diffusers_ddpm(name, prediction, steps):
-    schedule = schedules[name]; model = toy(schedule, prediction)
-    scheduler = diffusers.DDPMScheduler(beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing",
-                                        variance_type="fixed_small", clip_sample=True)
+    schedule = schedules[name]
+    model = toy(schedule, prediction)
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing", variance_type="fixed_small",
+        clip_sample=True)
     theirs = walk(scheduler, model, x_T, steps, generator=addressed("dice"))
     ours = ddpm(model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, generator=addressed("dice"))
-    assert (ours - theirs).abs().max() < (1e-4 if steps < 1000 else 5e-4)      # diffusers' products are in float32, 1000 of them
+    # diffusers' products are in float32, 1000 of them
+    assert (ours - theirs).abs().max() < (1e-4 if steps < 1000 else 5e-4)
 
 
 @pytest.mark.parametrize("name", schedules)
 @pytest.mark.parametrize("prediction", names)
 def test_dpmpp_2m_is_diffusers_dpmsolver(name, prediction):
     "The same algorithm: theirs ends at a small sigma unless told to end at zero, and thresholds nothing."
-    schedule = schedules[name]; model = toy(schedule, prediction)
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing",
-                                                      solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero", lower_order_final=True)
+    schedule = schedules[name]
+    model = toy(schedule, prediction)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing", solver_order=2,
+        algorithm_type="dpmsolver++", final_sigmas_type="zero", lower_order_final=True)
     theirs = walk(scheduler, model, x_T, 20)
     ours = dpmpp_2m(model, schedule, x_T.shape, 20, x_T=x_T, prediction=prediction, clip=False)
     assert (ours - theirs).abs().max() < 5e-4
@@ -91,56 +100,82 @@ def test_zero_terminal_snr_reaches_a_point_mass(sampler, prediction):
         x0 = torch.full_like(x_t, 0.4)
         return x0 if prediction == "x0" else a * (x_t - a * x0) / s - s * x0
     for steps in (1, 2, 7):
-        out = sampler(model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, clip=False, generator=addressed(0))
+        out = sampler(
+            model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, clip=False, generator=addressed(0))
         assert torch.allclose(out, torch.full_like(out, 0.4), atol=1e-4), steps
 
 
 @pytest.mark.parametrize("sampler", [ddim, ddpm, heun, dpmpp_2m])
 def test_every_number_of_steps_ends_clean(sampler):
-    schedule = linear_schedule(T=37); model = toy(schedule, "eps")
+    schedule = linear_schedule(T=37)
+    model = toy(schedule, "eps")
     for steps in range(1, 38):
         for spacing in ("trailing", "leading", "linspace", "quadratic"):
             seen = []
-            out = sampler(model, schedule, (1, 1, 2, 2), steps, generator=addressed(0), spacing=spacing, callback=lambda t, t_next, *_: seen.append((t, t_next)))
-            assert len(seen) == steps and seen[-1][1] == -1 and out.isfinite().all() and out.abs().max() <= 1 + 1e-5, (steps, spacing)
+            out = sampler(
+                model, schedule, (1, 1, 2, 2), steps, generator=addressed(0), spacing=spacing,
+                callback=lambda t, t_next, *_: seen.append((t, t_next)))
+            assert len(seen) == steps and seen[-1][1] == -1 and out.isfinite().all() and out.abs().max() <= 1 + 1e-5, (
+                steps, spacing)
 
 
 @pytest.mark.parametrize("sampler", [ddim, ddpm, heun, dpmpp_2m])
 def test_impossible_requests_are_refused(sampler):
-    schedule = schedules["linear"]; model = toy(schedule, "eps")
+    schedule = schedules["linear"]
+    model = toy(schedule, "eps")
     for wrong in (dict(steps=0), dict(steps=1001), dict(steps=2.5), dict(spacing="even"), dict(prediction="noise"),
                   dict(x_T=torch.zeros(2, 3, 4, 4)), dict(generator=[addressed(0)] * 3)):
-        with pytest.raises(DiffnbError): sampler(model, schedule, x_T.shape, **{"steps": 5, **wrong})
-    with pytest.raises(DiffnbError, match="shape"): sampler(lambda x, t, y: x[:, :1], schedule, x_T.shape, 5)
-    with pytest.raises(DiffnbError, match="zero terminal SNR"): sampler(model, schedule.zero_terminal_snr(), x_T.shape, 5)
+        with pytest.raises(DiffnbError):
+            sampler(model, schedule, x_T.shape, **{"steps": 5, **wrong})
+    with pytest.raises(DiffnbError, match="shape"):
+        sampler(lambda x, t, y: x[:, :1], schedule, x_T.shape, 5)
+    with pytest.raises(DiffnbError, match="zero terminal SNR"):
+        sampler(model, schedule.zero_terminal_snr(), x_T.shape, 5)
 
 
 def test_same_seed_same_images_whatever_the_batch_split():
-    schedule = schedules["linear"]; model = toy(schedule, "eps")
+    schedule = schedules["linear"]
+    model = toy(schedule, "eps")
     def images(batch_size, numbers=range(13)):
-        return torch.cat([b for _, b in sample_batches(model, schedule, (3, 4, 4), list(numbers), seed=5, batch_size=batch_size, steps=7, eta=1.0, progress=False)])
-    assert images(13).equal(images(4)) and images(13)[5:7].equal(images(1, [5, 6])) and not images(13)[0].equal(images(13)[1])
+        return torch.cat(
+            [
+                b
+                for _, b in sample_batches(
+                    model, schedule, (3, 4, 4), list(numbers), seed=5, batch_size=batch_size, steps=7, eta=1.0,
+                    progress=False)])
+    assert (
+        images(13).equal(images(4))
+        and images(13)[5:7].equal(images(1, [5, 6]))
+        and not images(13)[0].equal(images(13)[1]))
 
 
 def test_samples_on_disk_resume_after_a_crash(tmp_path):
-    schedule = schedules["linear"]; calls = []
-    def model(x_t, t, y=None): calls.append(len(x_t)); return toy(schedule, "eps")(x_t, t)
+    schedule = schedules["linear"]
+    calls = []
+    def model(x_t, t, y=None):
+        calls.append(len(x_t))
+        return toy(schedule, "eps")(x_t, t)
     def dying(x_t, t, y=None):
-        if len(calls) > 6: raise RuntimeError("the machine went away")
+        if len(calls) > 6:
+            raise RuntimeError("the machine went away")
         return model(x_t, t)
     args = dict(schedule=schedule, shape=(3, 4, 4), n=10, batch_size=3, steps=2, progress=False)
-    with pytest.raises(RuntimeError): sample_to(tmp_path / "s.npz", dying, **args)
+    with pytest.raises(RuntimeError):
+        sample_to(tmp_path / "s.npz", dying, **args)
     done = len(list((tmp_path / "s.npz.parts").glob("0*.png")))
     assert 0 < done < 10 and not (tmp_path / "s.npz").exists()
-    calls.clear(); sample_to(tmp_path / "s.npz", model, **args)
+    calls.clear()
+    sample_to(tmp_path / "s.npz", model, **args)
     assert sum(calls) == 2 * (10 - done) and not (tmp_path / "s.npz.parts").exists()
 
 
 def test_inversion_is_exact_in_the_limit():
     "For a Gaussian denoiser the walk back and forth closes, at first order."
-    schedule = schedules["linear"]; errors = []
+    schedule = schedules["linear"]
+    errors = []
     def model(x_t, t, y=None):
-        a, s = schedule.signal_noise(t, x_t.ndim); return s / (a ** 2 * 0.25 + s ** 2) * x_t
+        a, s = schedule.signal_noise(t, x_t.ndim)
+        return s / (a ** 2 * 0.25 + s ** 2) * x_t
     for steps in (25, 100, 400):
         noise = ddim_invert(model, schedule, x_T, steps)
         errors.append((ddim(model, schedule, x_T.shape, steps, x_T=noise, clip=False) - x_T).abs().max().item())
@@ -148,8 +183,10 @@ def test_inversion_is_exact_in_the_limit():
 
 
 def test_inpainting_keeps_what_is_known_with_every_sampler():
-    schedule = schedules["linear"]; model = toy(schedule, "eps")
-    known, mask = torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4); mask[..., 2:] = 0
+    schedule = schedules["linear"]
+    model = toy(schedule, "eps")
+    known, mask = torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4)
+    mask[..., 2:] = 0
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
         out = inpaint(model, schedule, known, mask, sampler, generator=addressed(2), steps=10)
         assert torch.allclose(out * mask, known * mask, atol=1e-6) and (out * (1 - mask)).abs().sum() > 0, sampler
@@ -160,23 +197,33 @@ def test_a_network_in_bf16_samples():
     from diffnb.unet import UNet
     torch.manual_seed(0)
     net = UNet(image_size=8, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,)).eval()
-    for p in net.parameters(): torch.nn.init.normal_(p, std=0.1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
-        a, b = (sampler(m, schedules["linear"], (4, 3, 8, 8), 5, prediction="x0", generator=addressed(1)) for m in (net.float(), net.bfloat16()))
+        a, b = (
+            sampler(m, schedules["linear"], (4, 3, 8, 8), 5, prediction="x0", generator=addressed(1))
+            for m in (net.float(), net.bfloat16()))
         assert b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
 
 
 def test_samples_of_two_models_are_never_mixed(tmp_path):
     from diffnb.unet import UNet
-    make = lambda: UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), norm_groups=8, attention=(), num_classes=3).eval()
-    one, other = make(), make(); args = dict(schedule=schedules["linear"], shape=(1, 8, 8), steps=2, progress=False)
+    make = lambda: UNet(
+        image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), norm_groups=8, attention=(), num_classes=3
+    ).eval()
+    one, other = make(), make()
+    args = dict(schedule=schedules["linear"], shape=(1, 8, 8), steps=2, progress=False)
     sample_to(tmp_path / "s", one, n=3, y=torch.tensor([0, 1, 2]), **args)
-    sample_to(tmp_path / "s", one, n=5, y=torch.tensor([0, 1, 2, 0, 1]), **args)                 # more of the same is welcome
+    sample_to(tmp_path / "s", one, n=5, y=torch.tensor([0, 1, 2, 0, 1]), **args)  # more of the same is welcome
     for model, y in ((other, [0, 1, 2]), (one, [2, 1, 0])):
-        with pytest.raises(DiffnbError, match="another model"): sample_to(tmp_path / "s", model, n=3, y=torch.tensor(y), **args)
-    with pytest.raises(DiffnbError, match="labels for"): sample_to(tmp_path / "t", one, n=3, y=torch.tensor([0]), **args)
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "000000.png").write_bytes(b"precious")
-    with pytest.raises(DiffnbError, match="not empty"): sample_to(tmp_path / "mine", one, n=1, **args)
+        with pytest.raises(DiffnbError, match="another model"):
+            sample_to(tmp_path / "s", model, n=3, y=torch.tensor(y), **args)
+    with pytest.raises(DiffnbError, match="labels for"):
+        sample_to(tmp_path / "t", one, n=3, y=torch.tensor([0]), **args)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.png").write_bytes(b"precious")
+    with pytest.raises(DiffnbError, match="not empty"):
+        sample_to(tmp_path / "mine", one, n=1, **args)
 
 
 # ---- the straight path
@@ -215,18 +262,19 @@ def test_flow_reaches_a_point_mass(sampler, prediction, name):
 @pytest.mark.parametrize("prediction", ON_FLOW)
 @pytest.mark.parametrize("sampler", ALL)
 def test_flow_gives_gaussian_data_its_mean_and_deviation(sampler, prediction, name):
-    steps = 400 if sampler is ddpm else 100                   # what its steps do to the deviation shrinks with their number
+    steps = 400 if sampler is ddpm else 100  # what its steps do to the deviation shrinks with their number
     out = sampler(gaussian(FLOWS[name], prediction), FLOWS[name], many.shape, steps, x_T=many, prediction=prediction,
                   clip=False, generator=addressed(0))
     assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
-    if sampler is not ddpm:                                   # deterministic: each noise has its own image, 0.3 + 0.5 noise
+    if sampler is not ddpm:  # deterministic: each noise has its own image, 0.3 + 0.5 noise
         assert (out - (0.3 + 0.5 * many)).abs().max() < (0.08 if sampler is ddim else 0.03)
 
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_every_prediction_walks_the_same_way_on_the_flow(sampler):
-    outs = [sampler(gaussian(FLOWS["flow"], p), FLOWS["flow"], x_T.shape, 9, x_T=x_T, prediction=p, generator=addressed(0))
-            for p in ON_FLOW]
+    outs = [
+        sampler(gaussian(FLOWS["flow"], p), FLOWS["flow"], x_T.shape, 9, x_T=x_T, prediction=p, generator=addressed(0))
+        for p in ON_FLOW]
     assert all(torch.allclose(outs[0], out, atol=1e-4) for out in outs[1:]) and outs[0].abs().max() <= 1 + 1e-5
 
 
@@ -243,15 +291,17 @@ def test_ddim_with_eta_1_is_ddpm_on_the_flow(name, steps):
 
 @pytest.mark.parametrize("eta", [0.3, 0.7])
 def test_eta_keeps_the_deviation_of_gaussian_data_on_the_flow(eta):
-    out = ddim(gaussian(FLOWS["flow"], "velocity"), FLOWS["flow"], many.shape, 200, eta, x_T=many, prediction="velocity",
-               clip=False, generator=addressed(0))
+    out = ddim(
+        gaussian(FLOWS["flow"], "velocity"), FLOWS["flow"], many.shape, 200, eta, x_T=many, prediction="velocity",
+        clip=False, generator=addressed(0))
     assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("sampler, low, high", [(ddim, 0.9, 1.1), (heun, 1.85, 2.25), (dpmpp_2m, 1.5, 2.1)])
 def test_order_of_convergence_on_the_flow(sampler, low, high):
-    """From pure noise to the image, against the end of a very fine walk. DPM-Solver++ steps in log SNR, of which the first and
-    the last steps of the flow take as much however many there are: its order nears 2 slowly (on even steps, lesson 05, it is 2)."""
+    """From pure noise to the image, against the end of a very fine walk. DPM-Solver++ steps in log SNR, of which the
+    first and the last steps of the flow take as much however many there are: its order nears 2 slowly (on even steps,
+    lesson 05, it is 2)."""
     start, flow, means, var = torch.linspace(-2, 2, 41).view(41, 1, 1, 1), flow_schedule(4096), (-0.5, 0.6), 0.05
     def model(x_t, t, y=None):                                # the velocity of an equal mixture of two Gaussians
         a, s = flow.signal_noise(t, x_t.ndim)
@@ -260,16 +310,17 @@ def test_order_of_convergence_on_the_flow(sampler, low, high):
         x0 = sum(weights[..., i] * (mu + a * var / total * (x_t - a * mu)) for i, mu in enumerate(means))
         return (x_t - x0) / s
     truth = heun(model, flow, start.shape, 2048, x_T=start, prediction="velocity", clip=False)
-    errors = [(sampler(model, flow, start.shape, n, x_T=start, prediction="velocity", clip=False) - truth).abs().mean().item()
-              for n in (128, 512)]
+    errors = [
+        (sampler(model, flow, start.shape, n, x_T=start, prediction="velocity", clip=False) - truth).abs().mean().item()
+        for n in (128, 512)]
     assert low < math.log2(errors[0] / errors[1]) / 2 < high, errors
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
 def test_ddim_on_the_flow_is_diffusers_flow_matching(steps, shift):
-    """Their timesteps are 1000 sigma, ours integers t with s = (t + 1) / T, shifted: at step counts that divide T both visit the
-    same noise levels. They ask the network at sigma, then step against the velocity."""
+    """Their timesteps are 1000 sigma, ours integers t with s = (t + 1) / T, shifted: at step counts that divide T both
+    visit the same noise levels. They ask the network at sigma, then step against the velocity."""
     flow = flow_schedule().shift(shift)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[(t + 1) / 1000 for t in flow.timesteps(steps)])  # they apply the shift to these
@@ -298,7 +349,8 @@ def two_classes(schedule, prediction):
 @pytest.mark.parametrize("prediction", ON_FLOW)
 @pytest.mark.parametrize("sampler", ALL)
 def test_guidance_on_the_flow(sampler, prediction):
-    "Every prediction is linear in x0, so guidance moves x0 from the unconditional estimate to the conditional, and beyond."
+    """Every prediction is linear in x0, so guidance moves x0 from the unconditional estimate to the conditional, and
+    beyond."""
     flow, y = flow_schedule(100), torch.arange(8) % 2
     model = two_classes(flow, prediction)
     for w in (0.0, 1.0, 1.6):
@@ -313,8 +365,9 @@ def test_inpainting_on_the_flow(sampler):
     flow, known, mask = flow_schedule(100), torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4)
     mask[..., 2:] = 0
     for prediction in ON_FLOW:
-        out = inpaint(gaussian(flow, prediction, 0.4, 0.0), flow, known, mask, sampler, generator=addressed(2), steps=10,
-                      prediction=prediction)
+        out = inpaint(
+            gaussian(flow, prediction, 0.4, 0.0), flow, known, mask, sampler, generator=addressed(2), steps=10,
+            prediction=prediction)
         assert torch.allclose(out * mask, known * mask, atol=1e-6)
         assert torch.allclose(out[..., 2:], torch.tensor(0.4), atol=1e-4)
 
@@ -345,7 +398,8 @@ def test_samples_of_two_paths_are_never_mixed(tmp_path):
     flow, preserving = flow_schedule(100), NoiseSchedule(flow_schedule(100).alpha_bar)
     args = dict(model=gaussian(flow, "x0"), shape=(1, 2, 2), n=2, steps=2, prediction="x0", progress=False)
     sample_to(tmp_path / "s", schedule=flow, **args)
-    with pytest.raises(DiffnbError, match="another model"): sample_to(tmp_path / "s", schedule=preserving, **args)
+    with pytest.raises(DiffnbError, match="another model"):
+        sample_to(tmp_path / "s", schedule=preserving, **args)
 
 
 def test_the_embedded_clothes_are_those_asked_for():
@@ -353,6 +407,7 @@ def test_the_embedded_clothes_are_those_asked_for():
     m, real, y = load_model("clothes", device="cpu"), load_data("fashion"), torch.arange(100) % 10
     assert m.shape == (1, 28, 28) and m.classes == real.classes and m.config.prediction == "velocity"
     means = torch.stack([to_float(real.images[real.labels == c]).mean(0) for c in range(10)]).flatten(1)
-    made = dpmpp_2m(m.model, m.schedule, (100, *m.shape), steps=8, y=y, prediction="velocity", generator=addressed("clothes"))
+    made = dpmpp_2m(
+        m.model, m.schedule, (100, *m.shape), steps=8, y=y, prediction="velocity", generator=addressed("clothes"))
     named = torch.cdist(made.flatten(1), means).argmin(1)
     assert (named == y).float().mean() > 0.55 and made.std() > 0.5

@@ -35,7 +35,8 @@ def randn(*shape, seed=0): return torch.randn(shape, generator=torch.Generator()
     ([[0.9], [0.5, 0.1]], "list of numbers"),
 ])
 def test_wrong_alpha_bar(wrong, says):
-    with pytest.raises(DiffnbError) as e: NoiseSchedule(wrong)
+    with pytest.raises(DiffnbError) as e:
+        NoiseSchedule(wrong)
     assert says in str(e.value)
 
 @pytest.mark.parametrize("given", [[0.9, 0.1], (0.9, 0.1), np.array([0.9, 0.1]),
@@ -49,7 +50,8 @@ def test_immutable():
     s = NoiseSchedule(given)
     given[0] = 0.2
     assert s.alpha_bar[0] == 0.9
-    with pytest.raises(dataclasses.FrozenInstanceError): s.alpha_bar = given
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        s.alpha_bar = given
     before = s.alpha_bar.clone()
     s.shift(2), s.zero_terminal_snr(), s.snr().zero_(), s.log_snr().zero_()
     assert torch.equal(s.alpha_bar, before)
@@ -80,7 +82,8 @@ def test_builders_are_valid_for_every_T(name, T):
 @pytest.mark.parametrize("T", [1, 0, -5, 10.0, "1000", None, True, 10 ** 9])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_wrong_T(name, T):
-    with pytest.raises(DiffnbError, match="T must be an integer"): make_schedule(name, T)
+    with pytest.raises(DiffnbError, match="T must be an integer"):
+        make_schedule(name, T)
 
 @pytest.mark.parametrize("call", [
     lambda: linear_schedule(beta_start=0), lambda: linear_schedule(beta_end=1.0),
@@ -90,13 +93,16 @@ def test_wrong_T(name, T):
     lambda: linear_schedule().shift(math.nan), lambda: make_schedule("sine"), lambda: make_schedule("linear", shift=0),
 ])
 def test_wrong_settings(call):
-    with pytest.raises(DiffnbError): call()
+    with pytest.raises(DiffnbError):
+        call()
 
 def test_make_schedule():
-    for name, build in BUILDERS.items(): assert make_schedule(name, 50) == build(50)
+    for name, build in BUILDERS.items():
+        assert make_schedule(name, 50) == build(50)
     changed = make_schedule("cosine", 50, shift=2, zero_terminal_snr=True)
     assert changed == cosine_schedule(50).shift(2).zero_terminal_snr()
-    with pytest.raises(DiffnbError, match="linear, cosine, sigmoid, flow"): make_schedule("Linear")
+    with pytest.raises(DiffnbError, match="linear, cosine, sigmoid, flow"):
+        make_schedule("Linear")
 
 def test_published_values():
     assert abs(linear_schedule().alpha_bar[-1] - 4.0358e-5) < 1e-9   # DDPM's well-known leftover
@@ -121,7 +127,8 @@ def test_flow_curves_for_every_T(T):
 @pytest.mark.parametrize("T", [1, 0, 10.0, "1000", None, True])
 def test_wrong_T_of_the_flow(T):
     for build in (flow_schedule, lambda T: make_schedule("flow", T)):
-        with pytest.raises(DiffnbError, match="T must be an integer"): build(T)
+        with pytest.raises(DiffnbError, match="T must be an integer"):
+            build(T)
 
 def test_variance_preserving_is_what_no_s_means():
     for build in BUILDERS.values():
@@ -138,7 +145,8 @@ def test_variance_preserving_is_what_no_s_means():
     (["a", "b", "c"], "s must be a list of numbers"), ({"a": 1}, "s must be a list of numbers"),
 ])
 def test_wrong_s(s, says):
-    with pytest.raises(DiffnbError) as e: NoiseSchedule([0.9, 0.5, 0.1], s)
+    with pytest.raises(DiffnbError) as e:
+        NoiseSchedule([0.9, 0.5, 0.1], s)
     assert says in str(e.value)
 
 def test_noise_may_stay_the_same_while_the_signal_falls():
@@ -151,7 +159,8 @@ def test_flow_is_immutable():
     given[0] = 0.4
     assert schedule.s[0] == 0.25
     for name in ("s", "a", "straight"):
-        with pytest.raises(dataclasses.FrozenInstanceError): setattr(schedule, name, given)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(schedule, name, given)
     flow, before = flow_schedule(50), flow_schedule(50)
     flow.shift(2), flow.snr().zero_(), flow.log_snr().zero_(), flow.add_noise(randn(1, 1, 2, 2), randn(1, 1, 2, 2), 3)
     assert flow == before
@@ -184,12 +193,14 @@ def test_shifted_flow_stays_straight_and_loses_signal(scale):
 
 @pytest.mark.parametrize("scale", [0, -1, math.inf, math.nan])
 def test_wrong_shift_of_the_flow(scale):
-    with pytest.raises(DiffnbError, match="scale must be a number above 0"): flow_schedule().shift(scale)
+    with pytest.raises(DiffnbError, match="scale must be a number above 0"):
+        flow_schedule().shift(scale)
 
 def test_flow_needs_no_zero_terminal_snr():
     for call in (flow_schedule().zero_terminal_snr, flow_schedule().shift(2).zero_terminal_snr,
                  lambda: make_schedule("flow", 100, zero_terminal_snr=True)):
-        with pytest.raises(DiffnbError, match="ends at pure noise as it is|ends at pure noise already"): call()
+        with pytest.raises(DiffnbError, match="ends at pure noise as it is|ends at pure noise already"):
+            call()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prediction", ["x0", "v", "velocity"])
@@ -205,7 +216,8 @@ def test_there_and_back_on_the_flow(dtype, prediction, shift):
     # bf16 keeps 8 bits: an output of about 4 is off by up to 1/128, and so is x0, which is s times that away from x_t
     assert torch.allclose(back, x0, atol=1e-5 if dtype == torch.float32 else 0.04)
     assert torch.allclose(eps[2:], noise[2:], atol=1e-4 if dtype == torch.float32 else 0.04)
-    if prediction == "velocity": assert torch.equal(output, noise - x0)
+    if prediction == "velocity":
+        assert torch.equal(output, noise - x0)
     for i, one in enumerate(t.tolist()):                     # an int for all says the same
         by_int = flow.to_x0(output[i:i + 1].to(dtype), x_t[i:i + 1], one, prediction)
         assert torch.allclose(by_int, back[i:i + 1], atol=1e-6)
@@ -221,13 +233,16 @@ def test_velocity_off_the_straight_path_is_refused():
     for schedule in (linear_schedule(), cosine_schedule().zero_terminal_snr(), NoiseSchedule([0.9, 0.5], [0.3, 0.3])):
         for call in (lambda: schedule.target(x, x, 1, "velocity"), lambda: schedule.to_x0(x, x, 1, "velocity"),
                      lambda: gaussian_loss_floor(torch.ones(3), schedule, "velocity")):
-            with pytest.raises(DiffnbError, match="needs the schedule 'flow'.*use 'v', 'eps' or 'x0'"): call()
+            with pytest.raises(DiffnbError, match="needs the schedule 'flow'.*use 'v', 'eps' or 'x0'"):
+                call()
 
 def test_eps_says_nothing_at_the_end_of_the_flow():
     flow, x = flow_schedule(), randn(2, 1, 4, 4)
     for t in (999, torch.tensor([3, 999])):
-        with pytest.raises(DiffnbError, match="on the flow with 'velocity'"): flow.to_x0(x, x, t, "eps")
-        for prediction in ("x0", "v", "velocity"): assert flow.to_x0(x, x, t, prediction).isfinite().all()
+        with pytest.raises(DiffnbError, match="on the flow with 'velocity'"):
+            flow.to_x0(x, x, t, "eps")
+        for prediction in ("x0", "v", "velocity"):
+            assert flow.to_x0(x, x, t, prediction).isfinite().all()
     assert flow.to_x0(x, x, torch.tensor([3, 998]), "eps").isfinite().all()
 
 def test_flow_touches_no_values_on_the_device():
@@ -240,7 +255,8 @@ def test_flow_touches_no_values_on_the_device():
 def test_floors_on_the_flow_follow_from_that_of_x0():
     flow, spectrum = flow_schedule(), torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64)
     floors = {p: gaussian_loss_floor(spectrum, flow, p) for p in PREDICTIONS}
-    for floor in floors.values(): assert floor.shape == (1000,) and floor.isfinite().all() and (floor >= 0).all()
+    for floor in floors.values():
+        assert floor.shape == (1000,) and floor.isfinite().all() and (floor >= 0).all()
     a, s, x0 = flow.a, flow.s, floors["x0"]
     assert torch.allclose(floors["eps"], x0 * a ** 2 / s ** 2)
     assert torch.allclose(floors["velocity"], x0 / s ** 2)
@@ -268,13 +284,16 @@ def test_int_and_tensor_agree_exactly():
 @pytest.mark.parametrize("t", [-2, 1000, 10 ** 12, 0.5, "3", None])
 def test_ints_out_of_range(t):
     s = linear_schedule()
-    with pytest.raises(DiffnbError, match="from -1 to 999"): s.signal_noise(t)
+    with pytest.raises(DiffnbError, match="from -1 to 999"):
+        s.signal_noise(t)
     if t is not None:
-        with pytest.raises(DiffnbError): s.snr(t)
+        with pytest.raises(DiffnbError):
+            s.snr(t)
 
 @pytest.mark.parametrize("t", [-2, 1000])
 def test_tensors_out_of_range_do_not_wrap_around(t):
-    with pytest.raises((IndexError, RuntimeError)): linear_schedule().signal_noise(torch.tensor([5, t]))
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_schedule().signal_noise(torch.tensor([5, t]))
 
 def test_float_timesteps_are_refused():
     for dtype in (torch.float32, torch.bfloat16):
@@ -293,7 +312,8 @@ def test_add_noise_refuses():
     s = linear_schedule()
     with pytest.raises(DiffnbError, match="uint8"):
         s.add_noise(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), randn(2, 1, 4, 4), 5)
-    with pytest.raises(DiffnbError, match="shape"): s.add_noise(randn(2, 1, 4, 4), randn(1, 1, 4, 4), 5)
+    with pytest.raises(DiffnbError, match="shape"):
+        s.add_noise(randn(2, 1, 4, 4), randn(1, 1, 4, 4), 5)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -304,7 +324,8 @@ def test_everything_is_float32(dtype, prediction):
     output = s.target(x0, noise, t, prediction)
     back = s.to_x0(output.to(dtype), x_t, t, prediction)
     assert {x.dtype for x in (x_t, output, back, s.to_eps(back, x_t, t), *s.signal_noise(t))} == {torch.float32}
-    if dtype == torch.float32: assert torch.allclose(back, x0, atol=1e-4)
+    if dtype == torch.float32:
+        assert torch.allclose(back, x0, atol=1e-4)
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_tables_are_rounded_once_from_float64(name):
@@ -315,8 +336,10 @@ def test_tables_are_rounded_once_from_float64(name):
 def test_one_table_per_device():
     s = linear_schedule()
     assert not s._tables
-    s.signal_noise(torch.tensor([1])); first = s._tables[torch.device("cpu")]
-    s.signal_noise(torch.tensor([2])); s.add_noise(randn(1, 1, 2, 2), randn(1, 1, 2, 2), torch.tensor([2]))
+    s.signal_noise(torch.tensor([1]))
+    first = s._tables[torch.device("cpu")]
+    s.signal_noise(torch.tensor([2]))
+    s.add_noise(randn(1, 1, 2, 2), randn(1, 1, 2, 2), torch.tensor([2]))
     assert len(s._tables) == 1 and s._tables[torch.device("cpu")] is first and first.dtype == torch.float32
 
 def test_no_float64_reaches_the_device():
@@ -331,14 +354,17 @@ def test_on_a_gpu_without_waiting():
     s, x, t = linear_schedule(), randn(8, 3, 8, 8).cuda(), torch.arange(8).cuda()
     s.add_noise(x, x, t)                                     # the table is made once, and that waits
     torch.cuda.set_sync_debug_mode("error")
-    try: out = [s.add_noise(x, x, t), s.target(x, x, t, "v"), s.to_x0(x, x, t, "eps"), s.to_eps(x, x, t)]
-    finally: torch.cuda.set_sync_debug_mode("default")
+    try:
+        out = [s.add_noise(x, x, t), s.target(x, x, t, "v"), s.to_x0(x, x, t, "eps"), s.to_eps(x, x, t)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.allclose(out[0].cpu(), s.add_noise(x.cpu(), x.cpu(), t.cpu()), atol=1e-6)
     assert torch.allclose(s.snr(t), s.snr(t.cpu()))
 
 def test_table_made_in_inference_mode_serves_in_training():
     s = cosine_schedule()
-    with torch.inference_mode(): s.signal_noise(torch.tensor([1, 2]))
+    with torch.inference_mode():
+        s.signal_noise(torch.tensor([1, 2]))
     output = randn(2, 1, 4, 4).requires_grad_()
     s.to_x0(output, randn(2, 1, 4, 4), torch.tensor([1, 2]), "v").square().mean().backward()
     assert output.grad.abs().sum() > 0
@@ -352,20 +378,26 @@ def test_unknown_prediction():
     s, x = linear_schedule(), randn(2, 1, 4, 4)
     for call in (lambda: s.target(x, x, 5, "epsilon"), lambda: s.to_x0(x, x, 5, "v_prediction"),
                  lambda: gaussian_loss_floor(torch.ones(3), s, "noise")):
-        with pytest.raises(DiffnbError, match="'eps', 'x0', 'v', 'velocity'"): call()
+        with pytest.raises(DiffnbError, match="'eps', 'x0', 'v', 'velocity'"):
+            call()
 
 def test_zero_terminal_snr_and_eps():
     z, x = linear_schedule().zero_terminal_snr(), randn(2, 1, 4, 4)
     for t in (999, torch.tensor([3, 999]), torch.tensor([999, 999])):
-        with pytest.raises(DiffnbError, match="zero terminal SNR"): z.to_x0(x, x, t, "eps")
-        for prediction in ("x0", "v"): assert z.to_x0(x, x, t, prediction).isfinite().all()
-    for t in (998, torch.tensor([3, 998])): assert z.to_x0(x, x, t, "eps").isfinite().all()
+        with pytest.raises(DiffnbError, match="zero terminal SNR"):
+            z.to_x0(x, x, t, "eps")
+        for prediction in ("x0", "v"):
+            assert z.to_x0(x, x, t, prediction).isfinite().all()
+    for t in (998, torch.tensor([3, 998])):
+        assert z.to_x0(x, x, t, "eps").isfinite().all()
     assert z.snr(999) == 0 and z.log_snr(999) == -math.inf
 
 def test_clean_end():
     s, x = linear_schedule(), randn(2, 1, 4, 4)
-    for prediction in ("eps", "v"): assert torch.equal(s.to_x0(torch.ones_like(x), x, -1, prediction), x)
-    with pytest.raises(DiffnbError, match="clean end"): s.to_eps(x, x, -1)
+    for prediction in ("eps", "v"):
+        assert torch.equal(s.to_x0(torch.ones_like(x), x, -1, prediction), x)
+    with pytest.raises(DiffnbError, match="clean end"):
+        s.to_eps(x, x, -1)
     assert s.snr(-1) == s.log_snr(-1) == math.inf
 
 
@@ -379,9 +411,12 @@ def test_every_number_of_steps(T, spacing):
         ts = s.timesteps(steps, spacing)
         assert len(ts) == steps and all(a > b for a, b in zip(ts, ts[1:])) and 0 <= ts[-1] and ts[0] <= T - 1
         assert all(type(t) is int for t in ts)
-        if spacing == "leading": assert ts[-1] == 0 and (ts[0] == T - 1) == (steps == T)
-        else: assert ts[0] == T - 1
-        if spacing in ("linspace", "quadratic") and steps > 1: assert ts[-1] == 0
+        if spacing == "leading":
+            assert ts[-1] == 0 and (ts[0] == T - 1) == (steps == T)
+        else:
+            assert ts[0] == T - 1
+        if spacing in ("linspace", "quadratic") and steps > 1:
+            assert ts[-1] == 0
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_all_steps_is_every_timestep(spacing):
@@ -409,7 +444,8 @@ def test_pairs(spacing):
 @pytest.mark.parametrize("steps", [0, -1, 1001, 10.0, "10", None, True])
 def test_wrong_steps(steps):
     for call in (linear_schedule().timesteps, linear_schedule().pairs):
-        with pytest.raises(DiffnbError, match="steps must be an integer from 1 to 1000"): call(steps)
+        with pytest.raises(DiffnbError, match="steps must be an integer from 1 to 1000"):
+            call(steps)
 
 def test_wrong_spacing():
     with pytest.raises(DiffnbError, match="trailing, leading, linspace, quadratic"):
@@ -442,8 +478,10 @@ def test_spectrum_of_upscaled_images():
     assert torch.allclose(gaussian_loss_floor(large, s.shift(2), "x0"), gaussian_loss_floor(small, s, "x0"))
 
 def test_too_few_images_warn():
-    with pytest.warns(UserWarning, match="too low"): image_spectrum(randn(10, 1, 4, 4))
-    with pytest.warns(UserWarning, match="too low"): gaussian_loss_floor(randn(16, 1, 4, 4), linear_schedule())
+    with pytest.warns(UserWarning, match="too low"):
+        image_spectrum(randn(10, 1, 4, 4))
+    with pytest.warns(UserWarning, match="too low"):
+        gaussian_loss_floor(randn(16, 1, 4, 4), linear_schedule())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image_spectrum(randn(17, 1, 4, 4))
@@ -464,4 +502,5 @@ def test_floor_limits(name):
 
 @pytest.mark.parametrize("wrong", [torch.tensor([1.0, -0.5]), torch.tensor([float("nan"), 1.0])])
 def test_wrong_spectrum(wrong):
-    with pytest.raises(DiffnbError, match="spectrum"): gaussian_loss_floor(wrong, linear_schedule())
+    with pytest.raises(DiffnbError, match="spectrum"):
+        gaussian_loss_floor(wrong, linear_schedule())

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from unittest import mock
 
-import matplotlib; matplotlib.use("Agg")
+import matplotlib
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
@@ -64,8 +65,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(diffnb.train, "save_grid", save)
 
 def trained(config, folder, sampler=None): # -> what a run leaves, by name; an error is something left, too
-    try: state = train(config, folder, sampler=sampler, progress=False)
-    except diffnb.core.DiffnbError as e: return {"error": str(e).replace(str(folder), "RUN")}
+    try:
+        state = train(config, folder, sampler=sampler, progress=False)
+    except diffnb.core.DiffnbError as e:
+        return {"error": str(e).replace(str(folder), "RUN")}
     flat = lambda model: torch.cat([p.detach().flatten().double() for p in model.parameters()])
     files = sorted(p for p in folder.rglob("*.*") if p.is_file())
     return {
@@ -76,7 +79,8 @@ def trained(config, folder, sampler=None): # -> what a run leaves, by name; an e
         "grid": [p.read_bytes() for p in files if p.suffix == ".png"]}
 
 def differs(a, b):
-    if not (torch.is_tensor(a) and torch.is_tensor(b)): return a != b
+    if not (torch.is_tensor(a) and torch.is_tensor(b)):
+        return a != b
     return a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 cifar10 = dict(data="cifar10", data_root="{work}/none")
@@ -140,7 +144,8 @@ def test_every_setting_has_an_entry():
         assert re.search(SPEED, comments()[name]), f"the comment of {name} must say that it is for speed or memory"
 
 def test_every_setting_changes_what_a_run_leaves(work, tmp_path, monkeypatch, quick):
-    monkeypatch.setenv("DIFFNB_DATA", str(work / "cache")); known, bad = {}, []
+    monkeypatch.setenv("DIFFNB_DATA", str(work / "cache"))
+    known, bad = {}, []
     def once(changes, grids=False): # a run that several entries share is made once
         config = replace(T, **{k: x.format(work=work) if isinstance(x, str) else x for k, x in changes.items()})
         key = config, grids
@@ -153,14 +158,17 @@ def test_every_setting_changes_what_a_run_leaves(work, tmp_path, monkeypatch, qu
     for name, (a, b, what, *company) in SETTINGS.items():
         left, right = (once({**(company[0] if company else {}), name: x}, what in ("grid", "files")) for x in (a, b))
         failed = what != "error" and "error" in {**left, **right}
-        if failed or not differs(left.get(what), right.get(what)): bad.append((name, left, right))
+        if failed or not differs(left.get(what), right.get(what)):
+            bad.append((name, left, right))
     assert not bad, f"these settings change nothing, or end in an error: {bad!r:.1000}"
 
 def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypatch, quick):
     seen = {}
     monkeypatch.setattr(ImageData, "to", lambda self, device: seen.update(moved=True) or self)
     monkeypatch.setattr(nn.Module, "compile", lambda self: seen.update(compiled=True))
-    def checkpoint_activations(model, real=diffnb.workshop.memory.checkpoint_activations): seen.update(activation_checkpointing=True); return real(model)
+    def checkpoint_activations(model, real=diffnb.workshop.memory.checkpoint_activations):
+        seen.update(activation_checkpointing=True)
+        return real(model)
     monkeypatch.setattr(diffnb.workshop.run, "checkpoint_activations", checkpoint_activations)
     def look(state, *rest, real=diffnb.train.train_steps):
         fused = state.optimizer.defaults["fused"], state.ema.fused
@@ -171,8 +179,10 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
     for name, (a, b, what) in SPEED_SETTINGS.items():
         results, heard = [], []
         for x in (a, b):
-            seen.clear(); results.append(trained(replace(T, base_channels=16, channel_mult=(1, 1), **{name: x}),
-                tmp_path / f"{name}-{x}")); heard.append(seen.get(what))
+            seen.clear()
+            results.append(trained(replace(T, base_channels=16, channel_mult=(1, 1), **{name: x}),
+  tmp_path / f"{name}-{x}"))
+            heard.append(seen.get(what))
         assert torch.allclose(results[0]["weights"], results[1]["weights"], rtol=1e-3,
             atol=2e-4), f"{name} changes the result"
         assert heard[0] != heard[1], f"{name} is ignored"
@@ -181,7 +191,9 @@ def test_every_draw_depends_on_the_seed(work):
     "Of everything random: each kind by itself, since any one of them makes the whole result another."
     data, config = load_data("digits"), replace(T, dropout=0.5, label_dropout=0.5, batch_size=64, flip=True, jitter=0.1)
     def draws(seed):
-        c = replace(config, seed=seed); net = diffnb.workshop.settings.resolve(c)[2]; b = diffnb.train.draw_batch(data, c, 0, "cpu")
+        c = replace(config, seed=seed)
+        net = diffnb.workshop.settings.resolve(c)[2]
+        b = diffnb.train.draw_batch(data, c, 0, "cpu")
         state, off = diffnb.workshop.run.new_state(net, c, torch.device("cpu")), []
         first = state.model.conv_in.weight.detach().clone()
         state.model.mid.blocks[0].dropout.register_forward_hook(lambda layer, given, out: off.append(out == 0))
@@ -228,7 +240,8 @@ OPTIONS = {
 SPEED_OPTIONS = {("sample", "batch_size"), ("sample", "compile")}
 
 def in_words(x): # the arguments of a recorder
-    if isinstance(x, nn.Module): return round(sum(p.double().abs().sum().item() for p in x.parameters()), 6)
+    if isinstance(x, nn.Module):
+        return round(sum(p.double().abs().sum().item() for p in x.parameters()), 6)
     named = callable(x) or isinstance(x, (diffnb.core.SingleProcess, diffnb.schedule.NoiseSchedule))
     return type(x).__name__ if named else x
 
@@ -250,18 +263,25 @@ def recorded(monkeypatch):
     monkeypatch.setattr(diffnb.workshop.workbook, "make_workbook", recorder("workbook", []))
     monkeypatch.setattr(nn.Module, "compile", recorder("compile", None))
     class Two(diffnb.core.SingleProcess):
-        def __init__(self, shard, device): self.world_size, self.sharded = 2, shard; said.append(("ranks", shard, device))
+        def __init__(self, shard, device):
+            self.world_size, self.sharded = 2, shard
+            said.append(("ranks", shard, device))
         def guard(self): return contextlib.nullcontext()
     monkeypatch.setattr(cli, "Ranks", Two)
     return said
 
 def command(line, folder, said, monkeypatch):
     "-> all that a command leaves: exit code, output, errors, files, and what the recorders noted."
-    said.clear(); folder.mkdir(); monkeypatch.chdir(folder); out, err = io.StringIO(), io.StringIO()
+    said.clear()
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
     monkeypatch.setenv("WORLD_SIZE", "2" if line[0] in ("train", "resume") else "1")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: code = cli.main(line)
-        except SystemExit as e: code = e.code
+        try:
+            code = cli.main(line)
+        except SystemExit as e:
+            code = e.code
     errors = re.sub(r"[^\n]*(batch|it)(/s|\]| )[^\n]*", "", err.getvalue())   # no progress bars: they tell the time
     files = {str(p): p.read_bytes() for p in sorted(pathlib.Path().rglob("*.*"))}
     return code, out.getvalue(), errors, files, repr(said)
@@ -278,16 +298,20 @@ def test_every_option_changes_what_a_command_leaves(name, work, tmp_path, record
     fixed, table = OPTIONS[name]
     def run(args, count=[0]):
         words = f"{fixed} {args}".format(u=work / "u", v=work / "v").split()
-        if str(work / "v") in args.format(v=work / "v"): words.remove(str(work / "u")) # not u but v
-        if args == "b": words.remove("a")
+        if str(work / "v") in args.format(v=work / "v"):
+            words.remove(str(work / "u")) # not u but v
+        if args == "b":
+            words.remove("a")
         count[0] += 1
         return command(words, tmp_path / str(count[0]), recorded, monkeypatch)
     usual = run("")
     assert run("") == usual                                                # what differs is no chance
     for option, (a, b) in table.items():
         left, right = run(a) if a else usual, run(b)
-        if (name, option) in SPEED_OPTIONS: assert left[:4] == right[:4], f"--{option} changes the result"
-        if (name, option) != ("sample", "batch_size"): assert left != right, f"{name} --{option} is ignored"
+        if (name, option) in SPEED_OPTIONS:
+            assert left[:4] == right[:4], f"--{option} changes the result"
+        if (name, option) != ("sample", "batch_size"):
+            assert left != right, f"{name} --{option} is ignored"
         assert left[0] == 0 and (right[0] == 0 or option in ("device", "to")), (option, left[:3], right[:3])
 
 def test_every_setting_is_an_option_of_train(monkeypatch, recorded, tmp_path):
@@ -296,7 +320,8 @@ def test_every_setting_is_an_option_of_train(monkeypatch, recorded, tmp_path):
     for name, (a, b, *_) in {**SETTINGS, **SPEED_SETTINGS}.items():
         company = v if name == "zero_terminal_snr" else {}                 # refused without
         value = next(x for x in (a, b) if x is not None and x != getattr(usual, name))
-        if name in ("channel_mult", "ema_half_lives"): value = tuple(map(float, value))
+        if name in ("channel_mult", "ema_half_lives"):
+            value = tuple(map(float, value))
         line = ["train", f"--{name.replace('_', '-')}", *said(value)]
         line += [word for k, x in company.items() for word in (f"--{k}", x)]
         got = []
@@ -317,7 +342,8 @@ class new: # a value that is made anew for each call, because the call changes i
     def __init__(self, make): self.make = make
 
 def given(value, which=0):
-    if isinstance(value, V): value = value.values[which]
+    if isinstance(value, V):
+        value = value.values[which]
     return value.make() if isinstance(value, new) else value
 
 def drawn(a): # what an artist of a figure shows, which is quicker than drawing it
@@ -327,42 +353,62 @@ def drawn(a): # what an artist of a figure shows, which is quicker than drawing 
 
 def frozen(x, depth=0): # what a call gave, as something that can be compared
     go = lambda y: frozen(y, depth + 1)
-    if isinstance(x, BaseException): return type(x).__name__, str(x)
+    if isinstance(x, BaseException):
+        return type(x).__name__, str(x)
     if torch.is_tensor(x):
         numbers = None if x.device.type == "meta" else x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return str(x.dtype), str(x.device), tuple(x.shape), numbers is not None and numbers.numpy().tobytes()
-    if isinstance(x, np.ndarray): return str(x.dtype), x.shape, x.tobytes()
-    if isinstance(x, plt.Figure): return x.get_size_inches().tolist(), [go(drawn(a)) for a in x.findobj()]
-    if isinstance(x, nn.Module): return type(x).__name__, x.training, go(x.state_dict())
-    if isinstance(x, torch.Generator): return str(x.device), go(x.get_state())
-    if isinstance(x, torch.optim.Optimizer): return type(x).__name__, go([{**g, "params": 0} for g in x.param_groups])
-    if isinstance(x, dict): return {repr(k): go(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, set)): return [go(y) for y in x]
-    if isinstance(x, (str, bytes, int, float, range, type(None), torch.dtype)): return repr(x)
-    if isinstance(x, pathlib.Path): return str(x)
-    if isinstance(x, (types.FunctionType, partial)) or depth > 4: return "a function"
+    if isinstance(x, np.ndarray):
+        return str(x.dtype), x.shape, x.tobytes()
+    if isinstance(x, plt.Figure):
+        return x.get_size_inches().tolist(), [go(drawn(a)) for a in x.findobj()]
+    if isinstance(x, nn.Module):
+        return type(x).__name__, x.training, go(x.state_dict())
+    if isinstance(x, torch.Generator):
+        return str(x.device), go(x.get_state())
+    if isinstance(x, torch.optim.Optimizer):
+        return type(x).__name__, go([{**g, "params": 0} for g in x.param_groups])
+    if isinstance(x, dict):
+        return {repr(k): go(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set)):
+        return [go(y) for y in x]
+    if isinstance(x, (str, bytes, int, float, range, type(None), torch.dtype)):
+        return repr(x)
+    if isinstance(x, pathlib.Path):
+        return str(x)
+    if isinstance(x, (types.FunctionType, partial)) or depth > 4:
+        return "a function"
     return type(x).__name__, go(getattr(x, "__dict__", None))
 
 def called(f, arguments, which, see, folder, monkeypatch):
     """-> (result, digest of it, of what was printed and of the files written). `which`: the parameter that has its
     second value; None: all have their first."""
-    folder.mkdir(); monkeypatch.chdir(folder); out, err = io.StringIO(), io.StringIO()
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
     args = {k: given(v, k == which) for k, v in arguments.items()}
     parameters = inspect.signature(f).parameters.values()
     in_order = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     pos, kw = [], {}
     for p in parameters:
-        if p.name not in args: continue
-        if p.kind == p.VAR_POSITIONAL: pos += args[p.name]
-        elif p.kind == p.VAR_KEYWORD: kw |= args[p.name]
-        elif p.name == "self" or in_order and p.kind == p.POSITIONAL_OR_KEYWORD: pos.append(args[p.name])
-        else: kw[p.name] = args[p.name]
+        if p.name not in args:
+            continue
+        if p.kind == p.VAR_POSITIONAL:
+            pos += args[p.name]
+        elif p.kind == p.VAR_KEYWORD:
+            kw |= args[p.name]
+        elif p.name == "self" or in_order and p.kind == p.POSITIONAL_OR_KEYWORD:
+            pos.append(args[p.name])
+        else:
+            kw[p.name] = args[p.name]
     torch.manual_seed(0)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             result = see(f(*pos, **kw), types.SimpleNamespace(**args))
-            if isinstance(result, types.GeneratorType): result = list(result)
-        except Exception as e: result = e
+            if isinstance(result, types.GeneratorType):
+                result = list(result)
+        except Exception as e:
+            result = e
     plt.close("all")
     shown = re.sub(r"\s*\d[^\n]*", "", err.getvalue())                            # a progress bar without its times
     files = {str(p): p.read_bytes() for p in sorted(pathlib.Path().rglob("*")) if p.is_file()}
@@ -370,14 +416,16 @@ def called(f, arguments, which, see, folder, monkeypatch):
     return result, hashlib.sha256(everything.encode()).hexdigest()
 
 def close(a, b): # results of two calls that may differ in speed alone
-    if isinstance(a, nn.Module): a, b = (nn.utils.parameters_to_vector(m.parameters()) for m in (a, b))
+    if isinstance(a, nn.Module):
+        a, b = (nn.utils.parameters_to_vector(m.parameters()) for m in (a, b))
     level = 1e-4 if a.is_floating_point() else 1                                       # of grey, in pictures
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=level)
 
 def awake(model, seed=0): # zero-initialised layers would hide what happens before them
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters(): p.add_(0.1 * torch.randn(p.shape, generator=g))
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
     return model.eval()
 
 def normal(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -405,9 +453,12 @@ def public(module):
         if inspect.isclass(thing):
             own = {k: f for k, f in vars(thing).items() if inspect.isfunction(f) and not k.startswith("_")}
             methods = {f"{name}.{k}": f for k, f in own.items()}
-            if "__init__" in vars(thing) and name not in RECORDS: methods[name] = thing.__init__
-            if issubclass(thing, nn.Module): methods.pop(f"{name}.forward", None)   # inputs are no settings
-        else: methods = {name: thing} if inspect.isfunction(thing) else {}
+            if "__init__" in vars(thing) and name not in RECORDS:
+                methods[name] = thing.__init__
+            if issubclass(thing, nn.Module):
+                methods.pop(f"{name}.forward", None)   # inputs are no settings
+        else:
+            methods = {name: thing} if inspect.isfunction(thing) else {}
         found |= {k: set(inspect.signature(f).parameters) - {"self"} for k, f in methods.items()}
     return {k: p for k, p in found.items() if p}
 
@@ -416,7 +467,9 @@ def of_check(w):
     for name, solved in (("one", {}), ("two", {"4.1": "2026-01-01"})):
         (w / name).mkdir(exist_ok=True)
         (w / name / "progress.json").write_text(json.dumps({"solved": solved, "files": {}}))
-    def registered(decorate, args): decorate(len); return _exercises.pop(args.id)
+    def registered(decorate, args):
+        decorate(len)
+        return _exercises.pop(args.id)
     yield "exercise", Case(exercise, registered, id=V("0.8", "0.9"), title=V("a", "b"), minutes=V(1, 2), level=V(1, 2))
     yield "same", Case(same, got=refused(torch.ones(2), torch.zeros(2)), want=refused(torch.ones(2), torch.zeros(2)),
         what="x")
@@ -427,7 +480,10 @@ def of_check(w):
     yield "read_progress", Case(read_progress, path=V(w / "one/progress.json", w / "two/progress.json"))
 
 def of_course(w):
-    def drawn(y): fig, ax = plt.subplots(); ax.plot([0, 1], [0, y]); return fig
+    def drawn(y):
+        fig, ax = plt.subplots()
+        ax.plot([0, 1], [0, y])
+        return fig
     yield "describe", Case(diffnb.workshop.course.describe, fig=V(drawn(1), drawn(2)))
     yield "you_are_here", Case(diffnb.workshop.course.you_are_here, name=V(None, "03_unet"))
 
@@ -472,7 +528,9 @@ def of_data(w):
 
 def of_reader(w):
     D, a, b = diffnb.data, pathlib.Path("d/a"), pathlib.Path("d/b")
-    if not (w / "made").exists(): shutil.copytree(w / "flat", w / "made"); (w / "made/samples.json").write_text("{}")
+    if not (w / "made").exists():
+        shutil.copytree(w / "flat", w / "made")
+        (w / "made/samples.json").write_text("{}")
     listing = new(lambda: D.Listing(pathlib.Path("d"), [a, b]))
     said = lambda _, args: (args.self.taken, str(args.self))
     yield "Listing.leave", Case(D.Listing.leave, said, self=listing, path=V(a, b), reason=V("old", "new"))
@@ -485,7 +543,8 @@ def of_reader(w):
         formats=V(D.image_formats, ("JPEG",)))
     yield "list_images", Case(D.list_images, listed, folder=w / "made", generated=refused(True, False))
     def scandir(folder, real=os.scandir): # rights do not stop everybody
-        if folder == w / "pics/test": raise PermissionError(13, "Permission denied", str(folder))
+        if folder == w / "pics/test":
+            raise PermissionError(13, "Permission denied", str(folder))
         return real(folder)
     yield "list_images", Case(patched(D.list_images, D.os, scandir=scandir), listed, folder=w / "pics",
         on_broken=refused("stop", "skip"))
@@ -508,7 +567,9 @@ def of_doctor(w):
         np.where(np.arange(40) == 30, 9.0, 1.0)))
     yield "gather", Case(D.gather, lambda f, args: (f.run, f.losses, f.saved is None), run=V(w / "u", w / "v"),
         deep=V(False, True), live=V(False, True))
-    def registered(decorate, args): decorate(len); return D.CHECKS.pop(args.id)
+    def registered(decorate, args):
+        decorate(len)
+        return D.CHECKS.pop(args.id)
     yield "looks_for", Case(D.looks_for, registered, id=V("a", "b"), severity=V("minor", "moderate"), title=V("a", "b"),
         lesson=V("a", "b"), needs=V("metrics", "floor"))
     yield "findings", Case(D.findings, facts=V(u, replace(u, metrics=None)))
@@ -528,7 +589,9 @@ def of_doctor(w):
     yield "Facts.late", Case(D.Facts.late, self=D.gather(w / "late", live=True), share=V(1 / 3, 1.0))
     yield "examine", Case(D.examine, lambda r, args: (r.facts.run, r.facts.losses), run=V(w / "u", w / "v"),
         deep=V(False, True))
-    def listened(on_log, args): on_log(args.run); return []
+    def listened(on_log, args):
+        on_log(args.run)
+        return []
     yield "watch", Case(D.watch, listened, run=V(w / "late", w / "u"), floor=V(1e-9, None),
         say=V(print, lambda said: None))
     yield "dashboard", Case(D.dashboard, facts=V(u, v))
@@ -602,7 +665,8 @@ def of_evaluate(w):
 def of_guide(w):
     model, x_t, t = small(), normal(2, 1, 8, 8), torch.tensor([400, 400])
     def asked(guide, args):
-        with torch.no_grad(): return guide(x_t, t)
+        with torch.no_grad():
+            return guide(x_t, t)
     yield "guided", Case(diffnb.guide.guided, asked, model=V(model, small(blocks=2)),
         y=V(torch.tensor([1, 2]), torch.tensor([3, 2])), w=V(3.0, 2.0), rescale=V(0.0, 0.5), interval=V(None, (0, 100)),
         null=V(None, 3))
@@ -639,7 +703,8 @@ def recorded_run(f,
     return run
 
 def of_evaluate_run(w):
-    run, other = recorded_run(diffnb.workshop.scoring.evaluate_run), diffnb.core.SingleProcess(); other.rank = 1
+    run, other = recorded_run(diffnb.workshop.scoring.evaluate_run), diffnb.core.SingleProcess()
+    other.rank = 1
     dear = diffnb.workshop.features.digits_features()
     np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
     yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"),
@@ -652,10 +717,12 @@ def of_evaluate_run(w):
 
 def of_interchange(w):
     pytest.importorskip("diffusers")
-    I, linear, flow = diffnb.workshop.interchange, diffnb.schedule.linear_schedule(20), diffnb.schedule.flow_schedule(20)
+    I, linear, flow = (
+        diffnb.workshop.interchange, diffnb.schedule.linear_schedule(20), diffnb.schedule.flow_schedule(20))
     model, plain = small(attention=(), norm_groups=8), small(attention=(), num_classes=None)
     for name, m in (("one", model), ("two", plain)):
-        if not (w / name / "unet").exists(): I.save_diffusers(m, linear, w / name / "saved", say=str)
+        if not (w / name / "unet").exists():
+            I.save_diffusers(m, linear, w / name / "saved", say=str)
     theirs, others = I.unet_to_diffusers(model), I.unet_to_diffusers(plain)
     yield "key_map", Case(I.key_map, model=V(model, plain))
     yield "unet_from_diffusers", Case(I.unet_from_diffusers, unet=V(theirs, others), null_class=V(True, False))
@@ -668,7 +735,8 @@ def of_interchange(w):
     yield "save_diffusers", Case(I.save_diffusers, model=model, schedule=flow, folder="a", prediction="velocity",
         say=V(print, str))
     if not (both := w / "both").exists():                    # an average beside the last weights, and a variant of each
-        shutil.copytree(w / "two/saved", both); shutil.copytree(both / "unet", both / "unet_ema")
+        shutil.copytree(w / "two/saved", both)
+        shutil.copytree(both / "unet", both / "unet_ema")
         shutil.copytree(w / "one/saved/unet", both / "unet", dirs_exist_ok=True)
         for file in both.glob("unet*/*.safetensors"):
             halves = {k: v.half() for k, v in safetensors.torch.load_file(file).items()}
@@ -718,11 +786,13 @@ def of_sample(w):
         steps=15)
     yield "check_place", Case(S.check_place, out=V("a.png", "b.png"), suffixes=refused((".png",), ()))
     def names_inside(held, args):
-        with held: return sorted(map(str, pathlib.Path().rglob("*")))
+        with held:
+            return sorted(map(str, pathlib.Path().rglob("*")))
     yield "alone_in", Case(S.alone_in, names_inside, folder=V(pathlib.Path("a"), pathlib.Path("b")),
         doing=V("sampling", "scoring"))
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
-    second = diffnb.core.SingleProcess(); second.world_size = 2
+    second = diffnb.core.SingleProcess()
+    second.world_size = 2
     yield "sample_to", Case(S.sample_to, out=V("a", "b"), model=V(model, other), schedule=V(linear, cosine),
         shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.core.SingleProcess(), second),
                             settings=V(dict(steps=3, progress=False), dict(steps=4, progress=False)))
@@ -740,18 +810,23 @@ def of_scale(w):
         config=V(config, replace(config, lr=1.0)), data=V(data, replace(data, images=255 - data.images)),
         net=V(net, {**net, "blocks": 2}), steps=V(1, 2), warm=V(1, 2))
     counted = []
-    def watched(config, data, net, steps=5, real=C.time_steps): counted.append(steps); return real(config, data, net, 1,
-            1)
+    def watched(config, data, net, steps=5, real=C.time_steps):
+        counted.append(steps)
+        return real(config, data, net, 1,
+1)
     def planned(f):
         @functools.wraps(f)
         def run(**kw):
             counted.clear()
-            with mock.patch.object(C, "time_steps", watched), contextlib.redirect_stdout(io.StringIO()): made = f(**kw)
+            with mock.patch.object(C, "time_steps", watched), contextlib.redirect_stdout(io.StringIO()):
+                made = f(**kw)
             return counted[:], made["steps"]
         return run
     yield "plan", Case(planned(C.plan), config=V(config, replace(config, epochs=2)), steps=V(5, 1))
     def bare(**facts): # ranks without a process group
-        ranks = C.Ranks.__new__(C.Ranks); vars(ranks).update(facts); return ranks
+        ranks = C.Ranks.__new__(C.Ranks)
+        vars(ranks).update(facts)
+        return ranks
     ranks, divided = bare(rank=1, world_size=2, sharded=False), bare(sharded=True)
     batch = diffnb.train.Batch(normal(4, 1), torch.arange(4), normal(4, 1), None)
     yield "Ranks.shard", Case(C.Ranks.shard, self=ranks, batch=V(batch, batch._replace(t=torch.arange(4) + 1)))
@@ -762,8 +837,11 @@ def of_scale(w):
     yield "Ranks.any", Case(with_group(C.Ranks.any), self=ranks, flag=V(True, False))
     yield "Ranks.map", Case(with_group(C.Ranks.map), self=ranks, f=V(torch.neg, torch.abs),
         tensors=V([normal(4)], [normal(4, seed=1)]))
-    yield "Ranks", Case(with_group(C.Ranks.__init__), lambda _, args: (args.self.sharded, sorted(asked)), self=new(bare),
-        shard=V(False, True), device=refused("cpu", "cuda:99"), minutes=V(10, 20))
+    yield (
+        "Ranks",
+        Case(
+            with_group(C.Ranks.__init__), lambda _, args: (args.self.sharded, sorted(asked)), self=new(bare),
+            shard=V(False, True), device=refused("cpu", "cuda:99"), minutes=V(10, 20)))
     yield "Ranks.wrap", Case(with_group(C.Ranks.wrap), self=new(lambda: bare(sharded=False)),
         state=V(types.SimpleNamespace(model="one"), types.SimpleNamespace(model="two")))
     yield "Ranks.sync_gradients", Case(C.Ranks.sync_gradients, lambda _,
@@ -791,13 +869,15 @@ def shapes_of(f): # kind, device and size of every matrix product
     from torch.utils._python_dispatch import TorchDispatchMode
     class Look(TorchDispatchMode):
         def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
-            if "mm" in str(op): seen.append((str(args[0].dtype), str(args[0].device), tuple(args[0].shape)))
+            if "mm" in str(op):
+                seen.append((str(args[0].dtype), str(args[0].device), tuple(args[0].shape)))
             return op(*args, **(kwargs or {}))
     seen = []
     @functools.wraps(f)
     def run(**kw):
         seen.clear()
-        with Look(): f(**kw)
+        with Look():
+            f(**kw)
         return seen[:]
     return run
 
@@ -819,8 +899,10 @@ def of_schedule(w):
         spacing=V("trailing", "quadratic"))
     yield "NoiseSchedule.pairs", Case(N.pairs, self=C.linear_schedule(20), steps=V(6, 7),
         spacing=V("trailing", "quadratic"))
-    class A: pass
-    class B: pass
+    class A:
+        pass
+    class B:
+        pass
     def method(self): pass
     def attached(attach, args):
         attach(method)
@@ -841,7 +923,8 @@ def of_train(w):
     linear, cosine = diffnb.schedule.linear_schedule(), diffnb.schedule.cosine_schedule()
     model, other, cpu, alone = small(), small(blocks=2), torch.device("cpu"), M.SingleProcess()
     second = M.SingleProcess()
-    vars(second).update(rank=1, wrap=lambda state: "wrap", init_device=lambda device: "meta", map=lambda f, *x: 0 * f(*x))
+    vars(second).update(
+        rank=1, wrap=lambda state: "wrap", init_device=lambda device: "meta", map=lambda f, *x: 0 * f(*x))
     x0, t, noise, y = normal(4, 1, 8, 8), torch.tensor([1, 500, 900, 999]), normal(4, 1, 8, 8,
         seed=1), torch.tensor([1, 2, 3, 4])
     net, config = dict(model.config), replace(T, batch_size=4)
@@ -854,8 +937,11 @@ def of_train(w):
     yield "ema_decay_at", Case(M.ema_decay_at, step=V(1, 2), decay=V(0.9, 0.1))
     yield "EMA", Case(M.EMA.__init__, lambda _, args: (args.self.model, args.self.decay_at(9)),
         self=new(lambda: M.EMA.__new__(M.EMA)), model=V(model, other), decay=V(0.5, 0.4), share=V(None, 0.3))
-    def averaged(_, args): args.self.update(nudged, 3); return args.self.model
-    nudged = small(); [p.data.add_(1) for p in nudged.parameters()]
+    def averaged(_, args):
+        args.self.update(nudged, 3)
+        return args.self.model
+    nudged = small()
+    [p.data.add_(1) for p in nudged.parameters()]
     yield "EMA", Case(M.EMA.__init__, averaged, self=new(lambda: M.EMA.__new__(M.EMA)), model=model,
         fused=V(True, False, speed=True))
     yield "EMA.decay_at", Case(M.EMA.decay_at, self=M.EMA(model), step=V(1, 2))
@@ -877,7 +963,7 @@ def of_train(w):
     yield "timestep_probabilities", Case(M.timestep_probabilities, T=V(10, 20), logit_normal=V(None, (0.0, 1.0)))
     yield "draw_batch", Case(M.draw_batch, data=V(digits, replace(digits, images=255 - digits.images)),
         config=V(config, replace(config, seed=1)), step=V(0, 1), device=refused("cpu", "cuda:99"))
-    A = M.SingleProcess                                                     # one process: what it is given, it gives back
+    A = M.SingleProcess  # one process: what it is given, it gives back
     yield "SingleProcess.shard", Case(A.shard, self=alone, batch=V(1, 2))
     yield "SingleProcess.sum", Case(A.sum, self=alone, tensor=V(1, 2))
     yield "SingleProcess.any", Case(A.any, self=alone, flag=V(0, 2))
@@ -889,12 +975,16 @@ def of_train(w):
     yield "SingleProcess.compile_targets", Case(A.compile_targets, self=alone, network=V(1, 2))
     yield "unsharded", Case(M.unsharded, tensor=V(x0, noise))
     losses, norm = torch.ones(4), torch.tensor(2.0)
-    def meter(): m = M.Meter("cpu"); m.add(losses.cumsum(0), t, 1000, norm, 1.0); return m
+    def meter():
+        m = M.Meter("cpu")
+        m.add(losses.cumsum(0), t, 1000, norm, 1.0)
+        return m
     yield "Meter", Case(M.Meter.__init__, lambda _, args: args.self.sums, self=new(lambda: M.Meter.__new__(M.Meter)),
         device=V("cpu", "meta"))
     yield "Meter.add", Case(M.Meter.add, lambda _, args: args.self.sums, self=new(lambda: M.Meter("cpu")),
         losses=V(losses, 2 * losses), t=V(t, t // 2), T=V(1000, 2000), grad_norm=V(norm, 3 * norm), clip=V(1.0, 9.0))
-    square = M.SingleProcess(); square.sum = torch.square                            # another sum than that of one process
+    square = M.SingleProcess()
+    square.sum = torch.square                            # another sum than that of one process
     yield "Meter.read", Case(M.Meter.read, self=new(meter), ranks=V(alone, square))
     yield "Meter.total", Case(M.Meter.total, self=new(meter), ranks=V(alone, doubled(M, 2)))
     yield "read_metrics", Case(M.read_metrics, lambda m, args: m["loss"], run=V(w / "u", w / "v"))
@@ -909,18 +999,24 @@ def of_train(w):
     yield "orthogonalize", Case(M.orthogonalize, m=V(normal(4, 6), normal(4, 6, seed=1)), steps=V(5, 1))
     yield "hidden_matrices", Case(M.hidden_matrices, model=V(model, other))
     def muon_step(_, args):
-        for p, q in zip((args.matrices[0], args.others[0]), (normal(4, 6), normal(4))): p.grad = q.clone()
+        for p, q in zip((args.matrices[0], args.others[0]), (normal(4, 6), normal(4))):
+            p.grad = q.clone()
         args.self.step()
         for p, q in zip((args.matrices[0], args.others[0]), (normal(4, 6, seed=1),
-                normal(4, seed=1))): p.grad = q.clone()
-        args.self.step(); return args.matrices[0], args.others[0]
+                normal(4, seed=1))):
+            p.grad = q.clone()
+        args.self.step()
+        return args.matrices[0], args.others[0]
     one, two, bias, large = (new(lambda s=s, n=n: [nn.Parameter(1 + normal(*n, seed=s))]) for s,
         n in ((0, (4, 6)), (1, (4, 6)), (0, (4,)), (1, (4,))))
     yield "Muon", Case(M.Muon.__init__, muon_step, self=new(lambda: M.Muon.__new__(M.Muon)), matrices=V(one, two),
         others=V(bias, large), lr=V(0.1, 0.2), weight_decay=V(0.0, 0.5), momentum=V(0.95, 0.5),
                        dtype=V(torch.float32, torch.bfloat16), adamw=V({}, {"betas": (0.1, 0.1)}))
-    def muon(): p = nn.Parameter(normal(4, 6)); p.grad = normal(4, 6); return M.Muon([p], [nn.Parameter(normal(4))],
-            0.1)
+    def muon():
+        p = nn.Parameter(normal(4, 6))
+        p.grad = normal(4, 6)
+        return M.Muon([p], [nn.Parameter(normal(4))],
+0.1)
     yield "Muon.step", Case(M.Muon.step, self=new(muon), closure=V(None, lambda: 3.0))
     yield "make_optimizer", Case(M.make_optimizer, model=model, config=V(config, replace(config, lr=1.0)))
     yield "make_optimizer", Case(M.make_optimizer, lambda o,
@@ -933,7 +1029,10 @@ def of_train(w):
     yield "TrainState", Case(M.TrainState.__init__, lambda _, args: (args.self.model, args.self.optimizer),
         self=new(lambda: M.TrainState.__new__(M.TrainState)), model=V(model, other),
         config=V(config, replace(config, lr=1.0)))
-    def metered(): s = state().make(); s.meter.sums += 1; return s
+    def metered():
+        s = state().make()
+        s.meter.sums += 1
+        return s
     yield "TrainState.tensors", Case(M.TrainState.tensors, self=new(metered), ranks=V(alone, doubled(M, 2)))
     kept = metered().tensors()
     yield "TrainState.restore", Case(M.TrainState.restore, lambda _,
@@ -944,7 +1043,8 @@ def of_train(w):
         model=refused(new(small), new(lambda: small(blocks=2))), tensors=V(kept, {k: 2 * v for k, v in kept.items()}),
         prefix=refused("model.", ""))
     def stepped(steps, args):
-        list(steps); return args.state.tensors()
+        list(steps)
+        return args.state.tensors()
     yield "train_steps", Case(M.train_steps, stepped, state=V(state(), state(lr=1.0)),
         data=V(digits, replace(digits, images=255 - digits.images)), schedule=V(linear, cosine), total=V(2, 3),
         precision=V("float32", "bf16"),
@@ -954,18 +1054,27 @@ def of_train(w):
     yield "training_memory", Case(M.training_memory, net=V(net, {**net, "blocks": 2}), precision=V("float32", "bf16"),
         device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), activation_checkpointing=V(False, True),
         config=V(None, replace(T, ema_half_lives=(0.1, 0.2))))
-    yield "checkpoint_activations", Case(M.checkpoint_activations, lambda made, args: sum(hasattr(m, "checkpointed") for m in made.modules()),
-        model=V(new(small), new(lambda: small(blocks=2))))
+    yield (
+        "checkpoint_activations",
+        Case(
+            M.checkpoint_activations, lambda made, args: sum(hasattr(m, "checkpointed") for m in made.modules()),
+            model=V(new(small), new(lambda: small(blocks=2)))))
     yield "new_state", Case(M.new_state, lambda s, args: s.tensors(), net=V(net, {**net, "blocks": 2}),
         config=V(config, replace(config, seed=1)), device=V(cpu, torch.device("meta")), ranks=V(alone, second))
-    yield "ready", Case(patched(M.ready, M, checkpoint_activations=lambda model: print("recomputed")), lambda n, args: n,
-        state=V(state(), state(activation_checkpointing=True)), device=cpu, ranks=V(alone, second))
+    yield (
+        "ready",
+        Case(
+            patched(M.ready, M, checkpoint_activations=lambda model: print("recomputed")), lambda n, args: n,
+            state=V(state(), state(activation_checkpointing=True)), device=cpu, ranks=V(alone, second)))
     yield "ready", Case(patched(M.ready, nn.Module, compile=lambda self: print("compiled")), lambda n, args: n,
         state=state(), device=V(cpu, torch.device("cuda")))
     yield "resolve", Case(M.resolve, lambda made, args: made[2], config=V(T, replace(T, blocks=2)))
     yield "checkpoints", Case(M.checkpoints, run=V(w / "u", w / "v"))
     def spoilt():
-        run = pathlib.Path("run"); shutil.copytree(w / "u", run); M.checkpoints(run)[-1].write_bytes(b""); return run
+        run = pathlib.Path("run")
+        shutil.copytree(w / "u", run)
+        M.checkpoints(run)[-1].write_bytes(b"")
+        return run
     yield "last_checkpoint", Case(silent(M.last_checkpoint), lambda found, args: found[1]["step"],
         run=V(new(spoilt), w / "u"), model=refused(None, {**M.read_config(w / "u")["model"], "blocks": 5}),
         set_aside=V(False, True))
@@ -1000,43 +1109,56 @@ def of_train(w):
 def patched(f, owner, **parts): # f with some of its helpers replaced
     @functools.wraps(f)
     def run(*args, **kw):
-        with mock.patch.multiple(owner, **parts): return f(*args, **kw)
+        with mock.patch.multiple(owner, **parts):
+            return f(*args, **kw)
     return run
 
 def weights_of(path): # the layers of a small Inception; nobody looks at the numbers
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     class Blank(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_, **__): pass
-    empty = io.BytesIO(); torch.save({}, empty); empty.seek(0)
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
     return Blank("inception-v3-compat", ["64"], feature_extractor_weights_path=empty).state_dict(), "file"
 
 def silent(f):
     @functools.wraps(f)
     def run(**kw):
-        with warnings.catch_warnings(): warnings.simplefilter("ignore"); return f(**kw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return f(**kw)
     return run
 
 def doubled(M, n): # ranks of which each has the same sums
-    ranks = M.SingleProcess(); ranks.sum, ranks.world_size = lambda x: n * x, n
+    ranks = M.SingleProcess()
+    ranks.sum, ranks.world_size = lambda x: n * x, n
     return ranks
 
 def shy(M): # ranks one of which has a reason to stop
-    ranks = M.SingleProcess(); ranks.any = lambda flag: True
+    ranks = M.SingleProcess()
+    ranks.any = lambda flag: True
     return ranks
 
 def held(w): # a run in which somebody trains
     import fcntl
-    (w / "held").mkdir(exist_ok=True); HELD.append(open(w / "held/.lock",
-        "w")); HELD[-1].write("process 1"); HELD[-1].flush(); fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+    (w / "held").mkdir(exist_ok=True)
+    HELD.append(open(w / "held/.lock",
+"w"))
+    HELD[-1].write("process 1")
+    HELD[-1].flush()
+    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
     return w / "held"
 HELD = []
 
 def listing(f): # what a run leaves, without the files that hold times
     @functools.wraps(f)
     def run(**kw):
-        made = f(**kw); print(sorted(str(p) for p in pathlib.Path().rglob("*")))
+        made = f(**kw)
+        print(sorted(str(p) for p in pathlib.Path().rglob("*")))
         for p in pathlib.Path().rglob("*"):
-            if p.suffix in (".csv", ".safetensors"): p.unlink()
+            if p.suffix in (".csv", ".safetensors"):
+                p.unlink()
         return made
     return run
 
@@ -1073,7 +1195,9 @@ def of_unet(w):
         self=blank(U.Downsample), channels=V(16, 8), padding=V("both", "end"))
     yield "Upsample", Case(U.Upsample.__init__, lambda _, args: awake(args.self)(x[:, :args.channels]),
         self=blank(U.Upsample), channels=V(16, 8))
-    def layers(): torch.manual_seed(0); return [awake(U.ResBlock(16, 16, 32, groups=8))]
+    def layers():
+        torch.manual_seed(0)
+        return [awake(U.ResBlock(16, 16, 32, groups=8))]
     yield "Stage", Case(U.Stage.__init__, lambda _, args: args.self(x, emb), self=blank(U.Stage),
         blocks=V(new(layers), new(lambda: layers() + layers())), attentions=V([nn.Identity()] * 2, [nn.Tanh()] * 2),
         resize=V(None, nn.AvgPool2d(2)))
@@ -1134,7 +1258,8 @@ def of_widgets(w):
     def dashboard(**kw): # its curves are those of plot_metrics
         def curves(metrics, floor): # the floor first: the end of a long text lies outside the picture
             return plt.figure(figsize=(2, 1)).text(0, 0, f"{floor} {metrics['loss']}").figure
-        with mock.patch.object(W, "plot_metrics", curves): return W.dashboard(**kw).frames()
+        with mock.patch.object(W, "plot_metrics", curves):
+            return W.dashboard(**kw).frames()
     yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
 
@@ -1150,11 +1275,22 @@ def of_workbook(w):
         out=V("a", "b"), solutions=V(False, True))
 
 
-CASES = { # diffnb.workshop.cli has tables of its own
-    diffnb.workshop.check: of_check, diffnb.workshop.course: of_course, diffnb.data: of_data, diffnb.doctor: of_doctor,
-    diffnb.evaluate: lambda w: (*of_evaluate(w), *of_evaluate_run(w)), diffnb.guide: of_guide,
-    diffnb.workshop.interchange: of_interchange, diffnb.sample: of_sample, diffnb.scale: of_scale, diffnb.schedule: of_schedule,
-    diffnb.train: of_train, diffnb.unet: of_unet, diffnb.workshop.widgets: of_widgets, diffnb.workshop.workbook: of_workbook}
+CASES = {  # diffnb.workshop.cli has tables of its own
+    diffnb.workshop.check: of_check,
+    diffnb.workshop.course: of_course,
+    diffnb.data: of_data,
+    diffnb.doctor: of_doctor,
+    diffnb.evaluate: lambda w: (*of_evaluate(w), *of_evaluate_run(w)),
+    diffnb.guide: of_guide,
+    diffnb.workshop.interchange: of_interchange,
+    diffnb.sample: of_sample,
+    diffnb.scale: of_scale,
+    diffnb.schedule: of_schedule,
+    diffnb.train: of_train,
+    diffnb.unet: of_unet,
+    diffnb.workshop.widgets: of_widgets,
+    diffnb.workshop.workbook: of_workbook,
+}
 UNSEEN = {("train",
     "SingleProcess.sync_gradients"): "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
     ("evaluate", "write_digits_features"): "trains the shipped network anew; its one parameter is the file"}
@@ -1169,20 +1305,26 @@ def test_every_parameter_of_a_public_function_changes_what_it_gives(module, work
     for name, case in cases:
         source = inspect.getsource(inspect.unwrap(case.f))
         def call(which):
-            nonlocal count; count += 1
+            nonlocal count
+            count += 1
             return called(case.f, case.arguments, which, case.see, tmp_path / str(count), monkeypatch)
         usual, again = call(None), call(None)
-        if usual[1] != again[1]: changed.append(f"{name}: two calls with the same arguments differ")
+        if usual[1] != again[1]:
+            changed.append(f"{name}: two calls with the same arguments differ")
         for parameter, v in case.arguments.items():
-            if not isinstance(v, V): continue
+            if not isinstance(v, V):
+                continue
             varied.setdefault(name, set()).add(parameter)
             other = call(parameter)
             if v.error is not any(isinstance(r[0], BaseException) for r in (usual, other)):
                 changed.append(f"{name}({parameter}) ends in an error, or not: {[r[0] for r in (usual, other)]!r:.300}")
             if v.speed:
-                if not close(usual[0], other[0]): changed.append(f"{name}({parameter}) changes the result")
-                if not re.search(SPEED, source): changed.append(f"{name}({parameter}): no comment says: for speed")
-            elif usual[1] == other[1]: ignored.append(f"{name}({parameter}) is ignored: {other[0]!r:.150}")
+                if not close(usual[0], other[0]):
+                    changed.append(f"{name}({parameter}) changes the result")
+                if not re.search(SPEED, source):
+                    changed.append(f"{name}({parameter}): no comment says: for speed")
+            elif usual[1] == other[1]:
+                ignored.append(f"{name}({parameter}) is ignored: {other[0]!r:.150}")
     expected = {name: p for name, p in public(module).items() if (module.__name__[7:], name) not in UNSEEN}
     missing = {name: sorted(p - varied.get(name, set())) for name, p in expected.items() if p - varied.get(name, set())}
     unknown = {name: sorted(p - expected.get(name, set())) for name, p in varied.items()}

@@ -18,8 +18,9 @@ from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig, check_config
 from diffnb.unet import UNet, count_parameters
 
-tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64, lr=1e-3,
-                   log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)
+tiny = TrainConfig(
+    data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64,
+    lr=1e-3, log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)
 change = dataclasses.replace
 
 
@@ -31,61 +32,88 @@ def finished(tmp_path_factory):
 
 
 def copy(run, to):
-    subprocess.run(["cp", "-r", run, to], check=True); return to
+    subprocess.run(["cp", "-r", run, to], check=True)
+    return to
 
 
 def names(folder): return sorted(str(p.relative_to(folder)) for p in pathlib.Path(folder).rglob("*") if p.is_file())
 
 
 def test_run_folder_holds_what_is_promised(finished):
-    assert {"config.json", "metrics.csv", "samples/step_000000024.png"} <= set(names(finished)) and len(checkpoints(finished)) == 2
+    assert {"config.json", "metrics.csv", "samples/step_000000024.png"} <= set(names(finished)) and len(
+        checkpoints(finished)) == 2
     facts = read_config(finished)
     assert facts["data"]["class_counts"] and facts["data"]["native_size"] == 8 and facts["config"].flip is False
     assert not [n for n in names(finished) if "partial" in n]
 
 
-@pytest.mark.parametrize("setting", [dict(image_size=16, attention=(8,)), dict(conditional=False), dict(base_channels=32), dict(lr=2e-3), dict(schedule="cosine")])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(image_size=16, attention=(8,)), dict(conditional=False), dict(base_channels=32), dict(lr=2e-3),
+        dict(schedule="cosine")])
 def test_run_and_request_that_disagree(finished, setting):
     before = names(finished)
-    with pytest.raises(DiffnbError, match=next(iter(setting))): train(change(tiny, **setting), finished, progress=False)
+    with pytest.raises(DiffnbError, match=next(iter(setting))):
+        train(change(tiny, **setting), finished, progress=False)
     assert names(finished) == before
 
 
 def test_checkpoint_for_other_classes_channels_or_size(finished, tmp_path):
     for key, value in (("num_classes", 7), ("in_channels", 3), ("base_channels", 32)):
         run = copy(finished, tmp_path / key)
-        path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
-        meta["model"][key] = value; write_tensors(path, tensors, meta)
-        with pytest.raises(DiffnbError, match="another model"): load_model(path, "cpu")
-        with pytest.warns(UserWarning, match=f"{key}={value}"): assert load_model(run, "cpu").step == 12   # the one before
-    run = copy(finished, tmp_path / "size")                                     # no weight depends on it, so only the words can tell
-    path = checkpoints(run)[-1]; tensors, meta = read_tensors(path)
-    meta["model"] |= {"image_size": 16, "attention": [8]}; write_tensors(path, tensors, meta)
+        path = checkpoints(run)[-1]
+        tensors, meta = read_tensors(path)
+        meta["model"][key] = value
+        write_tensors(path, tensors, meta)
+        with pytest.raises(DiffnbError, match="another model"):
+            load_model(path, "cpu")
+        with pytest.warns(UserWarning, match=f"{key}={value}"):
+            assert load_model(run, "cpu").step == 12   # the one before
+    run = copy(finished, tmp_path / "size")  # no weight depends on it, so only the words can tell
+    path = checkpoints(run)[-1]
+    tensors, meta = read_tensors(path)
+    meta["model"] |= {"image_size": 16, "attention": [8]}
+    write_tensors(path, tensors, meta)
     checkpoints(run)[0].unlink()
-    with pytest.warns(UserWarning, match="image_size=16"), pytest.raises(DiffnbError, match="image_size=16"): load_model(run, "cpu")
-    with pytest.warns(UserWarning, match="image_size=16"), pytest.raises(DiffnbError, match="image_size=16"): train(tiny, run, progress=False)
-    config = json.loads((finished / "config.json").read_text()); config["model"]["num_classes"] = 7
-    run = copy(finished, tmp_path / "config"); (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DiffnbError, match="num_classes"): train(tiny, run, progress=False)
+    with pytest.warns(UserWarning, match="image_size=16"), pytest.raises(DiffnbError, match="image_size=16"):
+        load_model(run, "cpu")
+    with pytest.warns(UserWarning, match="image_size=16"), pytest.raises(DiffnbError, match="image_size=16"):
+        train(tiny, run, progress=False)
+    config = json.loads((finished / "config.json").read_text())
+    config["model"]["num_classes"] = 7
+    run = copy(finished, tmp_path / "config")
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DiffnbError, match="num_classes"):
+        train(tiny, run, progress=False)
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tmp_path):
-    run = copy(finished, tmp_path / "run"); newest = checkpoints(run)[-1]
-    whole = newest.read_bytes(); newest.write_bytes(whole[:len(whole) // 2])
-    with pytest.warns(UserWarning, match=newest.name): _, meta = last_checkpoint(run)
+    run = copy(finished, tmp_path / "run")
+    newest = checkpoints(run)[-1]
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:len(whole) // 2])
+    with pytest.warns(UserWarning, match=newest.name):
+        _, meta = last_checkpoint(run)
     assert meta["step"] < 24
     newest.write_bytes(whole[:-100] + bytes([whole[-100] ^ 4]) + whole[-99:])
-    with pytest.warns(UserWarning, match="checksum"): last_checkpoint(run)
-    for path in checkpoints(run): path.write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(DiffnbError, match="none of the"): last_checkpoint(run)
+    with pytest.warns(UserWarning, match="checksum"):
+        last_checkpoint(run)
+    for path in checkpoints(run):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(DiffnbError, match="none of the"):
+        last_checkpoint(run)
 
 
 def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
     cpu, config = torch.device("cpu"), change(tiny, base_channels=32, image_size=32)
     for fast, auto in ((True, "bf16"), (False, "float32")):
         monkeypatch.setattr(S, "has_native_bf16", lambda device: fast)
-        assert S.pick_precision("auto", cpu, config) == auto and S.pick_precision("auto", cpu, change(config, image_size=8)) == "float32"
-    with pytest.warns(UserWarning, match="imitates"): assert S.pick_precision("bf16", cpu, config) == "bf16"
+        assert (
+            S.pick_precision("auto", cpu, config) == auto
+            and S.pick_precision("auto", cpu, change(config, image_size=8)) == "float32")
+    with pytest.warns(UserWarning, match="imitates"):
+        assert S.pick_precision("bf16", cpu, config) == "bf16"
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -93,65 +121,86 @@ def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
     "A GPU keeps channels last and refuses moments that lie otherwise; a CPU took them and went astray."
     config = change(tiny, channels_last=last, weight_decay=0.01)
     stop = lambda run: read_metrics(run)["step"][-1] == 10
-    train(config, tmp_path / "two", on_log=stop, progress=False); two = train(config, tmp_path / "two", progress=False)
+    train(config, tmp_path / "two", on_log=stop, progress=False)
+    two = train(config, tmp_path / "two", progress=False)
     one = train(config, tmp_path / "one", progress=False)
     a, b = one.tensors(), two.tensors()
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    assert all(m.stride() == p.stride() for p, s in two.optimizer.state.items() for m in (s["exp_avg"], s["exp_avg_sq"]))
+    assert all(
+        m.stride() == p.stride() for p, s in two.optimizer.state.items() for m in (s["exp_avg"], s["exp_avg_sq"]))
 
 
 def test_one_flag_takes_the_fused_calls_away_and_changes_nothing_else():
     ends = []
     for fused in (True, False):
-        config, data, net = S.resolve(change(tiny, fused=fused)); state = R.new_state(net, config, torch.device("cpu"))
+        config, data, net = S.resolve(change(tiny, fused=fused))
+        state = R.new_state(net, config, torch.device("cpu"))
         assert state.optimizer.defaults["fused"] == fused and state.ema.fused == fused
-        for step in T.train_steps(state, data, make_schedule(config.schedule), 3): pass
+        for step in T.train_steps(state, data, make_schedule(config.schedule), 3):
+            pass
         ends.append({k: v for k, v in state.tensors().items() if k.startswith(("model.", "ema."))})
     assert max(float((ends[0][k] - v).abs().max()) for k, v in ends[1].items()) < 1e-6
 
 
 def test_foreign_and_pickled_files_are_refused(tmp_path):
-    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pt"); safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "b.safetensors")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pt")
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "b.safetensors")
     for name in ("a.pt", "b.safetensors", "missing.safetensors"):
-        with pytest.raises(DiffnbError): load_model(tmp_path / name)
+        with pytest.raises(DiffnbError):
+            load_model(tmp_path / name)
 
 
 def test_folder_that_is_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(DiffnbError, match="not a run folder"): train(tiny, tmp_path, progress=False)
-    with pytest.raises(DiffnbError, match="config.json"): load_model(tmp_path)
+    with pytest.raises(DiffnbError, match="not a run folder"):
+        train(tiny, tmp_path, progress=False)
+    with pytest.raises(DiffnbError, match="config.json"):
+        load_model(tmp_path)
     assert names(tmp_path) == ["thesis.txt"]
 
 
 def test_no_write_access(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiffnbError, match="cannot write"): train(tiny, tmp_path / "file" / "run", progress=False)
+    with pytest.raises(DiffnbError, match="cannot write"):
+        train(tiny, tmp_path / "file" / "run", progress=False)
 
 
-@pytest.mark.parametrize("setting, word", [(dict(data="imagenet"), "imagenet"), (dict(schedule="exp"), "schedule"), (dict(sample_steps=1001), "sample_steps"),
-                                           (dict(sample_steps=0), "sample_steps"), (dict(attention=(3,)), "attention"), (dict(base_channels=17), "17"),
-                                           (dict(device="cuda:99"), "cuda:99"), (dict(prediction="noise"), "prediction"), (dict(epochs=float("nan")), "epochs"),
-                                           (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"), (dict(grad_accum_steps=7), "grad_accum_steps")])
+@pytest.mark.parametrize(
+    "setting, word",
+    [
+        (dict(data="imagenet"), "imagenet"), (dict(schedule="exp"), "schedule"),
+        (dict(sample_steps=1001), "sample_steps"), (dict(sample_steps=0), "sample_steps"),
+        (dict(attention=(3,)), "attention"), (dict(base_channels=17), "17"), (dict(device="cuda:99"), "cuda:99"),
+        (dict(prediction="noise"), "prediction"), (dict(epochs=float("nan")), "epochs"),
+        (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"),
+        (dict(grad_accum_steps=7), "grad_accum_steps")])
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, setting, word):
-    if setting == dict(image_size=10): setting = dict(image_size=10, channel_mult=(1, 2, 2), attention=())
-    with pytest.raises(DiffnbError, match=word): train(change(tiny, **setting), tmp_path / "run", progress=False)
+    if setting == dict(image_size=10):
+        setting = dict(image_size=10, channel_mult=(1, 2, 2), attention=())
+    with pytest.raises(DiffnbError, match=word):
+        train(change(tiny, **setting), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_config_from_json_is_validated():
     good = json.loads(json.dumps(dataclasses.asdict(tiny)))
     assert make_config(good) == tiny
-    for key, value in (("lr", "1e-3"), ("batch_size", 2.5), ("flip", "yes"), ("unknown", 1), ("channel_mult", "abc"), ("attention", [[1]]), ("T", True)):
-        with pytest.raises((DiffnbError)): make_config({**good, key: value})
+    for key, value in (
+        ("lr", "1e-3"), ("batch_size", 2.5), ("flip", "yes"), ("unknown", 1), ("channel_mult", "abc"),
+        ("attention", [[1]]), ("T", True)):
+        with pytest.raises((DiffnbError)):
+            make_config({**good, key: value})
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    real = T.diffusion_loss; count = [0]
+    real = T.diffusion_loss
+    count = [0]
     def poisoned(*args, **kw):
         count[0] += 1
         return real(*args, **kw) * (float("nan") if count[0] == 20 else 1)
     monkeypatch.setattr(T, "diffusion_loss", poisoned)
-    with pytest.raises(TrainingStopped, match="step_000000012"): train(tiny, tmp_path / "run", progress=False)
+    with pytest.raises(TrainingStopped, match="step_000000012"):
+        train(tiny, tmp_path / "run", progress=False)
     tensors, meta = last_checkpoint(tmp_path / "run")
     assert meta["step"] == 12 and all(t.isfinite().all() for t in tensors.values())
     assert np.isfinite(read_metrics(tmp_path / "run")["loss"]).all()
@@ -159,18 +208,25 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
 
 def test_unlabelled_folder_trains_unconditionally(tmp_path):
     (tmp_path / "f").mkdir()
-    for i in range(6): Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "f" / f"{i}.png")
-    config = change(tiny, data=str(tmp_path / "f"), image_size=8, batch_size=8, epochs=4, data_root=str(tmp_path / "cache"))
-    run = tmp_path / "run"; train(config, run, sampler=ddim, progress=False)
+    for i in range(6):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            tmp_path / "f" / f"{i}.png")
+    config = change(
+        tiny, data=str(tmp_path / "f"), image_size=8, batch_size=8, epochs=4, data_root=str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    train(config, run, sampler=ddim, progress=False)
     m = load_model(run, "cpu")
     assert m.classes == () and m.shape == (3, 8, 8) and list((run / "samples").iterdir())
-    with pytest.raises(DiffnbError, match="without classes"): m.model(torch.zeros(1, 3, 8, 8), 5, torch.tensor([0]))
+    with pytest.raises(DiffnbError, match="without classes"):
+        m.model(torch.zeros(1, 3, 8, 8), 5, torch.tensor([0]))
 
 
 def test_resumed_metrics_have_no_gap_and_no_repeated_row(tmp_path):
-    straight = train(tiny, tmp_path / "a", progress=False); run = tmp_path / "b"
+    straight = train(tiny, tmp_path / "a", progress=False)
+    run = tmp_path / "b"
     train(tiny, run, on_log=lambda run: len(read_metrics(run)["step"]) == 2, progress=False)     # stops at step 10
-    with open(run / "metrics.csv", "a") as f: f.write("15,0.64,960,0.123,")                      # a row cut off by a crash
+    with open(run / "metrics.csv", "a") as f:
+        f.write("15,0.64,960,0.123,")                      # a row cut off by a crash
     again = train(tiny, run, progress=False)
     a, b = read_metrics(tmp_path / "a"), read_metrics(run)
     same = [k for k in a if k not in ("images_per_s", "seconds", "processor_seconds")]
@@ -181,18 +237,27 @@ def test_resumed_metrics_have_no_gap_and_no_repeated_row(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_write_a_checkpoint_and_leave_with_a_code(tmp_path, number, code):
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "diffnb", "train", "--run", str(run), *"--data digits --base-channels 16 --channel-mult 1 2 "
-                                "--norm-groups 8 --attention 4 --epochs 500 --log-every 5 --device cpu".split()], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "diffnb", "train", "--run", str(run),
+            *"--data digits --base-channels 16 --channel-mult 1 2 "
+            "--norm-groups 8 --attention 4 --epochs 500 --log-every 5 --device cpu".split()],
+        stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        text=True)
     deadline = time.time() + 120
-    while time.time() < deadline and not ((run / "metrics.csv").exists() and len(read_metrics(run)["step"])): time.sleep(0.2)
-    process.send_signal(number); said, _ = process.communicate(timeout=60)
+    while time.time() < deadline and not ((run / "metrics.csv").exists() and len(read_metrics(run)["step"])):
+        time.sleep(0.2)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == code and len(checkpoints(run)) == 1 and "diffnb resume" in said
     assert not [n for n in names(run) if "partial" in n]
 
 
 def test_weights_file_is_small_and_samples_alike(finished, tmp_path):
-    trained = load_model(finished, "cpu"); path = save_weights(trained, tmp_path / "w.safetensors")
-    again = load_model(path, "cpu"); x_T = torch.randn(4, *trained.shape, generator=torch.Generator().manual_seed(0))
+    trained = load_model(finished, "cpu")
+    path = save_weights(trained, tmp_path / "w.safetensors")
+    again = load_model(path, "cpu")
+    x_T = torch.randn(4, *trained.shape, generator=torch.Generator().manual_seed(0))
     a, b = (ddim(m.model, m.schedule, x_T.shape, 10, x_T=x_T, y=torch.arange(4)) for m in (trained, again))
     assert (a - b).abs().max() < 0.05 and path.stat().st_size < checkpoints(finished)[-1].stat().st_size / 5
 
@@ -205,7 +270,8 @@ def test_prefixes_of_wrappers_never_reach_a_file(finished):
 def test_five_line_script_of_the_readme(tmp_path):
     readme = pathlib.Path(__file__).parent.parent / "README.md"
     script = readme.read_text().split("```python\n")[1].split("```")[0]
-    assert len([line for line in script.splitlines() if line.strip()]) == 5 and "from diffnb.sample import ddim" in script
+    assert (
+        len([line for line in script.splitlines() if line.strip()]) == 5 and "from diffnb.sample import ddim" in script)
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
     [picture] = tmp_path.iterdir()
     assert np.asarray(Image.open(picture)).std() > 30
@@ -216,21 +282,28 @@ def test_five_line_script_of_the_readme(tmp_path):
 def test_changed_data_is_noticed_on_resume(tmp_path):
     def add(i):
         (tmp_path / "f" / "cat").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "f" / "cat" / f"{i}.png")
-    for i in range(4): add(i)
-    config = change(tiny, data=str(tmp_path / "f"), image_size=8, batch_size=4, epochs=2, data_root=str(tmp_path / "cache"))
-    train(config, tmp_path / "run", progress=False); add(9)
-    with pytest.raises(DiffnbError, match="4 images"): train(config, tmp_path / "run", progress=False)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+            tmp_path / "f" / "cat" / f"{i}.png")
+    for i in range(4):
+        add(i)
+    config = change(
+        tiny, data=str(tmp_path / "f"), image_size=8, batch_size=4, epochs=2, data_root=str(tmp_path / "cache"))
+    train(config, tmp_path / "run", progress=False)
+    add(9)
+    with pytest.raises(DiffnbError, match="4 images"):
+        train(config, tmp_path / "run", progress=False)
 
 
 def test_checkpoint_is_written_before_the_last_pictures(tmp_path):
     def broken(*args, **kw): raise RuntimeError("out of memory while sampling")
-    with pytest.raises(RuntimeError): train(tiny, tmp_path / "run", sampler=broken, progress=False)
+    with pytest.raises(RuntimeError):
+        train(tiny, tmp_path / "run", sampler=broken, progress=False)
     assert last_checkpoint(tmp_path / "run")[1]["step"] == 24
 
 
 def test_what_a_killed_process_left_is_swept(finished, tmp_path):
-    run = copy(finished, tmp_path / "run"); (run / "checkpoints" / ".step_000000030.safetensors.99.partial").write_bytes(b"half")
+    run = copy(finished, tmp_path / "run")
+    (run / "checkpoints" / ".step_000000030.safetensors.99.partial").write_bytes(b"half")
     train(tiny, run, progress=False)
     assert not [n for n in names(run) if "partial" in n]
 
@@ -238,7 +311,9 @@ def test_what_a_killed_process_left_is_swept(finished, tmp_path):
 def test_rows_log_the_rate_of_their_last_step_and_grids_come_from_the_average(tmp_path):
     from diffnb.train import lr_at
     asked = []
-    def sampler(model, schedule, shape, **_): asked.append(model); return torch.zeros(shape)
+    def sampler(model, schedule, shape, **_):
+        asked.append(model)
+        return torch.zeros(shape)
     state = train(change(tiny, sample_every=0.5), tmp_path / "run", sampler=sampler, progress=False)
     m = read_metrics(tmp_path / "run")
     assert np.allclose(m["lr"], [lr_at(int(s) - 1, state.step, tiny.lr, tiny.warmup) for s in m["step"]])
@@ -246,7 +321,8 @@ def test_rows_log_the_rate_of_their_last_step_and_grids_come_from_the_average(tm
 
 
 def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
-    run = copy(finished, tmp_path / "run"); before = read_metrics(run)["step"].tolist()
+    run = copy(finished, tmp_path / "run")
+    before = read_metrics(run)["step"].tolist()
     checkpoints(run)[-1].unlink()                                             # as if killed before it was written
     train(tiny, run, progress=False)
     assert read_metrics(run)["step"].tolist() == before
@@ -254,48 +330,68 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
 
 def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
     from diffnb.workshop.memory import _memory_advice, training_memory
-    config, net = change(tiny, batch_size=10**7, precision="float32"), UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config
+    config, net = (
+        change(tiny, batch_size=10**7, precision="float32"),
+        UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config)
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
-        with _memory_advice(net, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
-    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--grad-accum-steps "))
+        with _memory_advice(net, config, torch.device("cpu")):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    fits, parts = (
+        int(str(e.value).split(option)[1].split()[0].rstrip(",.;"))
+        for option in ("--batch-size ", "--grad-accum-steps "))
     fixed, each = training_memory(net)
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0.8 * room < fixed + fits * each < 0.9 * room and parts == min(n for n in range(1, 10**4) if 10**7 % n == 0 and 10**7 // n <= fits)
+    assert 0.8 * room < fixed + fits * each < 0.9 * room and parts == min(
+        n for n in range(1, 10**4) if 10**7 % n == 0 and 10**7 // n <= fits)
     with pytest.raises(DiffnbError, match="out of memory"):                          # what the CPU's allocator says
-        with _memory_advice(net, config, torch.device("cpu")): torch.empty(10**15)
+        with _memory_advice(net, config, torch.device("cpu")):
+            torch.empty(10**15)
     with pytest.raises(RuntimeError, match="something else"):
-        with _memory_advice(net, config, torch.device("cpu")): raise RuntimeError("something else")
+        with _memory_advice(net, config, torch.device("cpu")):
+            raise RuntimeError("something else")
     monkeypatch.setattr(R, "_open_run", lambda *_: torch.empty(10**15))              # before the first step, too
-    with pytest.raises(DiffnbError, match="out of memory.*images fit"): train(tiny, tmp_path / "run", progress=False)
+    with pytest.raises(DiffnbError, match="out of memory.*images fit"):
+        train(tiny, tmp_path / "run", progress=False)
 
 
 def test_memory_is_counted_on_tensors_that_hold_nothing():
     from diffnb.workshop.memory import kept_bytes
-    model = UNet(image_size=16, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(8,)); kept = {}
+    model = UNet(image_size=16, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(8,))
+    kept = {}
     def note(x):
-        if x.data_ptr() not in {p.data_ptr() for p in model.parameters()}: kept[x.untyped_storage().data_ptr()] = x
+        if x.data_ptr() not in {p.data_ptr() for p in model.parameters()}:
+            kept[x.untyped_storage().data_ptr()] = x
         return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): model(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
-    assert kept_bytes(model.config, 2) == sum(x.untyped_storage().nbytes() for x in kept.values())      # as a real pass keeps
-    assert kept_bytes(model.config, 2, activation_checkpointing=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
+    # as a real pass keeps
+    assert kept_bytes(model.config, 2) == sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert (
+        kept_bytes(model.config, 2, activation_checkpointing=True)
+        < kept_bytes(model.config, 2) / 2
+        < kept_bytes(model.config, 2, "bf16"))
     assert kept_bytes(model.config, 10**6) > 10**11
 
 
 def events(run): # scalar name -> steps; and the steps of the pictures
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0}); read.Reload()
-    return {name: [e.step for e in read.Scalars(name)] for name in read.Tags()["scalars"]}, [(e.step, e.width) for tag in read.Tags()["images"] for e in read.Images(tag)]
+    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    read.Reload()
+    return {name: [e.step for e in read.Scalars(name)] for name in read.Tags()["scalars"]}, [
+        (e.step, e.width) for tag in read.Tags()["images"] for e in read.Images(tag)]
 
 
 def test_tensorboard_shows_each_row_and_grid_once_even_after_a_stop(tmp_path):
     pytest.importorskip("tensorboard")
     from diffnb.workshop.curves import to_tensorboard
     run, writes = tmp_path / "run", to_tensorboard()
-    train(tiny, run, sampler=ddim, progress=False, on_log=lambda run: writes(run) or read_metrics(run)["step"][-1] == 10)
+    train(
+        tiny, run, sampler=ddim, progress=False, on_log=lambda run: writes(run) or read_metrics(run)["step"][-1] == 10)
     assert events(run)[0]["loss"] == [5, 10]
     train(tiny, run, sampler=ddim, progress=False, on_log=to_tensorboard())
     scalars, grids = events(run)
-    assert set(scalars) == set(read_metrics(run)) - {"step"} and all(steps == [5, 10, 15, 20, 24] for steps in scalars.values())
+    assert set(scalars) == set(read_metrics(run)) - {"step"} and all(
+        steps == [5, 10, 15, 20, 24] for steps in scalars.values())
     assert [step for step, _ in grids] == [24] and grids[0][1] > 100
 
 
@@ -359,7 +455,8 @@ def test_the_uniform_draw_is_that_of_version_0_1(step):
     (dict(patch_size=3), "patch_size=3 does not divide image_size=8"), (dict(patch_size=0), "patch_size"),
 ])
 def test_new_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, setting, words):
-    with pytest.raises(DiffnbError) as e: train(change(tiny, **setting), tmp_path / "run", progress=False)
+    with pytest.raises(DiffnbError) as e:
+        train(change(tiny, **setting), tmp_path / "run", progress=False)
     assert words in str(e.value) and not (tmp_path / "run").exists()
 
 
@@ -417,8 +514,10 @@ def test_a_half_life_in_images_is_a_fixed_decay(batch, half_life, fused):
     ours, fixed = T.make_averages(model, config)["ema"], T.EMA(model, 0.5 ** (batch / half_life))
     g = torch.Generator().manual_seed(0)
     for step in range(50):
-        with torch.no_grad(): model.w.copy_(torch.randn(3, generator=g))
-        for ema in (ours, fixed): ema.update(model, step)
+        with torch.no_grad():
+            model.w.copy_(torch.randn(3, generator=g))
+        for ema in (ours, fixed):
+            ema.update(model, step)
     assert ours.decay ** (half_life / batch) == pytest.approx(0.5)
     assert torch.allclose(ours.model.w, fixed.model.w, atol=1e-7)
 
@@ -429,7 +528,8 @@ def test_a_share_holds_half_of_the_weight_whatever_the_length(share):
     for steps in (200, 2000):
         ema, switch = T.EMA(model, share=share), round(steps * (1 - share))
         for step in range(steps):                                     # 0 before the last share of the run, 1 within it
-            with torch.no_grad(): model.w.fill_(float(step >= switch))
+            with torch.no_grad():
+                model.w.fill_(float(step >= switch))
             ema.update(model, step)
         assert abs(ema.model.w[0] - 0.5) < 0.01 / min(1, steps * share / 20)
 
@@ -440,7 +540,8 @@ def test_averages_are_named_in_their_order():
     assert list(one) == ["ema"] and one["ema"].decay == tiny.ema_decay and one["ema"].share is None
     assert list(several) == ["ema", "ema2", "ema3"] and [e.share for e in several.values()] == [0.2, None, 0.05]
     for wrong in (dict(share=0.0), dict(share=1.0), dict(decay=1.0)):
-        with pytest.raises(DiffnbError): T.EMA(Weight(), **wrong)
+        with pytest.raises(DiffnbError):
+            T.EMA(Weight(), **wrong)
 
 
 # ---- Muon
@@ -454,7 +555,8 @@ def problem(seed=0): # weights of several shapes, and a gradient for each step
 
 def after(optimizer, weights, gradients):
     for step in gradients:
-        for w, g in zip(weights, step): w.grad = g.clone()
+        for w, g in zip(weights, step):
+            w.grad = g.clone()
         optimizer.step()
     return [w.detach() for w in weights]
 
@@ -462,8 +564,8 @@ def after(optimizer, weights, gradients):
 @pytest.mark.parametrize("dtype, apart", [(torch.bfloat16, 0.03), (torch.float32, 0.015)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_muon_is_pytorchs_muon(dtype, apart, weight_decay):
-    """torch.optim.Muon iterates in bf16, with sums kept in float32 a little longer than ours. Measured over 8 steps: the way
-    that weights went differs by 0.5 to 1% from ours in float32, by 1.2 to 2.2% from ours in bf16."""
+    """torch.optim.Muon iterates in bf16, with sums kept in float32 a little longer than ours. Measured over 8 steps:
+    the way that weights went differs by 0.5 to 1% from ours in float32, by 1.2 to 2.2% from ours in bf16."""
     start, gradients = problem()
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     a = after(T.Muon(ours, [], lr=0.02, weight_decay=weight_decay, dtype=dtype), ours, gradients)
@@ -479,7 +581,8 @@ def test_convolutions_are_matrices_of_one_row_a_channel():
     conv, grad = torch.randn(8, 4, 3, 3, generator=g), torch.randn(8, 4, 3, 3, generator=g)
     a, b = torch.nn.Parameter(conv.clone()), torch.nn.Parameter(conv.flatten(1).clone())
     last = torch.nn.Parameter(conv.clone().to(memory_format=torch.channels_last))
-    for w in (a, b, last): after(T.Muon([w], [], lr=0.1), [w], [[grad.reshape(w.shape)]])
+    for w in (a, b, last):
+        after(T.Muon([w], [], lr=0.1), [w], [[grad.reshape(w.shape)]])
     assert torch.equal(a.flatten(1), b) and torch.allclose(last, a, atol=1e-6)
     assert last.is_contiguous(memory_format=torch.channels_last)
 
@@ -490,7 +593,8 @@ def test_a_step_of_muon_does_not_depend_on_the_size_of_the_gradient():
     for scale in (1.0, 1e-4, 1e4):
         ws = [torch.nn.Parameter(w.clone()) for w in start]
         ends.append(after(T.Muon(ws, [], lr=0.02), ws, [[g * scale for g in step] for step in gradients]))
-    for other in ends[1:]: assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(ends[0], other))
+    for other in ends[1:]:
+        assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(ends[0], other))
     nothing = torch.nn.Parameter(torch.ones(4, 8))
     assert torch.equal(*after(T.Muon([nothing], [], lr=0.1), [nothing], [[torch.zeros(4, 8)]]), torch.ones(4, 8))
 
@@ -513,18 +617,21 @@ def test_what_is_no_hidden_matrix_takes_the_steps_of_adamw(fused):
     g = torch.Generator().manual_seed(1)
     for step in range(5):
         for name, p in model.named_parameters():
-            if name == "classes.weight" and step == 0: continue
+            if name == "classes.weight" and step == 0:
+                continue
             p.grad = torch.randn(p.shape, generator=g)
             twin[name].grad = p.grad.clone()
-        for optimizer in (ours, theirs): optimizer.step()
+        for optimizer in (ours, theirs):
+            optimizer.step()
     for name, p in model.named_parameters():
         assert p.equal(twin[name]) == (name not in hidden), name
         assert set(ours.state[p]) == ({"momentum_buffer"} if name in hidden else {"step", "exp_avg", "exp_avg_sq"})
         assert set(T.moments_of(ours, p)) == set(ours.state[p]) - {"step"}
 
 
-fast = change(tiny, schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon", weight_decay=0.01,
-              decay_share=0.3, patch_size=2, attention=(2,), dropout=0.1, ema_half_lives=(0.1, 320.0))
+fast = change(
+    tiny, schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon", weight_decay=0.01,
+    decay_share=0.3, patch_size=2, attention=(2,), dropout=0.1, ema_half_lives=(0.1, 320.0))
 timed = ("images_per_s", "seconds", "processor_seconds")
 
 
@@ -569,12 +676,15 @@ def test_a_checkpoint_of_another_optimiser_is_refused(fast_run, finished, tmp_pa
             train(change(config, optimizer=other), copied, progress=False)
     tensors, meta = last_checkpoint(fast_run[0])
     state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1,)), torch.device("cpu"))
-    with pytest.raises(DiffnbError, match="holds 'ema2', which this configuration"): state.restore(tensors, 24, 0.0)
+    with pytest.raises(DiffnbError, match="holds 'ema2', which this configuration"):
+        state.restore(tensors, 24, 0.0)
     state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1, 320.0, 0.2)), torch.device("cpu"))
-    with pytest.raises(DiffnbError, match="is missing"): state.restore(tensors, 24, 0.0)
+    with pytest.raises(DiffnbError, match="is missing"):
+        state.restore(tensors, 24, 0.0)
     state = R.new_state(meta["model"], fast, torch.device("cpu"))
     less = {k: v for k, v in tensors.items() if k != next(k for k in tensors if k.startswith("exp_avg_sq."))}
-    with pytest.raises(DiffnbError, match="optimiser state"): state.restore(less, 24, 0.0)
+    with pytest.raises(DiffnbError, match="optimiser state"):
+        state.restore(less, 24, 0.0)
 
 
 def test_each_average_can_be_loaded(fast_run):
@@ -588,7 +698,8 @@ def test_each_average_can_be_loaded(fast_run):
     assert m.schedule == make_schedule("flow") and m.model.config["patch_size"] == 2 and m.shape == (1, 8, 8)
     x0 = ddim(m.model, m.schedule, (2, *m.shape), 5, y=torch.tensor([1, 2]), prediction=m.config.prediction)
     assert x0.isfinite().all() and x0.abs().max() <= 1
-    with pytest.raises(DiffnbError, match="holds no 'ema3' weights, only ema, ema2"): load_model(run, "cpu", "ema3")
+    with pytest.raises(DiffnbError, match="holds no 'ema3' weights, only ema, ema2"):
+        load_model(run, "cpu", "ema3")
 
 
 def test_grids_come_from_the_first_average(tmp_path):
@@ -635,7 +746,8 @@ def test_patched_run_is_read_back(fast_run):
     facts = read_config(fast_run[0])
     assert facts["model"]["patch_size"] == facts["config"].patch_size == 2 and facts["config"] == S.resolve(fast)[0]
     whole = change(fast, patch_size=1, attention=(4,))
-    with pytest.raises(DiffnbError, match="with patch_size=2"): train(whole, fast_run[0], progress=False)
+    with pytest.raises(DiffnbError, match="with patch_size=2"):
+        train(whole, fast_run[0], progress=False)
 
 
 def test_without_the_old_column_processor_time_is_not_a_number(tmp_path, finished):
@@ -647,8 +759,12 @@ def test_without_the_old_column_processor_time_is_not_a_number(tmp_path, finishe
     assert m["step"].tolist() == [5, 10, 15, 20, 24]
     assert np.isnan(m["processor_seconds"]).all() and not np.isnan(m["loss"]).any()
     whole = table.read_text()
-    table.write_text("\n".join(line and line + ",1" for line in whole.replace("_seconds", "_seconds,more", 1).split("\n")).replace("more,1", "more", 1))
+    table.write_text(
+        "\n".join(line and line + ",1" for line in whole.replace("_seconds", "_seconds,more", 1).split("\n")).replace(
+            "more,1", "more", 1))
     assert "more" in read_metrics(run)
-    with pytest.raises(DiffnbError, match="other columns"): train(tiny, run, progress=False)
+    with pytest.raises(DiffnbError, match="other columns"):
+        train(tiny, run, progress=False)
     table.write_text(whole.replace("grad_norm", "norm"))
-    with pytest.raises(DiffnbError, match="no column grad_norm.*move it away"): train(tiny, run, progress=False)
+    with pytest.raises(DiffnbError, match="no column grad_norm.*move it away"):
+        train(tiny, run, progress=False)

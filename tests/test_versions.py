@@ -1,8 +1,8 @@
 """Runs of earlier versions are read and continued.
 
-tests/data/v01/run was begun by version 0.1 (commit 6fcd2f7) and killed at step 15 of 24, after the checkpoint of step 12
-with a half-filled row. whole.safetensors and whole.csv are what that version made of the same run without interruption:
-its final average in half precision, and its metrics."""
+tests/data/v01/run was begun by version 0.1 (commit 6fcd2f7) and killed at step 15 of 24, after the checkpoint of step
+12 with a half-filled row. whole.safetensors and whole.csv are what that version made of the same run without
+interruption: its final average in half precision, and its metrics."""
 import csv, json, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,8 @@ def run(tmp_path): return shutil.copytree(v01 / "run", tmp_path / "run")
 
 
 def whole(): # metrics of the uninterrupted run
-    with open(v01 / "whole.csv") as f: return list(csv.DictReader(f))
+    with open(v01 / "whole.csv") as f:
+        return list(csv.DictReader(f))
 
 
 def test_the_folder_is_small_and_of_version_0_1():
@@ -57,7 +58,8 @@ def test_info_and_load_model(run):
         [(_, images)] = sample_batches(m.model, m.schedule, m.shape, [0, 1], y=torch.tensor([3, 7]), steps=3,
                                        prediction=m.config.prediction, progress=False)
         assert images.shape == (2, 1, 8, 8)
-    with pytest.raises(DiffnbError, match="holds no 'ema2' weights"): load_model(run, "cpu", "ema2")
+    with pytest.raises(DiffnbError, match="holds no 'ema2' weights"):
+        load_model(run, "cpu", "ema2")
     assert load_model(v01 / "whole.safetensors", "cpu").step == 24
     assert load_model(checkpoints(run)[-1], "cpu").step == 12
 
@@ -77,7 +79,8 @@ def test_it_is_continued_to_the_end_that_its_own_version_reached(run):
     metrics = read_metrics(run)
     assert list(metrics) == columns and metrics["step"].tolist() == [5, 10, 15, 20, 24]   # no gap, no row twice
     for column in columns:
-        if column in ("images_per_s", "seconds", "processor_seconds"): continue
+        if column in ("images_per_s", "seconds", "processor_seconds"):
+            continue
         old = np.array([float(row[column]) for row in whole()])
         assert np.allclose(metrics[column], old, rtol=1e-3, atol=1e-9, equal_nan=True), column
     assert np.isnan(metrics["processor_seconds"][:2]).all() and (metrics["processor_seconds"][2:] > 0).all()
@@ -100,5 +103,6 @@ def test_it_is_continued_from_the_shell_and_may_be_extended(run):
 def test_what_version_0_1_did_not_know_is_another_run(run, name, value):
     config = replace(read_config(run)["config"], **{name: value})
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(DiffnbError, match=f"holds a run with {name}="): train(config, run, progress=False)
+    with pytest.raises(DiffnbError, match=f"holds a run with {name}="):
+        train(config, run, progress=False)
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}

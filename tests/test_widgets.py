@@ -20,7 +20,8 @@ from diffnb.workshop.widgets import attention_maps, dissolve, sampling, trajecto
 def flow():
     model = UNet(8, 1, 16, (1, 2), blocks=1, attention=(4,), norm_groups=8, num_classes=10, patch_size=2)
     g = torch.Generator().manual_seed(0)
-    for p in model.parameters(): p.data.add_(0.1 * torch.randn(p.shape, generator=g))
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=g))
     config = TrainConfig(schedule="flow", prediction="velocity", T=50, patch_size=2, sample_steps=10)
     return Trained(model.eval().requires_grad_(False), flow_schedule(50), config, tuple("0123456789"), 1)
 

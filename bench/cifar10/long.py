@@ -36,7 +36,8 @@ RULES = PROTOCOL + "; weights in half precision; floor: as many real images of t
 # ---- the copy of the sources
 
 def git(*args): # -> bytes
-    try: return subprocess.run(["git", "-C", str(ROOT), *args], check=True, capture_output=True).stdout
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *args], check=True, capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError) as e:
         raise DiffnbError(f"{ROOT} is not a git checkout ({e}): the run needs one, to copy the sources and name "
                           "their commit") from e
@@ -46,22 +47,29 @@ def freeze(source, parts=("diffnb", "bench/cifar10")):
     commit, archive = git("rev-parse", "HEAD").decode().strip(), git("archive", "HEAD", *parts)
     if changed := git("status", "--porcelain", "--", *parts).decode():
         print(f"not committed, so not in the copy:\n{changed}", flush=True)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar: tar.extractall(source, filter="data")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(source, filter="data")
     write_whole(source / "COMMIT", commit)
 
 def run_frozen(out):
     "Replace this process by one that runs the copy in OUT/source, unless it does already."
     source = out.resolve() / "source"
-    if ROOT == source: return
-    if not (source / "COMMIT").exists() and os.environ.get("RANK", "0") == "0": freeze(source)
-    while not (source / "COMMIT").exists(): time.sleep(0.1)              # rank 0 is copying
+    if ROOT == source:
+        return
+    if not (source / "COMMIT").exists() and os.environ.get("RANK", "0") == "0":
+        freeze(source)
+    while not (source / "COMMIT").exists():
+        time.sleep(0.1)              # rank 0 is copying
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(source / "bench/cifar10/long.py"), *sys.argv[1:]])
 
 def commit_of(): # the hash in COMMIT, or of the checkout; "unknown" outside git
-    if (ROOT / "COMMIT").exists(): return (ROOT / "COMMIT").read_text()
-    try: return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").decode().strip()
-    except DiffnbError: return "unknown"
+    if (ROOT / "COMMIT").exists():
+        return (ROOT / "COMMIT").read_text()
+    try:
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").decode().strip()
+    except DiffnbError:
+        return "unknown"
 
 
 # ---- the log and the plan
@@ -84,7 +92,8 @@ def settings_of(path): # JSON file -> TrainConfig
     return replace(config, epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
 
 def begin_plan(a): # -> dict
-    if not a.config: raise DiffnbError(f"{a.out} holds no long run yet: name its settings with --config FILE.json")
+    if not a.config:
+        raise DiffnbError(f"{a.out} holds no long run yet: name its settings with --config FILE.json")
     return {"config": asdict(settings_of(a.config)), "decay_from": None}
 
 def check_same(a, plan):
@@ -98,7 +107,8 @@ def check_same(a, plan):
 def end_now(plan, run): # -> plan
     "Choose the number of epochs so that the decay, the last quarter, begins at the newest checkpoint."
     found = last_checkpoint(run)
-    if found is None: raise DiffnbError(f"{run} has no checkpoint yet: there is nothing to finish")
+    if found is None:
+        raise DiffnbError(f"{run} has no checkpoint yet: there is nothing to finish")
     step, c, n = found[1]["step"], plan["config"], read_config(run)["data"]["images"]
     total = math.ceil(step / (1 - DECAY_SHARE))
     return {"config": {**c, "epochs": (total - 0.5) * c["batch_size"] / n}, "decay_from": step, "steps": total}
@@ -107,7 +117,8 @@ def seconds_per_step(config, run): # of processor time, all threads and ranks to
     "From the run's own log, once it has two rows; until then from a few steps that are thrown away."
     if (run / "metrics.csv").exists():
         m = read_metrics(run)
-        if len(m["step"]) > 1: return np.ptp(m["processor_seconds"]) / np.ptp(m["step"])
+        if len(m["step"]) > 1:
+            return np.ptp(m["processor_seconds"]) / np.ptp(m["step"])
     config, data, net = resolve(config)
     return time_steps(config, data, net, 3, 1)[0] * torch.get_num_threads()
 
@@ -117,10 +128,13 @@ def write_plan(a):
     if who := training_now(run):
         raise DiffnbError(f"{who} is training in {run}: stop it first (on SIGTERM it leaves a checkpoint)")
     plan = read_json(path) if path.exists() else begin_plan(a)
-    if a.config: check_same(a, plan)
-    if a.finish and plan["decay_from"] is None: plan = end_now(plan, run)
+    if a.config:
+        check_same(a, plan)
+    if a.finish and plan["decay_from"] is None:
+        plan = end_now(plan, run)
     config = here(a, plan)
-    if a.resume_from: begin_from(a, config)
+    if a.resume_from:
+        begin_from(a, config)
     seconds, n = seconds_per_step(config, run), len(load_data(config.data, config.image_size, root=a.data_root))
     for name, minutes in (("checkpoint_every", a.checkpoint_minutes), ("sample_every", a.grid_minutes)):
         plan["config"][name] = float(minutes * 60 / seconds * config.batch_size / n)
@@ -129,7 +143,8 @@ def write_plan(a):
 def here(a, plan): return replace(make_config(plan["config"]), device=a.device, data_root=a.data_root) # -> TrainConfig
 
 def planned_config(a, rank=0): # -> TrainConfig, the same for all ranks
-    if rank == 0: write_plan(a)
+    if rank == 0:
+        write_plan(a)
     return here(a, read_json(a.out / "plan.json"))
 
 
@@ -137,9 +152,12 @@ def planned_config(a, rank=0): # -> TrainConfig, the same for all ranks
 
 @contextmanager
 def ranks_of(device): # one process, or one of several that torchrun has started
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield SingleProcess(); return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield SingleProcess()
+        return
     ranks = Ranks(device=device)
-    with ranks.guard(): yield ranks
+    with ranks.guard():
+        yield ranks
 
 def train_long(a, ranks=SingleProcess()): # -> TrainState
     "Start or resume the run in OUT/run, and log that; return when it is stopped or done."
@@ -148,7 +166,8 @@ def train_long(a, ranks=SingleProcess()): # -> TrainState
     before = steps_done(run)
     note("resumed" if before else "started", before, ranks=ranks.world_size, threads=torch.get_num_threads(),
          **machine(a.device))
-    try: state = train(config, run, sampler=dpmpp_2m, progress=sys.stderr.isatty(), ranks=ranks)
+    try:
+        state = train(config, run, sampler=dpmpp_2m, progress=sys.stderr.isatty(), ranks=ranks)
     except BaseException as e:
         note("failed", steps_done(run), reason=f"{type(e).__name__}: {e}")
         raise
@@ -165,19 +184,22 @@ def half(tensors, meta, weights): # -> (tensors, meta)
     "One average of a checkpoint, as diffnb.workshop.models.save_weights writes it, with the time spent."
     prefix = weights + "."
     kept = {f"ema.{k.removeprefix(prefix)}": v.half() for k, v in tensors.items() if k.startswith(prefix)}
-    if not kept: raise DiffnbError(f"no {weights!r} among the weights, only {', '.join(averages_in(tensors))}")
+    if not kept:
+        raise DiffnbError(f"no {weights!r} among the weights, only {', '.join(averages_in(tensors))}")
     facts = {k: meta[k] for k in ("step", "config", "model", "seconds", "processor_seconds") if k in meta}
     return kept, {**facts, "data": {"classes": meta["data"]["classes"]}}
 
 def write_snapshot(run, folder): # -> paths
     "Every average of the newest checkpoint: FOLDER/ema.safetensors, ema2.safetensors, …, each for load_model."
-    if (found := last_checkpoint(run)) is None: raise DiffnbError(f"{run} has no checkpoint yet")
+    if (found := last_checkpoint(run)) is None:
+        raise DiffnbError(f"{run} has no checkpoint yet")
     names = averages_in(found[0])
     return [write_tensors(Path(folder) / f"{name}.safetensors", *half(*found, name)) for name in names]
 
 def read_snapshot(source): # file, or folder of write_snapshot -> ({"ema": tensors, …}, meta)
     paths = sorted(Path(source).glob("ema*.safetensors")) if Path(source).is_dir() else [Path(source)]
-    if not paths: raise DiffnbError(f"no ema.safetensors in {source}: name a folder of --snapshot, or a weights file")
+    if not paths:
+        raise DiffnbError(f"no ema.safetensors in {source}: name a folder of --snapshot, or a weights file")
     read = [read_tensors(p) for p in paths]
     if len({meta["step"] for _, meta in read}) > 1:
         raise DiffnbError(f"the averages in {source} are of different steps")
@@ -207,7 +229,8 @@ def begin_from(a, config):
     if meta["model"] != facts["model"]:
         raise DiffnbError(f"{a.resume_from} holds another model than the settings describe")
     tensors = weights_like(tensors, given, config.ema_half_lives) | {"meter": torch.zeros_like(tensors["meter"])}
-    for old in (*checkpoints(fresh), fresh / "metrics.csv"): old.unlink()
+    for old in (*checkpoints(fresh), fresh / "metrics.csv"):
+        old.unlink()
     facts |= {"step": meta["step"], **{k: meta.get(k, 0.0) for k in ("seconds", "processor_seconds")}}
     write_tensors(fresh / f"checkpoints/step_{meta['step']:09d}.safetensors", tensors, facts)
     fresh.rename(run)
@@ -220,16 +243,20 @@ def begin_score(a, done): # names of finished rows -> folder with weights.safete
     """A folder for one row, with the weights to score. Of the newest checkpoint, unless a file is named or a call with
     these settings was interrupted: then the weights that it had begun with."""
     settings, scores = f"{a.steps}steps_n{a.n}_w{a.guidance:g}n{a.n_guided}", a.out / "scores"
-    if a.score != "newest": found, label = read_tensors(a.score), Path(a.score).stem
+    if a.score != "newest":
+        found, label = read_tensors(a.score), Path(a.score).stem
     else:
         begun = sorted(p.parent for p in scores.glob(f"step_*_{a.weights}_{settings}/weights.safetensors"))
-        if begun := [p for p in begun if p.name not in done]: return begun[-1]
+        if begun := [p for p in begun if p.name not in done]:
+            return begun[-1]
         found, label = last_checkpoint(a.out / "run"), a.weights
-    if found is None: raise DiffnbError(f"{a.out / 'run'} has no checkpoint yet")
+    if found is None:
+        raise DiffnbError(f"{a.out / 'run'} has no checkpoint yet")
     tensors, meta = half(*found, a.weights)
     folder = scores / f"step_{meta['step']:09d}_{label}_{settings}"
     path = folder / "weights.safetensors"
-    if not path.exists(): write_tensors(path, tensors, meta)
+    if not path.exists():
+        write_tensors(path, tensors, meta)
     return folder
 
 def draw_to(folder, m, a, n, w, precision): # -> uint8 (n, C, H, W)
@@ -244,12 +271,14 @@ def reference(a, size, features, batch): # -> {"train": Real, "test": Real}
     "Real images, and their statistics in a file small enough to commit."
     real = real_images(size, features, a.data_root, a.cache, a.real, batch)
     path = a.cache / f"cifar10_{size}_inception768.safetensors"
-    if not path.exists() and not a.real: print(write_statistics(real, size, path, **machine(a.device)), flush=True)
+    if not path.exists() and not a.real:
+        print(write_statistics(real, size, path, **machine(a.device)), flush=True)
     return real
 
 def floors_for(a, size, real, n): # as score.floors, computed once
     path = a.cache / f"floor_{size}_{a.real or 'all'}_n{n}.json"
-    if not path.exists(): save_json(path, floors(real, n))
+    if not path.exists():
+        save_json(path, floors(real, n))
     return read_json(path)
 
 class Scoring:
@@ -286,12 +315,14 @@ def score_long(a): # -> the row
     path = a.out / "scores.json"
     rows = read_json(path) if path.exists() else []
     folder = begin_score(a, {r["name"] for r in rows})
-    if found := [r for r in rows if r["name"] == folder.name]: return found[0]
+    if found := [r for r in rows if r["name"] == folder.name]:
+        return found[0]
     row = Scoring(a, folder).row()
     save_json(path, rows + [row])
     log(a.out, "scored", row["step"], weights=a.weights)
     for left in folder.iterdir(): # samples and their features go, the weights stay
-        if left.is_dir(): shutil.rmtree(left)
+        if left.is_dir():
+            shutil.rmtree(left)
     return row
 
 def tell(row): # a line for each kind of samples and each split
@@ -327,11 +358,16 @@ def parsed(): # -> the command's arguments
 
 def main():
     a = parsed()
-    if a.reference: return list(reference(a, 32, *open_features(a)))
-    if a.score: return tell(score_long(a))
-    if a.snapshot: return print(*write_snapshot(a.out / "run", a.snapshot), sep="\n")
+    if a.reference:
+        return list(reference(a, 32, *open_features(a)))
+    if a.score:
+        return tell(score_long(a))
+    if a.snapshot:
+        return print(*write_snapshot(a.out / "run", a.snapshot), sep="\n")
     run_frozen(a.out)
-    with ranks_of(a.device) as ranks: state = train_long(a, ranks)
+    with ranks_of(a.device) as ranks:
+        state = train_long(a, ranks)
     sys.exit(EXIT[state.stopped_by])
 
-if __name__ == "__main__": run_main(main)
+if __name__ == "__main__":
+    run_main(main)

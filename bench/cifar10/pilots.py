@@ -1,15 +1,18 @@
 """Which recipe for two processor cores? Short runs at equal time, one change at a time, scored alike.
 
-    python bench/cifar10/pilots.py --speed                                  # on an idle machine: how many steps of each fit into the time
-    python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3   # train and score; what is done is not done again
-    python bench/cifar10/figures.py --pilots runs/pilots                    # bench/cifar10/pilots.json, and its figure
+    python bench/cifar10/pilots.py --speed                                  # on an idle machine: how many steps of each
+    fit into the time python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3   # train and score; what is done
+    is not done again python bench/cifar10/figures.py --pilots runs/pilots                    #
+    bench/cifar10/pilots.json, and its figure
 
-A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so many steps as an idle machine does in
-that time; a disturbance makes it longer and changes nothing else. The learning rate is constant for 30% and then falls to zero. Scored are
-- the error of x0 on 1,000 test images at fixed ratios of signal to noise, which does not depend on schedule, prediction or timesteps of training;
+A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so many
+steps as an idle machine does in that time; a disturbance makes it longer and changes nothing else. The learning rate is
+constant for 30% and then falls to zero. Scored are
+- the error of x0 on 1,000 test images at fixed ratios of signal to noise, which does not depend on schedule, prediction
+or timesteps of training;
 - the Fréchet distance on 768 Inception features of 1,000 samples to all test images, without guidance and with 2;
-- how many of these samples a linear classifier on the same features calls by the right name (it learned on 10,000 real training images).
-"""
+- how many of these samples a linear classifier on the same features calls by the right name (it learned on 10,000 real
+training images). """
 from score import *
 
 from dataclasses import dataclass, field
@@ -23,31 +26,24 @@ from diffnb.workshop.run import new_state
 from diffnb.scale import count_flops
 
 SMALL = TrainConfig(
-    data="cifar10", flip=True, patch_size=2, base_channels=128, channel_mult=(1.0, 1.0), blocks=2, attention=(8,), head_dim=64,
-    schedule="flow", prediction="velocity", logit_normal=(-0.2, 1.0), optimizer="muon", lr=3e-3, warmup=100, decay_share=0.7, batch_size=64,
-    ema_half_lives=(0.05, 0.1, 0.02), precision="bf16", device="cpu")
+    data="cifar10", flip=True, patch_size=2, base_channels=128, channel_mult=(1.0, 1.0), blocks=2, attention=(8,),
+    head_dim=64, schedule="flow", prediction="velocity", logit_normal=(-0.2, 1.0), optimizer="muon", lr=3e-3,
+    warmup=100, decay_share=0.7, batch_size=64, ema_half_lives=(0.05, 0.1, 0.02), precision="bf16", device="cpu")
 LARGE, MIDDLE = dict(base_channels=96, channel_mult=(1.0, 2.0, 2.0)), dict(base_channels=96, channel_mult=(1.0, 2.0))
 FLAT = dict(logit_normal=None)
 PILOTS = {
-    "flow-muon-3e-3": {},
-    "muon-1e-3": dict(lr=1e-3),
-    "adamw-1e-3": dict(optimizer="adamw", lr=1e-3),
-    "adamw-3e-4": dict(optimizer="adamw", lr=3e-4),
-    "large": LARGE,
-    "middle": MIDDLE,
+    "flow-muon-3e-3": {}, "muon-1e-3": dict(lr=1e-3), "adamw-1e-3": dict(optimizer="adamw", lr=1e-3),
+    "adamw-3e-4": dict(optimizer="adamw", lr=3e-4), "large": LARGE, "middle": MIDDLE,
     "v-cosine": dict(schedule="cosine", prediction="v", **FLAT),
     "eps-cosine": dict(schedule="cosine", prediction="eps", **FLAT),
-    "eps-linear": dict(schedule="linear", prediction="eps", **FLAT),
-    "flow-uniform": FLAT,
-    "logit-0-1": dict(logit_normal=(0.0, 1.0)),
-    "logit-0.5-1.2": dict(logit_normal=(-0.5, 1.2)),
-    "logit-1.2-1.2": dict(logit_normal=(-1.2, 1.2)),
-    "batch-32": dict(batch_size=32),
+    "eps-linear": dict(schedule="linear", prediction="eps", **FLAT), "flow-uniform": FLAT,
+    "logit-0-1": dict(logit_normal=(0.0, 1.0)), "logit-0.5-1.2": dict(logit_normal=(-0.5, 1.2)),
+    "logit-1.2-1.2": dict(logit_normal=(-1.2, 1.2)), "batch-32": dict(batch_size=32),
     "large-logit-0-1": dict(**LARGE, logit_normal=(0.0, 1.0)),
     "large-adamw-1e-3": dict(**LARGE, logit_normal=(0.0, 1.0), optimizer="adamw", lr=1e-3),
-    "analysed": dict(patch_size=1, base_channels=64, channel_mult=None, attention=None, head_dim=None, schedule="linear", prediction="eps", **FLAT,
-                     optimizer="adamw", lr=1e-4, warmup=200, decay_share=None, ema_half_lives=None),
-}
+    "analysed": dict(
+        patch_size=1, base_channels=64, channel_mult=None, attention=None, head_dim=None, schedule="linear",
+        prediction="eps", **FLAT, optimizer="adamw", lr=1e-4, warmup=200, decay_share=None, ema_half_lives=None)}
 LOG_SNR = (6, 4, 2, 0, -2, -4) # natural logarithm of signal power over noise power
 
 
@@ -62,13 +58,16 @@ def x0_errors(model, schedule, prediction, data, n=1000): # -> {log SNR: mean sq
         t = (schedule.log_snr() - level).abs().argmin()
         x_t, ts = schedule.add_noise(x0, noise, int(t)), t.expand(250)
         with torch.autocast("cpu", torch.bfloat16):
-            guesses = [schedule.to_x0(model(x, ts[:len(x)], l), x, int(t), prediction) for x, l in zip(x_t.split(250), y.split(250))]
+            guesses = [
+                schedule.to_x0(model(x, ts[: len(x)], l), x, int(t), prediction)
+                for x, l in zip(x_t.split(250), y.split(250))]
         found[level] = (torch.cat(guesses) - x0).square().mean().item()
     return found
 
 def bf16(features): # half a day of pilots is enough without float32; the real images are seen through the same glasses
     def f(x):
-        with torch.autocast("cpu", torch.bfloat16): return features(x).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return features(x).float()
     return f
 
 def real(a, features): # -> ({"train": features and labels of 10,000 images, "test": of all}), kept in the cache
@@ -77,7 +76,9 @@ def real(a, features): # -> ({"train": features and labels of 10,000 images, "te
         found = {}
         for split in ("train", "test"):
             data = load_data("cifar10", split=split, root=a.data_root)
-            found |= {f"{split}.features": torch.cat([features(x) for x in data.images[:10_000].split(50)]), f"{split}.labels": data.labels[:10_000]}
+            found |= {
+                f"{split}.features": torch.cat([features(x) for x in data.images[:10_000].split(50)]),
+                f"{split}.labels": data.labels[:10_000]}
         write_tensors(path, found, {"network": "Inception-v3 2015-12-05, 768 features, in bf16"})
     return read_tensors(path)[0]
 
@@ -87,7 +88,8 @@ def namer(tensors): # -> (function: features -> labels, its accuracy on real tes
     from sklearn.preprocessing import StandardScaler
     net = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     net.fit(tensors["train.features"].numpy(), tensors["train.labels"].numpy())
-    return lambda f: torch.from_numpy(net.predict(f.numpy())), net.score(tensors["test.features"].numpy(), tensors["test.labels"].numpy())
+    return lambda f: torch.from_numpy(net.predict(f.numpy())), net.score(
+        tensors["test.features"].numpy(), tensors["test.labels"].numpy())
 
 def score(model, schedule, config, a, prediction, name): # -> dict
     network, _ = open_features(a)
@@ -96,9 +98,13 @@ def score(model, schedule, config, a, prediction, name): # -> dict
     name_of, accuracy = namer(tensors)
     reference = Moments([tensors["test.features"]])
     for w in (1.0, 2.0):
-        images = draw(model, schedule, (3, 32, 32), a.n, prediction=prediction, sampler="dpmpp_2m", steps=15, w=w, batch=100, precision="bf16")
+        images = draw(
+            model, schedule, (3, 32, 32), a.n, prediction=prediction, sampler="dpmpp_2m", steps=15, w=w, batch=100,
+            precision="bf16")
         f = torch.cat([features(x) for x in images.split(50)])
-        facts[f"w{w:g}"] = {"frechet": frechet_distance(Moments([f]), reference), "named_right": (name_of(f) == torch.arange(a.n) % 10).float().mean().item()}
+        facts[f"w{w:g}"] = {
+            "frechet": frechet_distance(Moments([f]), reference),
+            "named_right": (name_of(f) == torch.arange(a.n) % 10).float().mean().item()}
         save_grid(images[:100], a.out / f"{name}_w{w:g}.png", cols=10, scale=2)
     return {**facts, "namer_on_real": accuracy}
 
@@ -109,26 +115,36 @@ def speed(a):
     for name in a.only:
         config, _, net = resolve(config_of(name, a))
         seconds, state = time_steps(config, data, net, 5, 2)
-        found[name] = {"seconds_per_step": seconds, "images_per_second": config.batch_size / seconds, "parameters": count_parameters(state.model),
-                       "gflop_an_image": count_flops(state.model, train=True) / 1e9}
-        print(name, found[name], flush=True); save_json(path, found)
+        found[name] = {
+            "seconds_per_step": seconds, "images_per_second": config.batch_size / seconds,
+            "parameters": count_parameters(state.model), "gflop_an_image": count_flops(state.model, train=True) / 1e9}
+        print(name, found[name], flush=True)
+        save_json(path, found)
 
 def pilot(name, a):
     path, plan = a.out / f"{name}.json", read_json(a.out / "speed.json")[name]
-    if path.exists(): return
+    if path.exists():
+        return
     config, data, net = resolve(config_of(name, a))
     steps = int(a.core_minutes * 60 / plan["seconds_per_step"])
     config = replace(config, epochs=(steps - 0.5) * config.batch_size / len(data))
-    schedule, state, losses = make_schedule(config.schedule, config.T, config.shift), new_state(net, config, torch.device("cpu")), []
+    schedule, state, losses = (
+        make_schedule(config.schedule, config.T, config.shift), new_state(net, config, torch.device("cpu")), [])
     start, cpu = time.perf_counter(), time.process_time()
     for step in train_steps(state, data, schedule, steps, config.precision):
         if step % 50 == 0 or step == steps:
             losses.append([step, state.meter.read()["loss"]])
-            if step % 250 == 0: print(f"{name} {step}/{steps} loss {losses[-1][1]:.4f} {step * config.batch_size / (time.perf_counter() - start):.0f}/s", flush=True)
+            if step % 250 == 0:
+                print(
+                    f"{name} {step}/{steps} loss {losses[-1][1]:.4f} "
+                    f"{step * config.batch_size / (time.perf_counter() - start):.0f}/s",
+                    flush=True)
     minutes, core_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu) / 60
     test = load_data("cifar10", split="test", root=a.data_root)
-    facts = {"name": name, "change": PILOTS[name], "config": asdict(config), **plan, "steps": steps, "images": steps * config.batch_size,
-             "minutes": minutes, "core_minutes": core_minutes, "losses": losses, "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
+    facts = {
+        "name": name, "change": PILOTS[name], "config": asdict(config), **plan, "steps": steps,
+        "images": steps * config.batch_size, "minutes": minutes, "core_minutes": core_minutes, "losses": losses,
+        "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
     for average, ema in state.averages.items():
         save_weights(Trained(ema.model, schedule, config, data.classes, steps), a.out / f"{name}_{average}.safetensors")
         facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.prediction, test)}
@@ -138,14 +154,23 @@ def pilot(name, a):
 
 def main():
     p = scoring_arguments(arguments(__doc__))
-    p.set_defaults(out=Path("runs/pilots")); [x for x in p._actions if x.dest == "out"][0].required = False
-    p.add_argument("--speed", action="store_true"); p.add_argument("--only", nargs="*", default=list(PILOTS)); p.add_argument("--core-minutes", type=float, default=24)
+    p.set_defaults(out=Path("runs/pilots"))
+    [x for x in p._actions if x.dest == "out"][0].required = False
+    p.add_argument("--speed", action="store_true")
+    p.add_argument("--only", nargs="*", default=list(PILOTS))
+    p.add_argument("--core-minutes", type=float, default=24)
     p.add_argument("--n", type=int, default=1000)
     a = p.parse_args()
-    a.cache = a.cache or a.out; a.out.mkdir(parents=True, exist_ok=True)
-    quietly(); torch.set_num_threads(1)
-    if a.speed: return speed(a)
-    if not a.only: return real(a, bf16(open_features(a)[0]))
-    for name in a.only: pilot(name, a)
+    a.cache = a.cache or a.out
+    a.out.mkdir(parents=True, exist_ok=True)
+    quietly()
+    torch.set_num_threads(1)
+    if a.speed:
+        return speed(a)
+    if not a.only:
+        return real(a, bf16(open_features(a)[0]))
+    for name in a.only:
+        pilot(name, a)
 
-if __name__ == "__main__": run_main(main)
+if __name__ == "__main__":
+    run_main(main)

@@ -1,8 +1,9 @@
-"""How images are scored here: Fréchet distance and KID on the 768-d features of the FID Inception, against real images of either split.
+"""How images are scored here: Fréchet distance and KID on the 768-d features of the FID Inception, against real images
+of either split.
 
-The network is the Inception-v3 of 2015-12-05 up to Mixed_6e, built of torchvision's blocks, so that torch-fidelity need not be installed; a test holds
-the two side by side. Its arithmetic is float32 without TF32, whatever else the device would do.
-"""
+The network is the Inception-v3 of 2015-12-05 up to Mixed_6e, built of torchvision's blocks, so that torch-fidelity need
+not be installed; a test holds the two side by side. Its arithmetic is float32 without TF32, whatever else the device
+would do. """
 from common import *
 
 import shutil, warnings
@@ -35,27 +36,40 @@ def pool_inside(block):
     "TensorFlow's average pooling leaves the padding out of the mean; torchvision's blocks count it."
     def note(module, inputs): module.seen = inputs[0]
     block.register_forward_pre_hook(note)
-    block.branch_pool.register_forward_pre_hook(lambda module, inputs: F.avg_pool2d(block.seen, 3, stride=1, padding=1, count_include_pad=False))
+    block.branch_pool.register_forward_pre_hook(
+        lambda module, inputs: F.avg_pool2d(block.seen, 3, stride=1, padding=1, count_include_pad=False))
 
 def inception_tensors(path):
     "torch-fidelity's .pth or .safetensors; or an .npz with LAYER.weight and LAYER.bias, batch norm folded in."
-    if not Path(path).is_file(): raise DiffnbError(f"no Inception weights in {path}: name torch-fidelity's weights-inception-2015-12-05-6726825d.pth with --inception")
-    if Path(path).suffix == ".pth": return torch.load(path, weights_only=True, map_location="cpu")
-    if Path(path).suffix != ".npz": import safetensors.torch; return safetensors.torch.load_file(path)
+    if not Path(path).is_file():
+        raise DiffnbError(
+            f"no Inception weights in {path}: name torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth with --inception")
+    if Path(path).suffix == ".pth":
+        return torch.load(path, weights_only=True, map_location="cpu")
+    if Path(path).suffix != ".npz":
+        import safetensors.torch
+        return safetensors.torch.load_file(path)
     tensors = {}
     with np.load(path, allow_pickle=False) as file:
         for key in file.files:
             (layer, kind), value = key.rsplit(".", 1), torch.from_numpy(file[key])
-            if kind == "weight": tensors |= {f"{layer}.conv.weight": value, f"{layer}.bn.weight": torch.ones(len(value)),
-                                             f"{layer}.bn.running_mean": torch.zeros(len(value)), f"{layer}.bn.running_var": torch.full((len(value),), 1 - 1e-3)} # eps is 1e-3
-            else: tensors[f"{layer}.bn.bias"] = value
+            if kind == "weight":
+                # eps is 1e-3
+                tensors |= {
+                    f"{layer}.conv.weight": value, f"{layer}.bn.weight": torch.ones(len(value)),
+                    f"{layer}.bn.running_mean": torch.zeros(len(value)),
+                    f"{layer}.bn.running_var": torch.full((len(value),), 1 - 1e-3)}
+            else:
+                tensors[f"{layer}.bn.bias"] = value
     return tensors
 
 def stretch(x, size=299):
     "Bilinear as in TensorFlow 1: pixel i of the result looks at i * old / new, with no shift by half a pixel."
     for dim in (3, 2):
         at = torch.arange(size, dtype=torch.float32, device=x.device) * (x.shape[dim] / size)
-        low = at.long(); weight = (at - low).view(-1, *[1] * (3 - dim))
+        low = at.long()
+        weight = (at - low).view(-1, *[1] * (3 - dim))
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)), weight)
     return x
 
@@ -64,15 +78,19 @@ def inception(path, device="cpu"): # -> Features
     whole = Inception3(aux_logits=False, init_weights=False)
     net = nn.Sequential(OrderedDict((name, getattr(whole, name)) for name in LAYERS))
     tensors, wanted = inception_tensors(path), net.state_dict()
-    if missing := [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]: raise DiffnbError(f"{path} holds no {missing[0]}: it is not the FID Inception")
+    if missing := [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]:
+        raise DiffnbError(f"{path} holds no {missing[0]}: it is not the FID Inception")
     net.load_state_dict({k: tensors.get(k, v) for k, v in wanted.items()})
     for block in net:
-        if isinstance(block, (InceptionA, InceptionC)): pool_inside(block)
+        if isinstance(block, (InceptionA, InceptionC)):
+            pool_inside(block)
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     def features(x):
         before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-        try: return net((stretch(x.float()) - 128) / 128).mean((2, 3))
-        finally: torch.backends.cudnn.allow_tf32 = before
+        try:
+            return net((stretch(x.float()) - 128) / 128).mean((2, 3))
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
     return Features(features, "Inception-v3 2015-12-05", 768, str(device))
 
 def resized(images, size): # uint8, as diffnb.data resizes real images: bicubic, antialiased, rounded to bytes
@@ -100,10 +118,12 @@ def features_in_parts(features, images, folder, batch=256, each=500): # ImageDat
     return torch.cat(parts)
 
 def real_images(size, features, root=None, cache=None, limit=None, batch=256): # -> {"train": Real, "test": Real}
-    "Features of both splits in the size asked for; kept in the folder `cache`. `limit`: only so many of each, for a rehearsal."
+    """Features of both splits in the size asked for; kept in the folder `cache`. `limit`: only so many of each, for a
+    rehearsal."""
     name = f"real_{size}_{limit or 'all'}"
     path, parts = cache and Path(cache) / f"{name}.safetensors", cache and Path(cache) / f"{name}.parts"
-    if path and path.exists(): return {k: Real(v.to(features.device)) for k, v in read_tensors(path)[0].items()}
+    if path and path.exists():
+        return {k: Real(v.to(features.device)) for k, v in read_tensors(path)[0].items()}
     found = {}
     for split in ("train", "test"):
         data = load_data("cifar10", size, split=split, root=root)
@@ -115,21 +135,27 @@ def real_images(size, features, root=None, cache=None, limit=None, batch=256): #
     return {k: Real(v.to(features.device)) for k, v in found.items()}
 
 def write_statistics(real, size, path, **facts):
-    "Mean and covariance (its upper triangle) of both splits: small enough to commit, enough for a Fréchet distance without any real image."
+    """Mean and covariance (its upper triangle) of both splits: small enough to commit, enough for a Fréchet distance
+    without any real image."""
     tensors = {}
     for split, r in real.items():
         upper = torch.triu_indices(*r.moments.cov.shape, device=r.moments.cov.device)
         tensors |= {f"{split}.mean": r.moments.mean, f"{split}.cov": r.moments.cov[*upper].float()}
-    return write_tensors(path, tensors, {"network": "Inception-v3 2015-12-05", "dim": 768, "data": "cifar10", "size": size, "filter": "native" if size == 32 else "bicubic",
-                                         "n": {k: len(r) for k, r in real.items()}, **facts})
+    return write_tensors(
+        path, tensors,
+        {
+            "network": "Inception-v3 2015-12-05", "dim": 768, "data": "cifar10", "size": size,
+            "filter": "native" if size == 32 else "bicubic", "n": {k: len(r) for k, r in real.items()}, **facts})
 
 def read_statistics(path): # -> ({"train": Moments, "test": Moments}, meta)
     tensors, meta = read_tensors(path)
     found = {}
     for split, n in meta["n"].items():
         m, mean, values = Moments(), tensors[f"{split}.mean"], tensors[f"{split}.cov"].double()
-        cov = torch.zeros(len(mean), len(mean), dtype=torch.float64); rows, cols = torch.triu_indices(*cov.shape)
-        cov[rows, cols] = values; cov[cols, rows] = values
+        cov = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        rows, cols = torch.triu_indices(*cov.shape)
+        cov[rows, cols] = values
+        cov[cols, rows] = values
         m.n, m.mean, m.scatter = n, mean, cov * (n - 1)
         found[split] = m
     return found, meta
@@ -141,17 +167,22 @@ def quietly(): # few images in a rehearsal: every distance would warn
     warnings.filterwarnings("ignore", message=".*do not determine a covariance.*")
 
 def distances(f, real): # features (N, 768), {split: Real} -> {split: dict}
-    "Fréchet distance with its standard error (grouped jackknife) and KID (100 subsets of up to 1,000) against each split."
+    """Fréchet distance with its standard error (grouped jackknife) and KID (100 subsets of up to 1,000) against each
+    split."""
     found = {}
     for split, r in real.items():
         mean, std = kid(f, r.features, min(1000, len(f), len(r)))
-        found[split] = {"frechet": frechet_distance(Moments(f.split(4096)), r.moments), "error": jackknife_error(f, r.moments), "kid": mean, "kid_std": std, "n_reference": len(r)}
+        found[split] = {
+            "frechet": frechet_distance(Moments(f.split(4096)), r.moments), "error": jackknife_error(f, r.moments),
+            "kid": mean, "kid_std": std, "n_reference": len(r)}
     return found
 
 def floor(real): # what a perfect model could reach: real images against real images
     order = torch.randperm(len(real["train"]), generator=addressed(0, "halves")).to(real["train"].features.device)
     a, b = real["train"].features[order].chunk(2)
-    against = {"test": {"n": len(real["test"]), **distances(real["test"].features, {"train": real["train"]})["train"]}, "half of train": {"n": len(a), **distances(a, {"rest": Real(b)})["rest"]}}
+    against = {
+        "test": {"n": len(real["test"]), **distances(real["test"].features, {"train": real["train"]})["train"]},
+        "half of train": {"n": len(a), **distances(a, {"rest": Real(b)})["rest"]}}
     return {"of real images to train": against["test"], "of half of train to its other half": against["half of train"]}
 
 def floors(real, n): # {split: Real} -> {split: dict}
@@ -164,23 +195,33 @@ def floors(real, n): # {split: Real} -> {split: dict}
     return found
 
 def draw(model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu", precision="float32", end=None): # -> uint8 (n, C, H, W), or None: out of time
-    "Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the same shapes and compiles once."
+    """Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the
+    same shapes and compiles once."""
     y, parts = torch.arange(n) % classes if classes else None, []
-    for _, x in sample_batches(model, schedule, shape, list(range(n)), y=y, batch_size=batch if w == 1 else batch // 2, sampler=SAMPLERS[sampler], device=device, progress=False,
-                               guide=None if w == 1 else partial(guided, w=w), precision=precision, steps=steps, prediction=prediction):
+    for _, x in sample_batches(
+        model, schedule, shape, list(range(n)), y=y, batch_size=batch if w == 1 else batch // 2,
+        sampler=SAMPLERS[sampler], device=device, progress=False, guide=None if w == 1 else partial(guided, w=w),
+        precision=precision, steps=steps, prediction=prediction):
         parts.append(x)
-        if end is not None and time.perf_counter() > end and sum(map(len, parts)) < n: return None
+        if end is not None and time.perf_counter() > end and sum(map(len, parts)) < n:
+            return None
     return torch.cat(parts)
 
 def scoring_arguments(p):
-    p.add_argument("--inception", default=None, help="torch-fidelity's weights file; default: $DIFFNB_INCEPTION"); p.add_argument("--cache", type=Path, help="where features of real images are kept (220 MB)")
-    p.add_argument("--real", type=int, help="only so many real images of each split, for a rehearsal"); p.add_argument("--sample-batch", type=int, help="images sampled at a time; default 2500 on a GPU, else 32")
+    p.add_argument("--inception", default=None, help="torch-fidelity's weights file; default: $DIFFNB_INCEPTION")
+    p.add_argument("--cache", type=Path, help="where features of real images are kept (220 MB)")
+    p.add_argument("--real", type=int, help="only so many real images of each split, for a rehearsal")
+    p.add_argument("--sample-batch", type=int, help="images sampled at a time; default 2500 on a GPU, else 32")
     return p
 
 def open_features(a): # -> (Features, images at a time)
     path = a.inception or os.environ.get("DIFFNB_INCEPTION")
-    if not path: raise DiffnbError("no Inception weights: name torch-fidelity's weights-inception-2015-12-05-6726825d.pth with --inception or DIFFNB_INCEPTION")
-    if a.real: quietly()
+    if not path:
+        raise DiffnbError(
+            "no Inception weights: name torch-fidelity's weights-inception-2015-12-05-6726825d.pth with "
+            "--inception or DIFFNB_INCEPTION")
+    if a.real:
+        quietly()
     device = pick_device(a.device)
     a.sample_batch = a.sample_batch or (2500 if device.type == "cuda" else 32)
     return inception(path, device), 500 if device.type == "cuda" else 32

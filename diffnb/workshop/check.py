@@ -63,33 +63,41 @@ def _kind(x): # the word for a tensor's dtype in a message
             "complex" if x.is_complex() else "float" if x.is_floating_point() else "integer")
 
 def _close(got, want, atol):
-    if got.shape != want.shape: return False
+    if got.shape != want.shape:
+        return False
     wide = torch.complex128 if got.is_complex() or want.is_complex() else torch.float64
-    return torch.allclose(got.detach().cpu().to(wide), want.detach().cpu().to(wide), rtol=1e-5, atol=atol, equal_nan=True)
+    return torch.allclose(
+        got.detach().cpu().to(wide), want.detach().cpu().to(wide), rtol=1e-5, atol=atol, equal_nan=True)
 
 def _tensor(got, want, what):
     "`got` as a tensor, if it is the kind of thing that `want` is."
     name = lambda x: "PyTorch tensor" if torch.is_tensor(x) else type(x).__name__
-    if got is None: raise Wrong(f"{what} is None: does your function end with `return`?")
+    if got is None:
+        raise Wrong(f"{what} is None: does your function end with `return`?")
     listed = isinstance(want, (list, tuple))
     fits = (torch.is_tensor(got) if torch.is_tensor(want) else isinstance(got, (list, tuple)) if listed
             else not isinstance(got, (list, tuple)))
     wrong = Wrong(f"{what} is of type {name(got)} where {name(want)} was expected.")
-    if not fits: raise wrong
-    try: return torch.as_tensor(got)
-    except (TypeError, ValueError, RuntimeError): raise wrong from None
+    if not fits:
+        raise wrong
+    try:
+        return torch.as_tensor(got)
+    except (TypeError, ValueError, RuntimeError):
+        raise wrong from None
 
 # %% ../../nbs/workshop/check.ipynb #c016
 def _place(index): return f" at [{', '.join(map(str, index))}]" if index else ""
 
 def _difference(got, want, what, atol): # the message for values that differ
     got, want = (x.detach().cpu().double() for x in (got, want))
-    if want.numel() == 1: return f"{what} is {got.item():.5g} where {want.item():.5g} was expected."
+    if want.numel() == 1:
+        return f"{what} is {got.item():.5g} where {want.item():.5g} was expected."
     bad = ~torch.isclose(got, want, rtol=1e-5, atol=atol, equal_nan=True)
     where = tuple(bad.nonzero()[0].tolist())
     said = (f"{what} is wrong in {bad.sum()} of {bad.numel()} places, first{_place(where)}: "
             f"{got[where]:.5g} where {want[where]:.5g} was expected.")
-    if want.numel() < 8 or not want.isfinite().all(): return said
+    if want.numel() < 8 or not want.isfinite().all():
+        return said
     return said + (f" Its mean is {got.mean():.3g} and its standard deviation {got.std():.3g}; "
                    f"{want.mean():.3g} and {want.std():.3g} were expected.")
 
@@ -104,41 +112,55 @@ def same(got,       # what the learner's function returned
     expected = torch.as_tensor(want)
     good_kind = _kind(made) == _kind(expected) or not torch.is_tensor(want) and expected.is_floating_point()
     if _close(made, expected, atol):
-        if good_kind: return
+        if good_kind:
+            return
         raise Wrong(f"{what} holds {made.dtype} values where {expected.dtype} was expected.".replace("torch.", ""))
     for message, other in others.items():
-        if _close(made, torch.as_tensor(other), atol): raise Wrong(message)
+        if _close(made, torch.as_tensor(other), atol):
+            raise Wrong(message)
     if made.shape != expected.shape:
-        raise Wrong(f"{what} has {len(made)} entries where {len(expected)} were expected." if isinstance(want, (list, tuple))
-                    and made.ndim == expected.ndim == 1 else
-                    f"{what} has shape {tuple(made.shape)} where {tuple(expected.shape)} was expected.")
-    if not good_kind: raise Wrong(f"{what} holds {made.dtype} values where {expected.dtype} was expected.".replace("torch.", ""))
+        raise Wrong(
+            f"{what} has {len(made)} entries where {len(expected)} were expected."
+            if isinstance(want, (list, tuple)) and made.ndim == expected.ndim == 1
+            else f"{what} has shape {tuple(made.shape)} where {tuple(expected.shape)} was expected.")
+    if not good_kind:
+        raise Wrong(f"{what} holds {made.dtype} values where {expected.dtype} was expected.".replace("torch.", ""))
     lost = ~made.detach().isfinite() & expected.isfinite().to(made.device)
     if lost.any():
         where = tuple(lost.nonzero()[0].tolist())
-        raise Wrong(f"{what} holds {made[where].item()}{_place(where)}, first of {int(lost.sum())} such values: was something divided by zero?")
+        raise Wrong(
+            f"{what} holds {made[where].item()}{_place(where)}, first of {int(lost.sum())} such values: "
+            "was something divided by zero?")
     raise Wrong(_difference(made, expected, what, atol))
 
 # %% ../../nbs/workshop/check.ipynb #c021
 def _load(lesson): # number of a lesson; imports its checks
     name = next((n for n in lessons if int(n[:2]) == lesson), None)
     module = name and f"diffnb.workshop.checks.{name[3:]}"
-    try: return importlib.import_module(module) if module else None
+    try:
+        return importlib.import_module(module) if module else None
     except ModuleNotFoundError as e:
-        if e.name not in (module, "diffnb.checks"): raise
+        if e.name not in (module, "diffnb.checks"):
+            raise
 
 def exercises(): # list of Exercise
     "All exercises of the course, in order."
-    for name in lessons: _load(int(name[:2]))
+    for name in lessons:
+        _load(int(name[:2]))
     return sorted((e for e in _exercises.values() if e.lesson), key=lambda e: [int(part) for part in e.id.split(".")])
 
 def _find(id):
     id = str(id)
-    if id not in _exercises and id.split(".")[0].isdecimal(): _load(int(id.split(".")[0]))
-    if id in _exercises: return _exercises[id]
+    if id not in _exercises and id.split(".")[0].isdecimal():
+        _load(int(id.split(".")[0]))
+    if id in _exercises:
+        return _exercises[id]
     ids = [e.id for e in exercises()]
     near = difflib.get_close_matches(id, ids, 1, cutoff=0.1) or ids[:1]
-    raise DiffnbError(f"there is no exercise {id!r}" + (f"; the nearest is {near[0]!r}" if near else "") + ". progress() lists them all.")
+    raise DiffnbError(
+        f"there is no exercise {id!r}"
+        + (f"; the nearest is {near[0]!r}" if near else "")
+        + ". progress() lists them all.")
 
 # %% ../../nbs/workshop/check.ipynb #c024
 _libraries = tuple({*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), *diffnb.__path__})
@@ -148,13 +170,15 @@ def _own_line(e, check_code): # " in line 3 of your code, `y = x @ z`", or "" if
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(e.__traceback__)]
     after = max((i for i, (code, _) in enumerate(frames) if code is check_code), default=-1) + 1
     own = [(code.co_filename, line) for code, line in frames[after:] if not code.co_filename.startswith(_libraries)]
-    if not own: return ""
+    if not own:
+        return ""
     text = linecache.getline(*own[-1]).strip()
     return f" in line {own[-1][1]} of your code" + (f", `{text}`" if text else "")
 
 def _explain(e, check_code): # what an exception that is no `Wrong` means to the learner
     said, line = (str(e).splitlines() or [""])[0][:300], _own_line(e, check_code)
-    if line: return f"{type(e).__name__}{line}: {said}"
+    if line:
+        return f"{type(e).__name__}{line}: {said}"
     return (f"the check could not use your answer ({type(e).__name__}: {said}). "
             "Does it take the arguments and return the kind of result that the task asks for?")
 
@@ -173,20 +197,26 @@ def read_progress(path): # dict with "solved": {id: date} and "files": {name: ha
 
 def _record(id):
     path = _progress_file()
-    if path is None: return
+    if path is None:
+        return
     said = read_progress(path)
-    if id in said["solved"]: return                        # the first time counts
+    if id in said["solved"]:
+        return                        # the first time counts
     said["solved"][id] = datetime.date.today().isoformat()
     write_whole(path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/workshop/check.ipynb #c027
 def _verdict(exercise, answer): # "right", "not yet" or "wrong", and a sentence
     todo = "not yet", "not yet (write your code in the cell above, run it, then run this cell)."
-    if answer is None: return todo
-    try: exercise.check(answer)
-    except Wrong as e: return "wrong", str(e)
+    if answer is None:
+        return todo
+    try:
+        exercise.check(answer)
+    except Wrong as e:
+        return "wrong", str(e)
     except (Exception, SystemExit) as e:
-        if isinstance(e, NotImplementedError) and str(e) in ("", "your code here"): return todo   # PyTorch raises it too
+        if isinstance(e, NotImplementedError) and str(e) in ("", "your code here"):
+            return todo   # PyTorch raises it too
         return "wrong", _explain(e, exercise.check.__code__)
     return "right", "right."
 
@@ -203,8 +233,10 @@ def check(id,     # of the exercise, e.g. "2.1"
     word, said = _verdict(exercise, answer)
     print(f"{ {'right': '✓', 'wrong': '✗', 'not yet': '○'}[word]} {exercise.id} {exercise.title}: {said}")
     if word == "right":
-        try: _record(exercise.id)
-        except DiffnbError as e: print(f"  (not noted down: {e})")
+        try:
+            _record(exercise.id)
+        except DiffnbError as e:
+            print(f"  (not noted down: {e})")
     return _Verdict(word == "right")
 
 # %% ../../nbs/workshop/check.ipynb #c030
@@ -221,25 +253,42 @@ class Progress:
     @property
     def summary(self):
         left = sum(e.minutes for e in self.exercises if e.id not in self.solved)
-        return f"{len(self.exercises) - sum(e.id not in self.solved for e in self.exercises)} of {len(self.exercises)} exercises solved, about {left} minutes left"
+        return (
+            f"{len(self.exercises) - sum(e.id not in self.solved for e in self.exercises)} of "
+            f"{len(self.exercises)} exercises solved, about {left} minutes left")
 
     def __repr__(self):
         wide = max(len(e.title) for e in self.exercises)
-        return "\n".join([self.summary] + [f"{id:6s}{title:{wide + 2}s}{stars:6s}{minutes:>7s}  {solved}" for id, title, stars, minutes, solved in self.rows()])
+        return "\n".join(
+            [self.summary]
+            + [
+                f"{id:6s}{title:{wide + 2}s}{stars:6s}{minutes:>7s}  {solved}"
+                for id, title, stars, minutes, solved in self.rows()])
 
     def _repr_html_(self):
         cells, here = [], None
         for e, (id, *rest) in zip(self.exercises, self.rows()):
             lesson = next(n for n in lessons if int(n[:2]) == e.lesson)
             if lesson != here:
-                cells.append(f'<tr><th colspan="5" scope="rowgroup" style="text-align:left"><a href="{lesson}.ipynb">{lesson}</a></th></tr>'); here = lesson
-            cells.append(f'<tr><td>{id}</td>' + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in rest) + "</tr>")
-        head = "".join(f'<th scope="col" style="text-align:left">{x}</th>' for x in ("exercise", "title", "level", "time", "solved"))
+                cells.append(
+                    '<tr><th colspan="5" scope="rowgroup" style="text-align:left"><a '
+                    f'href="{lesson}.ipynb">{lesson}</a></th></tr>')
+                here = lesson
+            cells.append(
+                f'<tr><td>{id}</td>'
+                + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in rest)
+                + "</tr>")
+        head = "".join(
+            f'<th scope="col" style="text-align:left">{x}</th>'
+            for x in ("exercise", "title", "level", "time", "solved"))
         return f"<p>{self.summary}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
 
 def progress(path=None, # folder of a workbook; None: the one we are in, if we are in one
             ):          # Progress
     "A table of all exercises: solved, or not yet. Raises DiffnbError if there is no workbook at `path`."
     file = _progress_file(path)
-    if path and not file: raise DiffnbError(f"{path} is no workbook: there is no progress.json in it or above it. Make one: diffnb workbook {shlex.quote(str(path))}")
+    if path and not file:
+        raise DiffnbError(
+            f"{path} is no workbook: there is no progress.json in it or above it. Make one: diffnb "
+            f"workbook {shlex.quote(str(path))}")
     return Progress(exercises(), read_progress(file)["solved"] if file else {})

@@ -38,9 +38,11 @@ _ascii = dict(zip("…±•→×≥≤─│²", ("...", "+-", "*", "->", "x", "
 
 def _encodable(error):
     "For codecs: what an encoding lacks becomes ASCII; bytes of a file name that are not text go out as they came in."
-    if not isinstance(error, UnicodeEncodeError): raise error
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
     char = error.object[error.start]
-    if "\udc80" <= char <= "\udcff": return bytes([ord(char) - 0xdc00]), error.start + 1
+    if "\udc80" <= char <= "\udcff":
+        return bytes([ord(char) - 0xdc00]), error.start + 1
     return _ascii.get(char) or char.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 codecs.register_error("diffnb", _encodable)
@@ -56,13 +58,18 @@ class _Stream:
     def __getattr__(self, name): return getattr(self.stream, name)
 
     def _try(self, method, *args):
-        try: return getattr(self.stream, method)(*args)
+        try:
+            return getattr(self.stream, method)(*args)
         except (OSError, ValueError) as e:                                   # ValueError: the stream is closed
-            if not isinstance(e, OSError) and not self.stream.closed: raise
+            if not isinstance(e, OSError) and not self.stream.closed:
+                raise
             self.failed = self.failed or e
-            try: fd = self.stream.fileno()
-            except (OSError, ValueError): return None
-            with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), fd)
+            try:
+                fd = self.stream.fileno()
+            except (OSError, ValueError):
+                return None
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), fd)
 
     def write(self, text):
         self._try("write", text)
@@ -77,23 +84,31 @@ class _Stream:
 
     def lost(self): # exit code: 1 if output was lost that somebody wanted
         self.flush()
-        if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF): return 0
-        print(f"diffnb: cannot write to standard output: {self.failed.strerror}. What the command wrote to files is whole",
-              file=sys.stderr)
+        if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF):
+            return 0
+        print(
+            f"diffnb: cannot write to standard output: {self.failed.strerror}. What the command wrote to "
+            "files is whole",
+            file=sys.stderr)
         return 1
 
 @contextmanager
 def _terminal(narrowest=40, widest=1000): # columns
     "What a command prints on: streams that cannot fail, and a width that help fits in; in 5 columns tyro never ends."
     old, width = (sys.stdout, sys.stderr, os.environ.get("COLUMNS")), shutil.get_terminal_size().columns
-    if not narrowest <= width <= widest: os.environ["COLUMNS"] = str(min(max(width, narrowest), widest))
+    if not narrowest <= width <= widest:
+        os.environ["COLUMNS"] = str(min(max(width, narrowest), widest))
     sys.stdout, sys.stderr = streams = [_Stream(s) for s in old[:2]]
-    try: yield streams[0]
+    try:
+        yield streams[0]
     finally:
-        for s in streams: s.restore()
+        for s in streams:
+            s.restore()
         sys.stdout, sys.stderr = old[:2]
-        if old[2] is None: os.environ.pop("COLUMNS", None)
-        else: os.environ["COLUMNS"] = old[2]
+        if old[2] is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = old[2]
 
 # %% ../../nbs/workshop/cli.ipynb #c007
 _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
@@ -102,7 +117,8 @@ _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 Run = Annotated[Path, tyro.conf.Positional]
 
 def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its switches take True, False or None
-          preset: Literal[tuple(PRESETS)] | None = None, # begin with the settings of this name; options after it change them
+          # begin with the settings of this name; options after it change them
+          preset: Literal[tuple(PRESETS)] | None = None,
           run: Path | None = None, # folder for everything the run leaves behind; default: runs/DATA or runs/DATA-SIZE
           dry_run: bool = False,   # print parameters, FLOPs, memory and time from a few measured steps, and leave
           tensorboard: bool = False, # write the curves for TensorBoard too, in the run folder
@@ -114,35 +130,50 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     The same command again continues an interrupted run. Ctrl-C and SIGTERM write a checkpoint first and leave with
     exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
     assert preset is None, "main() puts the settings in its place"
-    if dry_run: plan(config); return 0
+    if dry_run:
+        plan(config)
+        return 0
     return _train(config, run or _run_of(check_config(config)), tensorboard, shard)
 
 def _run_of(config):
     "The folder for a run that was given none: named after the data, whatever way led to it."
     name = config.data if config.data in named_sets else Path(os.path.realpath(config.data)).name
-    if not name: raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
+    if not name:
+        raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
     return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
 
 @contextmanager
 def _ranks(device, shard=False):
     "SingleProcess, or Ranks if torchrun has started this process."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield SingleProcess(); return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield SingleProcess()
+        return
     ranks = Ranks(shard, device)
-    with ranks.guard(): yield ranks
+    with ranks.guard():
+        yield ranks
 
 def _train(config, run, tensorboard=False, shard=False):
     with _ranks(config.device, shard) as ranks:
-        if ranks.rank == 0: print(f"training in {run}, on {pick_device(config.device)}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
-        state = train_run(config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks)
-    if ranks.rank: return _stopped[state.stopped_by]
+        if ranks.rank == 0:
+            print(
+                f"training in {run}, on {pick_device(config.device)}"
+                + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
+        state = train_run(
+            config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks
+        )
+    if ranks.rank:
+        return _stopped[state.stopped_by]
     if state.stopped_by:
         print(f"stopped by {state.stopped_by} at step {state.step}; continue with: {as_command('resume', run)}")
     else:
-        print(f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: {as_command('sample', run)}")
+        print(
+            f"done: {state.step} steps, {state.seconds / 60:.1f} minutes; look at {run}/samples, then: "
+            f"{as_command('sample', run)}")
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
-           epochs: float | None = None, # train this many in all, instead of what was planned; how the learning rate follows is said
+           # train this many in all, instead of what was planned; how the learning rate follows is said
+           epochs: float | None = None,
            data: str | None = None,     # where the folder of images is now, if it was moved; contents are compared
            data_root: str | None = None, # where downloads are kept now; default: as when it was begun
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
@@ -162,46 +193,62 @@ samplers = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ddpm": ddpm}
 
 def _labels(class_, classes, n):
     "The labels of n images: one class, or all in turn; None for a model without classes."
-    if not classes and class_ is not None: raise DiffnbError(f"--class {class_}: this model was trained without classes; leave --class out")
-    if not classes: return None
-    if class_ is None: return torch.arange(n) % len(classes)
-    if class_ in classes: return torch.full((n,), classes.index(class_))
-    numbers = [] if any(name.isdecimal() for name in classes) else list(map(str, range(len(classes)))) # a class called 7 is not the seventh
-    if class_ in numbers: return torch.full((n,), numbers.index(class_))
-    raise DiffnbError(f"--class {class_} is unknown: choose one of {', '.join(classes)}" + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
+    if not classes and class_ is not None:
+        raise DiffnbError(f"--class {class_}: this model was trained without classes; leave --class out")
+    if not classes:
+        return None
+    if class_ is None:
+        return torch.arange(n) % len(classes)
+    if class_ in classes:
+        return torch.full((n,), classes.index(class_))
+    # a class called 7 is not the seventh
+    numbers = [] if any(name.isdecimal() for name in classes) else list(map(str, range(len(classes))))
+    if class_ in numbers:
+        return torch.full((n,), numbers.index(class_))
+    raise DiffnbError(
+        f"--class {class_} is unknown: choose one of {', '.join(classes)}"
+        + (f" (or a number from 0 to {len(classes) - 1})" if numbers else ""))
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
            n: int = 60,             # how many images
            steps: int = 50,         # of the sampler
            seed: int = 0,           # image k depends on (seed, k) alone
-           class_: Annotated[str | None, tyro.conf.arg(name="class")] = None, # name or number; default: all classes in turn
+           # name or number; default: all classes in turn
+           class_: Annotated[str | None, tyro.conf.arg(name="class")] = None,
            guidance: float = 1.0,   # w in uncond + w (cond - uncond); 1: no guidance
            sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05 says which one when
            eta: float = 0.0,        # of ddim: 0 deterministic, 1 as random as ddpm
            spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # which timesteps are visited
-           weights: str = "ema",    # the averaged weights; ema2, ema3, …: other horizons of ema_half_lives; model: the last ones
+           # the averaged weights; ema2, ema3, …: other horizons of ema_half_lives; model: the last ones
+           weights: str = "ema",
            batch_size: int = 64,    # images at a time; changes nothing but speed and memory
-           precision: Literal["auto", "float32", "bf16"] = "auto", # of the network; auto: bf16 where the device gains by it
+           # of the network; auto: bf16 where the device gains by it
+           precision: Literal["auto", "float32", "bf16"] = "auto",
            compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ):
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
     check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
-    if eta and sampler != "ddim": raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
-    with _ranks(device) as ranks:                                   # before the model is loaded: each rank has a device of its own
+    if eta and sampler != "ddim":
+        raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
+    with _ranks(device) as ranks:  # before the model is loaded: each rank has a device of its own
         out = check_place((run if run.is_dir() else Path()) / "samples.png" if out is None else out, (".png", ".npz"))
         m = load_model(run, device=device, weights=weights)
         check_sampling(m.schedule, steps=steps, spacing=spacing)    # refuse what cannot work before anything is written
         guide = guidance_for(m, guidance)
-        settings = dict(y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler], device=pick_device(device),
-                        steps=steps, spacing=spacing, prediction=m.config.prediction, **({"eta": eta} if eta else {}),
-                        **({"guide": guide} if guide else {}))
+        settings = dict(
+            y=_labels(class_, m.classes, n), seed=seed, batch_size=batch_size, sampler=samplers[sampler],
+            device=pick_device(device), steps=steps, spacing=spacing, prediction=m.config.prediction,
+            **({"eta": eta} if eta else {}), **({"guide": guide} if guide else {}))
         settings["precision"] = pick_precision(precision, pick_device(device), m.config)
-        if compile: m.model.compile()
-        if out.suffix.lower() != ".png": sample_to(out, m.model, m.schedule, m.shape, n, classes=m.classes, ranks=ranks, **settings)
+        if compile:
+            m.model.compile()
+        if out.suffix.lower() != ".png":
+            sample_to(out, m.model, m.schedule, m.shape, n, classes=m.classes, ranks=ranks, **settings)
         elif not ranks.rank:                                           # one grid is soon made: not worth sharing
-            images = torch.cat([batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
+            images = torch.cat(
+                [batch for _, batch in sample_batches(m.model, m.schedule, m.shape, list(range(n)), **settings)])
             save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
     print(out)
     return 0
@@ -211,20 +258,32 @@ def info(run: Run): # a run folder, also while it is training
     "What a run is, how far it has come, and what it last measured."
     facts = read_config(run)
     config, data = facts["config"], facts["data"]
-    with torch.device("meta"): parameters = count_parameters(UNet(**facts["model"]))
-    resized = "" if data["image_size"] == data["native_size"] else f", resized from {data['native_size']} by {data['filter']}"
-    print(f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, {config.precision})")
-    print(f"data         {data['name']}: {data['images']:,} images, {data['image_size']}x{data['image_size']}x{data['channels']}{resized}, {len(data['classes'])} classes")
+    with torch.device("meta"):
+        parameters = count_parameters(UNet(**facts["model"]))
+    resized = (
+        "" if data["image_size"] == data["native_size"] else f", resized from {data['native_size']} by {data['filter']}"
+    )
+    print(
+        f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, {config.precision})"
+    )
+    print(
+        f"data         {data['name']}: {data['images']:,} images, "
+        f"{data['image_size']}x{data['image_size']}x{data['channels']}{resized}, {len(data['classes'])} "
+        "classes")
     print(f"model        {parameters / 1e6:.2f}M parameters, {config.schedule} schedule, predicts {config.prediction}")
-    for line in _progress(run, config, facts["plans"], data["images"]): print(line)
+    for line in _progress(run, config, facts["plans"], data["images"]):
+        print(line)
     print(f"checkpoints  {', '.join(p.name for p in checkpoints(run)) or 'none yet'}")
     return 0
 
 def _rows(run):
     "The columns of metrics.csv, and why there are none; a run just begun has no file yet."
-    if not (run / "metrics.csv").exists(): return None, "none yet"
-    try: m = read_metrics(run)
-    except DiffnbError as e: return None, str(e)
+    if not (run / "metrics.csv").exists():
+        return None, "none yet"
+    try:
+        m = read_metrics(run)
+    except DiffnbError as e:
+        return None, str(e)
     return (m, "") if len(m["step"]) else (None, "none yet")
 
 def _progress(run, config, plans, images):
@@ -233,21 +292,30 @@ def _progress(run, config, plans, images):
     done, seen = max(last, int(m["step"][-1]) if m else 0), config.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
     yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * seen:,} images seen{minutes}"
-    if plans[1:]: yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
+    if plans[1:]:
+        yield "plans        " + ", then ".join(f"{p['epochs']:g} epochs (from step {p['step']:,})" for p in plans)
     who, resume = training_now(run), as_command("resume", run)
-    if who: yield f"state        running ({who})"
-    elif last == total: yield "state        finished"
-    elif last < total: yield f"state        interrupted: {resume} continues it from step {last:,}"
-    else: yield f"state        past the end of its plan: {resume} --epochs N, with N above {last * seen / images:.4g}, goes on"
-    if not m: yield f"rows         {why}"
-    else: yield "last row     loss {:.4f}, gradient norm {:.3f}, lr {:.2e}, {:.0f} images/s".format(
-        *(m[k][-1] for k in ("loss", "grad_norm", "lr", "images_per_s")))
-
+    if who:
+        yield f"state        running ({who})"
+    elif last == total:
+        yield "state        finished"
+    elif last < total:
+        yield f"state        interrupted: {resume} continues it from step {last:,}"
+    else:
+        yield (
+            f"state        past the end of its plan: {resume} --epochs N, with N above "
+            f"{last * seen / images:.4g}, goes on")
+    if not m:
+        yield f"rows         {why}"
+    else:
+        yield "last row     loss {:.4f}, gradient norm {:.3f}, lr {:.2e}, {:.0f} images/s".format(
+      *(m[k][-1] for k in ("loss", "grad_norm", "lr", "images_per_s")))
 
 # %% ../../nbs/workshop/cli.ipynb #c015
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
              n: int | None = None,         # images; default: 10,000 from a model, all of a folder or file
-             reference: str | None = None, # data set, folder or .npz of real images; default: what the run was trained on
+             # data set, folder or .npz of real images; default: what the run was trained on
+             reference: str | None = None,
              out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
              features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"] = "auto", # the feature network
              inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
@@ -259,8 +327,11 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
             ):
     "Sample (resumably), score, and write evaluation.json, panel.png and real_beside_generated.png."
     with _ranks(device) as ranks:
-        result = evaluate_run(source, n, reference, out, features, inception, steps=steps, guidance=guidance, seed=seed, device=device, data_root=data_root, ranks=ranks)
-    if ranks.rank == 0: print(result)
+        result = evaluate_run(
+            source, n, reference, out, features, inception, steps=steps, guidance=guidance, seed=seed, device=device,
+            data_root=data_root, ranks=ranks)
+    if ranks.rank == 0:
+        print(result)
     return 0
 
 def doctor(run: Run,          # a run folder, finished or still training
@@ -268,7 +339,8 @@ def doctor(run: Run,          # a run folder, finished or still training
            out: Path | None = None # the folder for the report; default: the run folder
           ):
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
-    if out is not None: out = check_place(out)
+    if out is not None:
+        out = check_place(out)
     report = examine(run, deep)
     print(report.summary)
     print(report.write(out))
@@ -279,13 +351,16 @@ def export(run: Run,                         # a run folder, checkpoint, weights
            to: Literal["diffusers"] = "diffusers", # the format
            out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
           ):
-    """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads; for a
-    flow model one whose README.md has the lines that sample it."""
+    """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads;
+    for a flow model one whose README.md has the lines that sample it."""
     out = check_place((run if run.is_dir() else Path()) / "diffusers" if out is None else out)
-    if Path.cwd().is_relative_to(out.resolve()): raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
     m = load_model(run, device="cpu")
     save_diffusers(m.model, m.schedule, out, m.config.prediction)
-    if m.classes and not m.schedule.straight: print("this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
+    if m.classes and not m.schedule.straight:
+        print(
+            "this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
     print(out)
     return 0
 
@@ -293,14 +368,16 @@ def export(run: Run,                         # a run folder, checkpoint, weights
 def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, or a workbook made earlier
              solutions: bool = False # keep the solutions, folded
             ):
-    "Write the course as a workbook to do exercises in, or bring one up to date; what you wrote in it is never overwritten."
+    """Write the course as a workbook to do exercises in, or bring one up to date; what you wrote in it is never
+    overwritten."""
     from diffnb.workshop.workbook import make_workbook
     done = make_workbook(out, solutions)
     words = {"new": "new", "updated": "updated", "as it was": "as they were", "kept": "kept with your work"}
     count = {what: sum(w == what for w, _ in done) for what in words}
     print(f"{out}: {len(done)} pages" + "".join(f", {n} {words[what]}" for what, n in count.items() if n))
     for what, name in done:
-        if what == "beside": print(f"you worked in one page, so it was kept; its new version is beside it: {name}")
+        if what == "beside":
+            print(f"you worked in one page, so it was kept; its new version is beside it: {name}")
     print("begin with: " + shlex.join(["jupyter", "lab", str(out / "index.ipynb")]))
     return 0
 
@@ -308,7 +385,8 @@ def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, o
 def _free_text(annotation):
     "The annotation of an option; for `str | None` and `Path | None` one that takes any text, or is left out."
     base, *rest = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    if base not in (str | None, Path | None): return annotation
+    if base not in (str | None, Path | None):
+        return annotation
     kind = get_args(base)[0]
     spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar=kind.__name__.upper(), instance_from_str=lambda words: kind(words[0]),
@@ -326,7 +404,8 @@ def _command(f):
     "The function as tyro shall see it: the comments beside its parameters as help."
     source, signature = inspect.getsource(f), inspect.signature(f)
     def command(**given):
-        for name, value in given.items(): _check_number(name, value)
+        for name, value in given.items():
+            _check_number(name, value)
         return f(**given)
     notes = {name: re.search(rf"\b{name}: .*?# (.+)", source) for name in signature.parameters}
     arguments = [f"    {name}: {note[1]}" for name, note in notes.items() if note]
@@ -341,27 +420,33 @@ commands = {f.__name__: f for f in (train, resume, sample, info, evaluate, docto
 
 def _without_preset(args):
     "The arguments with `--preset NAME` replaced by the options it stands for, so that later ones win."
-    if args[:1] != ["train"]: return args
+    if args[:1] != ["train"]:
+        return args
     args = [part for a in args for part in (a.split("=", 1) if a.startswith("--preset=") else [a])]
-    if "--preset" not in args: return args
+    if "--preset" not in args:
+        return args
     at = args.index("--preset")
-    if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS: return args            # tyro says what is wrong
+    if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS:
+        return args            # tyro says what is wrong
     usual, preset = TrainConfig(), PRESETS[args[at + 1]]
     changed = [f.name for f in fields(TrainConfig) if getattr(preset, f.name) != getattr(usual, f.name)]
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _check_arguments(args):
-    "Raises DiffnbError for what no command takes; exit code 2, and the nearest name, for a command that does not exist."
+    """Raises DiffnbError for what no command takes; exit code 2, and the nearest name, for a command that does not
+    exist."""
     # tyro says more about an empty --preset; Path("") would be the folder one stands in
     valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="
     if any(not a or valueless(a) for a in args):
-        raise DiffnbError(f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
+        raise DiffnbError(
+            f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
         raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a "
                           "checkpoint can hold it. Rename that file or folder")
     if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1:
         raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
-    if not args or args[0].startswith("-") or args[0] in commands: return
+    if not args or args[0].startswith("-") or args[0] in commands:
+        return
     near = difflib.get_close_matches(args[0], commands, 1)
     hint = f"; did you mean {near[0]}?" if near else "."
     print(f"diffnb: there is no command {args[0]!r}{hint} Commands: {', '.join(commands)}", file=sys.stderr)
@@ -379,15 +464,21 @@ def _run(args):
             config=(tyro.conf.OmitArgPrefixes,),
             description="Train, sample, measure and examine diffusion models. diffnb --version says which version this "
                         "is.") or 0
-    except DiffnbError as e: print(f"diffnb: {e}", file=sys.stderr); return 1
+    except DiffnbError as e:
+        print(f"diffnb: {e}", file=sys.stderr)
+        return 1
     except OSError as e:
         print(f"diffnb: {e}. Is the disk full, or a file or folder not yours to read or write?", file=sys.stderr)
         return 1
-    except KeyboardInterrupt: print("diffnb: interrupted", file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print("diffnb: interrupted", file=sys.stderr)
+        return 130
 
 def main(args=None, # list of strings; None: those of the process
         ):          # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
     with _terminal() as output:
-        try: return _run(list(sys.argv[1:] if args is None else args)) or output.lost()
-        except SystemExit as e: raise SystemExit(e.code or output.lost())
+        try:
+            return _run(list(sys.argv[1:] if args is None else args)) or output.lost()
+        except SystemExit as e:
+            raise SystemExit(e.code or output.lost())

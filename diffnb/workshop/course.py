@@ -15,22 +15,33 @@ import matplotlib.pyplot as plt
 import torch
 
 # %% ../../nbs/index.ipynb #c008
-optional = {"diffusers": "moving models to and from diffusers", "jupyterlab": "reading the notebooks", "ipywidgets": "moving sliders in them", "torch-fidelity": "Inception features, in evaluation",
-            "nbdev": "changing the package: nbdev_export, nbdev_test", "pytest": "the tests in tests/"}
-needed = ("torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow", "tyro")
+optional = {
+    "diffusers": "moving models to and from diffusers", "jupyterlab": "reading the notebooks",
+    "ipywidgets": "moving sliders in them", "torch-fidelity": "Inception features, in evaluation",
+    "nbdev": "changing the package: nbdev_export, nbdev_test", "pytest": "the tests in tests/"}
+needed = (
+    "torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow", "tyro")
 
 def check_environment(): # dict: package -> version, or None if it is missing
     "Print what this machine has: versions, devices, and for what is missing what it is for and how to get it."
     found = {}
     for name in (*needed, *optional):
-        try: found[name] = version(name)
-        except PackageNotFoundError: found[name] = None
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
     print(f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in found.items() if v))
-    if torch.cuda.is_available(): print(f"device: {torch.cuda.get_device_name()}")
-    elif torch.backends.mps.is_available(): print("device: Apple GPU (mps)")
-    else: print(f"device: CPU, {torch.get_num_threads()} threads; enough for every lesson, slow for CIFAR-10")
+    if torch.cuda.is_available():
+        print(f"device: {torch.cuda.get_device_name()}")
+    elif torch.backends.mps.is_available():
+        print("device: Apple GPU (mps)")
+    else:
+        print(f"device: CPU, {torch.get_num_threads()} threads; enough for every lesson, slow for CIFAR-10")
     for name in (n for n, v in found.items() if v is None):
-        print(f"missing: {name}, {'without which nothing works' if name in needed else 'for ' + optional[name]}: pip install {name}")
+        print(
+            f"missing: {name}, "
+            f"{'without which nothing works' if name in needed else 'for ' + optional[name]}: pip install "
+            f"{name}")
     return found
 
 # %% ../../nbs/index.ipynb #c016
@@ -38,68 +49,91 @@ def _number(v): return f"{v:.3g}" if abs(v) < 100 else f"{v:,.0f}"
 
 def _axis(ax, name): # "x: timestep t, 0 to 999, logarithmic", or nothing if the axis is not drawn
     label, (low, high), scale = (getattr(ax, f"get_{name}{what}")() for what in ("label", "lim", "scale"))
-    if not ax.axison or not (label or len(getattr(ax, f"get_{name}ticks")())): return []
+    if not ax.axison or not (label or len(getattr(ax, f"get_{name}ticks")())):
+        return []
     return [f"{name}: {label or 'no label'}, {_number(low)} to {_number(high)}" + ", logarithmic" * (scale == "log")]
 
 def _curve(line): # "loss from 0.9 to 0.03"
     y = [v for v in line.get_ydata(orig=False) if v == v]
     label = line.get_label()
     named = "a curve" if label.startswith("_") else label
-    if min(y) == max(y): return f"{named} at {_number(y[0])}"
+    if min(y) == max(y):
+        return f"{named} at {_number(y[0])}"
     turns = "" if {min(y), max(y)} == {y[0], y[-1]} else f", between {_number(min(y))} and {_number(max(y))}"
     return f"{named} from {_number(y[0])} to {_number(y[-1])}{turns}"
 
 def _panel(ax): # everything drawn in one pair of axes
     words = [ax.get_title()] if ax.get_title() else []
     words += _axis(ax, "x") + _axis(ax, "y")
-    curves = [_curve(line) for line in ax.lines if len(line.get_ydata()) > 1 and any(v == v for v in line.get_ydata(orig=False))]
+    curves = [
+        _curve(line)
+        for line in ax.lines
+        if len(line.get_ydata()) > 1 and any(v == v for v in line.get_ydata(orig=False))]
     words += curves[:5] + [f"{len(curves) - 5} more curve" + "s" * (len(curves) > 6)] * (len(curves) > 5)
-    words += ["bars " + ", ".join(_number(bar.get_height()) for bar in bars[:12]) for bars in ax.containers if bars and hasattr(bars[0], "get_height")]
+    words += [
+        "bars " + ", ".join(_number(bar.get_height()) for bar in bars[:12])
+        for bars in ax.containers
+        if bars and hasattr(bars[0], "get_height")]
     words += [f"{len(c.get_offsets())} points" for c in ax.collections if len(c.get_offsets()) > 1]
     words += ["an image"] * bool(ax.images)
     return "; ".join(words + [t.get_text().replace("\n", " ") for t in ax.texts if t.get_text()][:12])
 
 # %% ../../nbs/index.ipynb #c017
 def describe(fig): # a matplotlib Figure
-    "A figure in words, for its alt text: its label if it has one; else panels, axes, and the ends of each curve. At most 900 characters."
-    if fig.get_label(): return fig.get_label()
+    """A figure in words, for its alt text: its label if it has one; else panels, axes, and the ends of each curve. At
+    most 900 characters."""
+    if fig.get_label():
+        return fig.get_label()
     bare = [ax for ax in fig.axes if ax.images and not ax.axison]
     titles = [ax.get_title() for ax in bare if ax.get_title()]
     words = [fig.get_suptitle()] if fig.get_suptitle() else []
-    if bare: words.append(f"{len(bare)} image{'s' * (len(bare) > 1)}" + (f", titled {', '.join(titles[:24])}" if titles else ""))
+    if bare:
+        words.append(
+            f"{len(bare)} image{'s' * (len(bare) > 1)}" + (f", titled {', '.join(titles[:24])}" if titles else ""))
     panels = [p for p in (_panel(ax) for ax in fig.axes if ax not in bare) if p]
     words += [f"panel {i + 1} of {len(panels)}: {p}" if len(panels) > 1 else p for i, p in enumerate(panels)]
     text = " ".join(". ".join(words).split()) or "an empty figure"
     return text if len(text) <= 900 else text[:897] + "..."
 
 def figures_in_words():
-    "From now on this notebook shows figures as images with `describe` as alt text, in every viewer. Does nothing outside notebooks."
+    """From now on this notebook shows figures as images with `describe` as alt text, in every viewer. Does nothing
+    outside notebooks."""
     ip = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
-    if not ip: return
+    if not ip:
+        return
     from IPython.core.pylabtools import print_figure
     def html(fig):
         png = print_figure(fig, base64=True)
-        return png and f'<img alt="{escape(describe(fig))}" src="data:image/png;base64,{png.strip()}" style="max-width: 100%">'
+        return png and (
+            f'<img alt="{escape(describe(fig))}" src="data:image/png;base64,{png.strip()}" style="max-width: 100%">')
     ip.display_formatter.formatters["text/html"].for_type(Figure, html)
     ip.display_formatter.formatters["image/png"].pop(Figure, None)      # its alt text would be lost in JupyterLab
 
 # %% ../../nbs/index.ipynb #c020
-lessons = {"01_data": "images in,\nimages out", "02_schedule": "how noise\nis added", "03_unet": "a network that\nsees noise", "04_train": "learning,\nreliably",
-           "05_sample": "noise back\nto images", "06_guide": "asking for\na class", "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?",
-           "13_scale": "faster,\non many GPUs"}
+lessons = {
+    "01_data": "images in,\nimages out", "02_schedule": "how noise\nis added", "03_unet": "a network that\nsees noise",
+    "04_train": "learning,\nreliably", "05_sample": "noise back\nto images", "06_guide": "asking for\na class",
+    "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?", "13_scale": "faster,\non many GPUs"}
 
 def you_are_here(name=None): # a lesson's name, e.g. "03_unet"; None: just the map
     "Draw the map of the course with one lesson marked. Returns the matplotlib Figure."
-    fig = plt.figure(figsize=(10, 1)); ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.5, len(lessons) - 0.5), ylim=(-0.5, 0.7)); ax.axis("off")
-    names = list(lessons); here = names.index(name) if name in names else -1
+    fig = plt.figure(figsize=(10, 1))
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.5, len(lessons) - 0.5), ylim=(-0.5, 0.7))
+    ax.axis("off")
+    names = list(lessons)
+    here = names.index(name) if name in names else -1
     for i, (lesson, text) in enumerate(lessons.items()):
         known = i <= here or here < 0
         ax.add_patch(FancyBboxPatch((i - 0.42, -0.4), 0.84, 0.8, boxstyle="round,pad=0,rounding_size=0.06",
                                     fc="black" if i == here else "0.93", ec="black" if known else "0.75"))
-        ax.text(i, 0, f"{lesson[:2]}\n{text}", ha="center", va="center", fontsize=7.5, fontweight="bold" if i == here else "normal",
-                color="white" if i == here else "black" if known else "0.55")
-        if i: ax.annotate("", (i - 0.42, 0), (i - 0.58, 0), arrowprops=dict(arrowstyle="->", lw=0.8, shrinkA=0, shrinkB=0))
-    if here >= 0: ax.text(here, 0.5, "you are here", ha="center", fontsize=7)
+        ax.text(
+            i, 0, f"{lesson[:2]}\n{text}", ha="center", va="center", fontsize=7.5,
+            fontweight="bold" if i == here else "normal", color="white" if i == here else "black" if known else "0.55")
+        if i:
+            ax.annotate(
+                "", (i - 0.42, 0), (i - 0.58, 0), arrowprops=dict(arrowstyle="->", lw=0.8, shrinkA=0, shrinkB=0))
+    if here >= 0:
+        ax.text(here, 0.5, "you are here", ha="center", fontsize=7)
     fig.set_label("map of the course: " + ", ".join(n + " (you are here)" * (n == name) for n in names))
     figures_in_words()
     return fig

@@ -23,14 +23,20 @@ def plot_metrics(metrics,    # from read_metrics
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout="constrained")
     x = metrics["images"]
     axes[0].plot(x, metrics["loss"], label="loss")
-    if floor is not None: axes[0].axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian: {floor:.3g}"); axes[0].legend(fontsize=7)
-    for i in range(BINS): axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8,
-                                       label=f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None)
+    if floor is not None:
+        axes[0].axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian: {floor:.3g}")
+        axes[0].legend(fontsize=7)
+    for i in range(BINS):
+        axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8,
+                     label=f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None)
     axes[1].legend(fontsize=7)
-    axes[2].plot(x, metrics["lr"]); axes[2].set_ylim(bottom=0); axes[3].plot(x, metrics["grad_norm"])
+    axes[2].plot(x, metrics["lr"])
+    axes[2].set_ylim(bottom=0)
+    axes[3].plot(x, metrics["grad_norm"])
     for ax, title in zip(axes, ("loss (MSE)", "loss by timestep bin", "learning rate", "gradient norm")):
         ax.set(title=title, xlabel="images seen", yscale="linear" if title == "learning rate" else "log")
-        ax.title.set_fontsize(9); ax.tick_params(labelsize=7)
+        ax.title.set_fontsize(9)
+        ax.tick_params(labelsize=7)
     return fig
 
 # %% ../../nbs/workshop/curves.ipynb #c111
@@ -41,27 +47,37 @@ def live_curves(floor=None, # drawn as a dashed line
     handle = display(display_id=True)
     def on_log(run):
         metrics = read_metrics(run)
-        if len(metrics["step"]) < 2: return
+        if len(metrics["step"]) < 2:
+            return
         fig = plot_metrics(metrics, floor)
-        handle.update(fig); plt.close(fig)
+        handle.update(fig)
+        plt.close(fig)
     return on_log
 
 # %% ../../nbs/workshop/curves.ipynb #c132
 def to_tensorboard(): # a function for train(on_log=...); the files go to the run's folder tensorboard/
-    "Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is missing."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise DiffnbError("TensorBoard is not installed: pip install tensorboard, or leave this option out") from e
+    """Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is
+    missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise DiffnbError("TensorBoard is not installed: pip install tensorboard, or leave this option out") from e
     writer, shown = None, set()
     def on_log(run):
         nonlocal writer
         if not writer:
             shutil.rmtree(Path(run) / "tensorboard", ignore_errors=True)
             writer = SummaryWriter(Path(run) / "tensorboard")
-        metrics = read_metrics(run); steps = metrics["step"]
+        metrics = read_metrics(run)
+        steps = metrics["step"]
         for i in (i for i, step in enumerate(steps) if step not in shown):
-            for name in set(metrics) - {"step"}: writer.add_scalar(name, metrics[name][i], int(steps[i]))
+            for name in set(metrics) - {"step"}:
+                writer.add_scalar(name, metrics[name][i], int(steps[i]))
         for path in (p for p in (Path(run) / "samples").glob("step_*.png") if p.name not in shown):
-            writer.add_image("samples", plt.imread(path), int(path.stem[5:]), dataformats="HWC" if plt.imread(path).ndim == 3 else "HW")
+            writer.add_image(
+                "samples", plt.imread(path), int(path.stem[5:]),
+                dataformats="HWC" if plt.imread(path).ndim == 3 else "HW")
             shown.add(path.name)
-        shown.update(steps); writer.flush()
+        shown.update(steps)
+        writer.flush()
     return on_log

@@ -27,13 +27,17 @@ from .reader import _below, _read_split, decode, list_images
 def _alone(path):
     "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
     lock = FileLock(f"{path}.lock")
-    try: lock.acquire(timeout=1)
+    try:
+        lock.acquire(timeout=1)
     except Timeout:
         print(f"another process is making {shown(path)}: waiting for it")
         lock.acquire()
-    except (OSError, NotImplementedError): pass
-    try: yield lock.is_locked
-    finally: lock.release()
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 # %% ../../nbs/workshop/datasets.ipynb #c031
 def _digits(split, **_):
@@ -60,10 +64,13 @@ def _torchvision_set(name, files, split, root, url):
     elif url:
         cls = type(cls.__name__, (cls,), {"mirrors": [url.rstrip("/") + "/"]})
     def load(download): return cls(root, train=split == "train", download=download)
-    try: return load(download=False)
-    except (RuntimeError, OSError, ValueError): pass   # not there, or damaged: fetch it
     try:
-        with _alone(root / name): return load(download=True)
+        return load(download=False)
+    except (RuntimeError, OSError, ValueError):
+        pass   # not there, or damaged: fetch it
+    try:
+        with _alone(root / name):
+            return load(download=True)
     except (RuntimeError, urllib.error.URLError, OSError) as e:
         raise DiffnbError(f"{cls.__name__} is not in {root.resolve()} and could not be downloaded ({e}).\n"
                           f"Put {files} there by hand, or give another address with url=... "
@@ -71,9 +78,13 @@ def _torchvision_set(name, files, split, root, url):
 
 def _cifar10(split, root, url, **_):
     root = Path(root)
-    if root.name == "cifar-10-batches-py": root = root.parent         # the folder itself was given
-    d = _torchvision_set("CIFAR10", "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a), or the "
-                         "folder cifar-10-batches-py with data_batch_1 … data_batch_5, test_batch and batches.meta,", split, root, url)
+    if root.name == "cifar-10-batches-py":
+        root = root.parent         # the folder itself was given
+    d = _torchvision_set(
+        "CIFAR10",
+        "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a), or the "
+        "folder cifar-10-batches-py with data_batch_1 … data_batch_5, test_batch and batches.meta,", split, root,
+        url)
     return torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets), tuple(d.classes)
 
 def _fashion_mnist(split, root, url, **_):
@@ -87,7 +98,8 @@ _reader = 2 # counts the changes of `decode` that change bytes: what an earlier 
 def _folder(folder, split, size, filter, channels, on_broken, cache, progress, generated):
     "(images, labels, classes, native size, digest, split) of a folder."
     listing = list_images(folder, generated=generated, on_broken=on_broken)
-    if not listing.taken: raise DiffnbError(f"no images in {listing}")
+    if not listing.taken:
+        raise DiffnbError(f"no images in {listing}")
     labels, listing.classes, root = _read_split(listing, split)
     paths, digest = listing.taken, _digest(listing.taken, root, cache, progress)
     key = hashlib.sha256(json.dumps([digest, size, filter, channels, on_broken, _reader]).encode()).hexdigest()[:16]
@@ -95,34 +107,42 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress, g
     images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, *settings)
     whole = {paths[i] for i in kept}
     listing.keep(whole.__contains__, "cannot be read")
-    if progress and os.environ.get("RANK", "0") == "0": print(listing)           # of several processes, one says it
+    if progress and os.environ.get("RANK", "0") == "0":
+        print(listing)           # of several processes, one says it
     labels = None if labels is None else labels[kept]
     return images, labels, listing.classes, native, digest, split if root != listing.folder else ""
 
 def _digest(paths, root, cache, progress):
     """sha256 over the names below `root` and the contents of all files, wherever the folder is and whatever its dates.
     It is kept in `cache`, under a name that depends on place, sizes and dates: unchanged files are read once."""
-    def stamp(path): s = os.stat(path); return [os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+    def stamp(path):
+        s = os.stat(path)
+        return [os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns]
     def contents(some):
         found = []
         for path in some:
             try:
-                with open(path, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
-            except OSError: content = "unreadable"
+                with open(path, "rb") as f:
+                    content = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError:
+                content = "unreadable"
             found.append(["/".join(_below(path, root)), content])
         return found
-    try: stamps = [str(root), *map(stamp, paths)]
+    try:
+        stamps = [str(root), *map(stamp, paths)]
     except OSError as e:
         raise DiffnbError(f"{shown(e.filename)} was there a moment ago ({e.strerror}): start again, and leave the "
                           "folder as it is") from e
     memo = cache / f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}.sha256"
     with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()): return known
+        if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()):
+            return known
     parts = [paths[i:i + 256] for i in range(0, len(paths), 256)]
     with _threads() as pool:
         read = list(tqdm(pool.map(contents, parts), total=len(parts), desc="reading", delay=2, disable=not progress))
     digest = hashlib.sha256(json.dumps([entry for part in read for entry in part]).encode()).hexdigest()
-    with suppress(DiffnbError): write_whole(memo, digest)                         # only a help
+    with suppress(DiffnbError):
+        write_whole(memo, digest)                         # only a help
     return digest
 
 def _cached(path):
@@ -131,14 +151,17 @@ def _cached(path):
         facts = json.loads(path.with_suffix(".json").read_text())
         images = np.load(path.with_suffix(".npy"), mmap_mode="c")      # "c": copy on write; the file stays as it is
         return torch.from_numpy(images)[:len(facts["kept"])], facts["kept"], facts["native_size"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError): return None
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
 
 @contextmanager
 def _threads():
     "A thread for each core. What waits is dropped when something goes wrong, or at Ctrl-C."
     pool = ThreadPoolExecutor(os.cpu_count())
-    try: yield pool
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 def _fill_cache(paths, path, *settings): # as `_cached`
     "Decode `paths` into an array file, unless another process has meanwhile. Raises DiffnbError if there is no room."
@@ -148,7 +171,8 @@ def _fill_cache(paths, path, *settings): # as `_cached`
         (path.parent / "CACHEDIR.TAG").write_text(tag)
         with _alone(path) as locked:
             if locked:                                           # then these are of processes that were killed
-                for left in path.parent.glob(f"{path.name}.*.partial"): left.unlink()
+                for left in path.parent.glob(f"{path.name}.*.partial"):
+                    left.unlink()
             return _cached(path) or _decode_all(paths, path, *settings)
     except OSError as e:
         raise DiffnbError(f"cannot write the cache of decoded images in {shown(path.parent)}: {e}. "
@@ -158,27 +182,37 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
     "The facts are written last, so their presence says that the array is whole."
     partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if needed > free: raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    if needed > free:
+        raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     def read(path):
         try:
             image = decode(path, size, filter, channels)
-            with Image.open(path) as im: return image, min(im.size)
-        except (DiffnbError, OSError) as e: return e, 0
+            with Image.open(path) as im:
+                return image, min(im.size)
+        except (DiffnbError, OSError) as e:
+            return e, 0
     kept, sides = [], []
     try:
         out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
         with _threads() as pool:
             decoded = tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)
             for i, (image, side) in enumerate(decoded):
-                if side: out[len(kept)] = image; kept.append(i); sides.append(side)
-                elif on_broken == "skip": print(f"left out: {image}")
-                else: raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
-                                        "(command line: --on-broken skip)")
-        if not kept: raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
+                if side:
+                    out[len(kept)] = image
+                    kept.append(i)
+                    sides.append(side)
+                elif on_broken == "skip":
+                    print(f"left out: {image}")
+                else:
+                    raise DiffnbError(f"{image}. Repair or remove it, or leave such files out with on_broken='skip' "
+                                      "(command line: --on-broken skip)")
+        if not kept:
+            raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
         out.flush()
         os.replace(partial_path, path.with_suffix(".npy"))
         write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
-    finally: partial_path.unlink(missing_ok=True)
+    finally:
+        partial_path.unlink(missing_ok=True)
     return _cached(path)
 
 # %% ../../nbs/workshop/datasets.ipynb #c045
@@ -199,12 +233,14 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
     "Images of a named set or a folder. Raises DiffnbError for an unknown name, filter or split, or unreadable data."
     for value, allowed, what in ((split, ("train", "test"), "split"), (filter, filters, "filter"),
                                  (on_broken, ("stop", "skip"), "on_broken"), (channels, (1, 3), "channels")):
-        if value not in allowed: raise DiffnbError(f"{what} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
+        if value not in allowed:
+            raise DiffnbError(f"{what} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
     if size is not None and not (isinstance(size, int) and 4 <= size <= 4096):
         raise DiffnbError(f"size {size!r} is out of range: a whole number of pixels from 4 to 4096")
     root = Path(root or os.environ.get("DIFFNB_DATA", "data"))
     if str(name) in named_sets:
-        if progress and os.path.isdir(str(name)): print(f"{name} is the set of that name; for the folder, say ./{name}")
+        if progress and os.path.isdir(str(name)):
+            print(f"{name} is the set of that name; for the folder, say ./{name}")
         images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):

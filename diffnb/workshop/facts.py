@@ -31,9 +31,11 @@ from .settings import TrainConfig
 @lru_cache(maxsize=8)
 def _network_facts(net): # JSON of a UNet's arguments -> (parameters, floating point operations for one image, forward)
     with torch.device("meta"):
-        model = UNet(**json.loads(net)); c = model.config
+        model = UNet(**json.loads(net))
+        c = model.config
         x = torch.zeros(1, c["in_channels"], c["image_size"], c["image_size"])
-        with FlopCounterMode(display=False) as counter: model(x, torch.zeros(1, dtype=torch.long))
+        with FlopCounterMode(display=False) as counter:
+            model(x, torch.zeros(1, dtype=torch.long))
     return count_parameters(model), counter.get_total_flops()
 
 @dataclass
@@ -61,7 +63,9 @@ class Facts:
     total = property(lambda self: math.ceil(self.config.epochs * self.data["images"] / self.config.batch_size))
     step = property(lambda self: int(self.metrics["step"][-1]) if self.metrics else 0)
     done = property(lambda self: min(1.0, self.step / self.total))          # share of the planned steps
-    schedule = property(lambda self: make_schedule(self.config.schedule, self.config.T, self.config.shift, self.config.zero_terminal_snr))
+    schedule = property(
+        lambda self: make_schedule(
+            self.config.schedule, self.config.T, self.config.shift, self.config.zero_terminal_snr))
     size = property(lambda self: self.data["image_size"])
     native = property(lambda self: self.data["native_size"])
     @property
@@ -91,38 +95,56 @@ class Facts:
         return {k: v[-max(LEAST_ROWS, round(n * share)):] for k, v in self.metrics.items()}
 
     def calm(self): # (images, loss) of the last third without spikes, which would hide everything else
-        late = self.late(); keep = ~np.isin(late["step"], self.metrics["step"][spikes(self.metrics["loss"])])
+        late = self.late()
+        keep = ~np.isin(late["step"], self.metrics["step"][spikes(self.metrics["loss"])])
         return late["images"][keep], late["loss"][keep]
 
     def loss(self): # (mean, standard error) of those, the error from the scatter around their trend
         x, y = self.calm()
         around = y - np.polyval(np.polyfit(x, y, 1), x) if len(y) > 2 and np.isfinite(y).all() else y - y.mean()
-        return float(y.mean()), float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(y) > 2 else math.nan
+        return float(y.mean()), float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(
+            y) > 2 else math.nan
 
 # %% ../../nbs/workshop/facts.ipynb #c020
 def _config(run):
     "config.json, also with the one clash that today's checks refuse (eps at pure noise), so that the report names it."
-    try: return read_config(run)
+    try:
+        return read_config(run)
     except DiffnbError:
-        try: facts = json.loads((Path(run) / "config.json").read_text()); values = facts["config"]
-        except (OSError, ValueError, KeyError, TypeError): values = None
+        try:
+            facts = json.loads((Path(run) / "config.json").read_text())
+            values = facts["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            values = None
         pure = isinstance(values, dict) and (values.get("zero_terminal_snr") or values.get("schedule") == "flow")
-        if not pure or values.get("prediction") != "eps": raise
+        if not pure or values.get("prediction") != "eps":
+            raise
         return {**facts, "config": replace(make_config({**values, "prediction": "v"}), prediction="eps")}
 
-def _cut_grid(path, size, channels): # -> (real, made), uint8 (N, C, size, size); None if the picture is laid out otherwise
+def _cut_grid(path, size, channels):
+    # -> (real, made), uint8 (N, C, size, size); None if the picture is laid out otherwise
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     cell, scale = (pixels.shape[2] - 2) // 13, max(1, 64 // size)
-    if pixels.shape[2] != 13 * cell + 2 or cell - 2 != size * scale or (pixels.shape[1] - 2) % cell: return None
+    if pixels.shape[2] != 13 * cell + 2 or cell - 2 != size * scale or (pixels.shape[1] - 2) % cell:
+        return None
     rows = (pixels.shape[1] - 2) // cell
     tile = lambda r, c: pixels[:channels, 2 + r * cell:(r + 1) * cell, 2 + c * cell:(c + 1) * cell]
-    back = torch.linalg.pinv(resize(torch.eye(size)[None], [size * scale, size])[0]) # grids are stored enlarged; that is linear
+    # grids are stored enlarged; that is linear
+    back = torch.linalg.pinv(resize(torch.eye(size)[None], [size * scale, size])[0])
     shrink = lambda x: (back @ x.float() @ back.T).round().clamp(0, 255).to(torch.uint8)
-    return tuple(shrink(torch.stack([tile(r, c) for r in range(rows) for c in side])) for side in (range(6), range(7, 13)))
+    return tuple(
+        shrink(torch.stack([tile(r, c) for r in range(rows) for c in side])) for side in (range(6), range(7, 13)))
 
-def _evaluation(path): # evaluation.json as a dict with at least the score and its floor; None if it is not there or says something else
-    try: told = json.loads(path.read_text()); float(told["score"]["value"]); float(told["floor"]["value"]); int(told["score"]["n"]); return told
-    except (OSError, ValueError, KeyError, TypeError): return None
+def _evaluation(path):
+    # evaluation.json as a dict with at least the score and its floor; None if it is not there or says something else
+    try:
+        told = json.loads(path.read_text())
+        float(told["score"]["value"])
+        float(told["floor"]["value"])
+        int(told["score"]["n"])
+        return told
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 # %% ../../nbs/workshop/facts.ipynb #c022
 FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes seconds; in 12,288 ten minutes
@@ -130,30 +152,41 @@ FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes s
 def _load(f, split, size): # ImageData, or None with the reason noted
     c = f.config
     try:
-        data = load_data(c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
-                         on_broken="skip", channels=f.data["channels"], progress=False)
-        if data.labels is None or not c.conditional: return data
+        data = load_data(
+            c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
+            on_broken="skip", channels=f.data["channels"], progress=False)
+        if data.labels is None or not c.conditional:
+            return data
         labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.data}")
         return replace(data, labels=labels, classes=tuple(f.data["classes"]))
     except DiffnbError as e:
         f.missing.append(f"the {split} images: {str(e).splitlines()[0].split(' and could not be downloaded')[0]}")
 
 def _spectrum(data, name): # shipped, or computed if that takes seconds; None otherwise
-    try: return load_statistics(name)[0]
-    except DiffnbError: pass
-    if data is None or not data.size ** 2 * data.images.shape[1] <= min(FLOOR_DIMS, len(data) - 1): return None
+    try:
+        return load_statistics(name)[0]
+    except DiffnbError:
+        pass
+    if data is None or not data.size ** 2 * data.images.shape[1] <= min(FLOOR_DIMS, len(data) - 1):
+        return None
     return image_spectrum(data.take(slice(FLOOR_IMAGES)))
 
 def _read_data(f):
     f.images, f.test, name = _load(f, "train", f.size), _load(f, "test", f.size), f.data["name"]
     resized = f.size != f.native
     f.spectrum = _spectrum(f.images, f"{name}_{f.size}" + (f"_{f.data['filter']}" if resized else ""))
-    f.native_spectrum = f.spectrum if not resized else _spectrum(f.images and replace(f.images, size=f.native), f"{name}_{f.native}")
+    f.native_spectrum = (
+        f.spectrum if not resized else _spectrum(f.images and replace(f.images, size=f.native), f"{name}_{f.native}"))
     if f.spectrum is not None and not f.spectrum.sum() > 0:
         f.spectrum = f.native_spectrum = None
-        f.missing.append("the Gaussian floor of the loss: all training images are equal, so there is nothing to learn about them")
-    elif f.spectrum is not None: f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
-    else: f.missing.append("the Gaussian floor of the loss: it needs more images than an image has values, or statistics that ship with diffnb")
+        f.missing.append(
+            "the Gaussian floor of the loss: all training images are equal, so there is nothing to learn about them")
+    elif f.spectrum is not None:
+        f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
+    else:
+        f.missing.append(
+            "the Gaussian floor of the loss: it needs more images than an image has values, or statistics "
+            "that ship with diffnb")
 
 # %% ../../nbs/workshop/facts.ipynb #c024
 BUDGET = {"cpu": 5e11, "other": 5e13} # floating point operations to spend on measuring
@@ -165,7 +198,9 @@ def _measure(f):
     afford = BUDGET["cpu" if device.type == "cpu" else "other"] / 3 / f.flops
     n = int(min(max(afford, 48), 1000, len(f.images), len(f.test or f.images)))
     if n < LEAST_ROWS:
-        f.missing.append(f"held-out loss and the loss of the EMA: {n} image(s) are too few to measure them on, {LEAST_ROWS} are needed")
+        f.missing.append(
+            f"held-out loss and the loss of the EMA: {n} image(s) are too few to measure them on, "
+            f"{LEAST_ROWS} are needed")
         return
     t, g = torch.arange(n) * c.T // n, addressed("doctor", n)
     if c.logit_normal: # as often as training draws them
@@ -173,12 +208,17 @@ def _measure(f):
     t, noise = t[torch.randperm(n, generator=g)], torch.randn(n, f.net["in_channels"], f.size, f.size, generator=g)
     model, f.losses = UNet(**meta["model"]).to(device).eval(), {"t": t.numpy()}
     for name, weights, data in (("train", "ema", f.images), ("held-out", "ema", f.test), ("raw", "model", f.images)):
-        if data is None or len(data) < n: continue
+        if data is None or len(data) < n:
+            continue
         load_weights(model, tensors, f"{weights}.")
         index, parts = torch.arange(n) * len(data) // n, []
         for i in range(0, n, 64):
-            x0, y = to_float(data.take(index[i:i + 64]).to(device)), data.labels[index[i:i + 64]].to(device) if c.conditional and data.labels is not None else None
-            parts.append(diffusion_loss(model, schedule, x0, t[i:i + 64].to(device), noise[i:i + 64].to(device), y, c.prediction))
+            x0, y = (
+                to_float(data.take(index[i : i + 64]).to(device)),
+                data.labels[index[i : i + 64]].to(device) if c.conditional and data.labels is not None else None)
+            parts.append(
+                diffusion_loss(
+                    model, schedule, x0, t[i : i + 64].to(device), noise[i : i + 64].to(device), y, c.prediction))
         f.losses[name] = torch.cat(parts).double().cpu().numpy()
 
 # %% ../../nbs/workshop/facts.ipynb #c025
@@ -190,23 +230,41 @@ def gather(run,        # a run folder, finished or running
     run, facts = Path(run), _config(run)
     f = Facts(run, facts["config"], facts["model"], facts["data"], facts.get("device", ""))
     try:
-        f.metrics = read_metrics(run); f.age = time.time() - (run / "metrics.csv").stat().st_mtime
-        if not len(f.metrics["step"]): f.metrics = None; f.missing.append("metrics: metrics.csv has no rows yet")
-    except DiffnbError as e: f.missing.append(f"metrics: {e}")
-    if live: return f
+        f.metrics = read_metrics(run)
+        f.age = time.time() - (run / "metrics.csv").stat().st_mtime
+        if not len(f.metrics["step"]):
+            f.metrics = None
+            f.missing.append("metrics: metrics.csv has no rows yet")
+    except DiffnbError as e:
+        f.missing.append(f"metrics: {e}")
+    if live:
+        return f
     for path in reversed(checkpoints(run)):
-        try: f.saved = f.saved or read_tensors(path)
-        except DiffnbError: f.damaged += (path.name,) * path.exists()        # else a running training has just removed it
-    if f.saved is None: f.missing.append("a checkpoint: " + ("all are damaged" if f.damaged else "none has been written yet"))
-    _read_extras(f); _read_data(f)
-    if deep and f.saved and f.images is not None and f.saved[1]["model"]["image_size"] == f.size: _measure(f)
-    elif not deep: f.missing.append("held-out loss and the loss of the EMA: not measured, because deep=False")
+        try:
+            f.saved = f.saved or read_tensors(path)
+        except DiffnbError:
+            f.damaged += (path.name,) * path.exists()        # else a running training has just removed it
+    if f.saved is None:
+        f.missing.append("a checkpoint: " + ("all are damaged" if f.damaged else "none has been written yet"))
+    _read_extras(f)
+    _read_data(f)
+    if deep and f.saved and f.images is not None and f.saved[1]["model"]["image_size"] == f.size:
+        _measure(f)
+    elif not deep:
+        f.missing.append("held-out loss and the loss of the EMA: not measured, because deep=False")
     return f
 
 def _read_extras(f): # the last sample grid, and evaluation.json
     grids, path = sorted((f.run / "samples").glob("step_*.png")), f.run / "evaluation.json"
-    try: f.grid = _cut_grid(grids[-1], f.size, f.data["channels"]) if grids else None
-    except OSError: f.grid = None
-    if f.grid is None: f.missing.append("samples: " + (f"{grids[-1].name} cannot be read as a grid of this run" if grids else "no sample grid has been written"))
+    try:
+        f.grid = _cut_grid(grids[-1], f.size, f.data["channels"]) if grids else None
+    except OSError:
+        f.grid = None
+    if f.grid is None:
+        f.missing.append(
+            "samples: "
+            + (f"{grids[-1].name} cannot be read as a grid of this run" if grids else "no sample grid has been written")
+        )
     f.scores = _evaluation(path)
-    if f.scores is None: f.missing.append("scores: no evaluation.json that can be read; `diffnb evaluate` writes one")
+    if f.scores is None:
+        f.missing.append("scores: no evaluation.json that can be read; `diffnb evaluate` writes one")

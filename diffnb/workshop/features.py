@@ -36,19 +36,32 @@ class Features:
     @torch.no_grad()
     def batches(self, images, # uint8 (N, C, H, W), or ImageData
                 batch_size=256):
-        "Yield float32 (B, dim), batch by batch. Raises DiffnbError for images that are not bytes and features that are not numbers."
+        """Yield float32 (B, dim), batch by batch. Raises DiffnbError for images that are not bytes and features that
+        are not numbers."""
         for i in range(0, len(images), batch_size):
             x = images.take(slice(i, i + batch_size)) if isinstance(images, ImageData) else images[i:i + batch_size]
-            if x.dtype != torch.uint8: raise DiffnbError(f"images must be uint8, got {x.dtype}: use diffnb.data.to_uint8")
+            if x.dtype != torch.uint8:
+                raise DiffnbError(f"images must be uint8, got {x.dtype}: use diffnb.data.to_uint8")
             out = self.network(x.to(self.device)).float()
-            if out.shape != (len(x), self.dim): raise DiffnbError(f"{self.name} gave shape {tuple(out.shape)}, not {(len(x), self.dim)}")
-            if not out.isfinite().all(): raise DiffnbError(f"{self.name} gave numbers that are not finite for images {i} to {i + len(x) - 1}")
+            if out.shape != (len(x), self.dim):
+                raise DiffnbError(f"{self.name} gave shape {tuple(out.shape)}, not {(len(x), self.dim)}")
+            if not out.isfinite().all():
+                raise DiffnbError(f"{self.name} gave numbers that are not finite for images {i} to {i + len(x) - 1}")
             yield out
 
     def __call__(self, images, batch_size=256):
-        def some(index): return torch.cat(list(self.batches(replace(images, images=images.images[index], labels=None) if isinstance(images, ImageData)
-                                                            else images[index], batch_size)))
-        return self.ranks.map(some, torch.arange(len(images))) if self.ranks.world_size > 1 else torch.cat(list(self.batches(images, batch_size)))
+        def some(index):
+            return torch.cat(
+                list(
+                    self.batches(
+                        replace(images, images=images.images[index], labels=None)
+                        if isinstance(images, ImageData)
+                        else images[index],
+                        batch_size)))
+        return (
+            self.ranks.map(some, torch.arange(len(images)))
+            if self.ranks.world_size > 1
+            else torch.cat(list(self.batches(images, batch_size))))
 
 # %% ../../nbs/workshop/features.ipynb #c036
 class DigitsNetwork(nn.Module):
@@ -62,21 +75,29 @@ class DigitsNetwork(nn.Module):
 
     def features(self, images): # uint8 (B, C, H, W), of any size -> (B, 64)
         x = images.float().mean(1, keepdim=True)
-        if x.shape[-2:] != (8, 8): x = resize(x, 8, "bilinear")
+        if x.shape[-2:] != (8, 8):
+            x = resize(x, 8, "bilinear")
         return self.body(x / 127.5 - 1)
 
 def train_digits_network(images, labels, steps=400, seed=0): # uint8 (N, 1, 8, 8), int64 (N,) -> DigitsNetwork
     "Train the classifier on noisy copies, half of the batches rolled by up to a pixel."
-    with torch.random.fork_rng([]): torch.manual_seed(seed); net = DigitsNetwork()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        net = DigitsNetwork()
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in range(steps):
         g = addressed(seed, "digits network", step)
         index = torch.randint(len(images), (128,), generator=g)
-        x = to_float(images[index]); x = x + 0.1 * torch.randn(x.shape, generator=g)
-        if step % 2: x = x.roll(torch.randint(-1, 2, (2,), generator=g).tolist(), (2, 3))
+        x = to_float(images[index])
+        x = x + 0.1 * torch.randn(x.shape, generator=g)
+        if step % 2:
+            x = x.roll(torch.randint(-1, 2, (2,), generator=g).tolist(), (2, 3))
         loss = F.cross_entropy(net.head(net.body(x)), labels[index], label_smoothing=0.1)
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); rate.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/workshop/features.ipynb #c039
@@ -103,49 +124,77 @@ def _inception_weights(path):
     path = Path(path or os.environ.get("DIFFNB_INCEPTION") or cached)
     if path == cached and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try: torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d", progress=False)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d", progress=False)
         except (OSError, RuntimeError) as e:
             raise DiffnbError(f"the Inception weights are not in {path} and could not be downloaded ({e}). Put {INCEPTION_FILE} from {INCEPTION_URL} "
                               "there by hand, or name a file with weights=... or the environment variable DIFFNB_INCEPTION") from e
-    if not path.is_file(): raise DiffnbError(f"no Inception weights in {path}: a file like {INCEPTION_FILE} was expected ({INCEPTION_URL})")
+    if not path.is_file():
+        raise DiffnbError(
+            f"no Inception weights in {path}: a file like {INCEPTION_FILE} was expected ({INCEPTION_URL})")
     try:
-        if path.suffix.lower() == ".safetensors": return safetensors.torch.load_file(path), path
-        return torch.load(path, weights_only=True, map_location="cpu"), path             # weights_only: tensors and nothing that runs
-    except Exception as e: raise DiffnbError(f"{path} cannot be read as Inception weights ({e})") from e
+        if path.suffix.lower() == ".safetensors":
+            return safetensors.torch.load_file(path), path
+        # weights_only: tensors and nothing that runs
+        return torch.load(path, weights_only=True, map_location="cpu"), path
+    except Exception as e:
+        raise DiffnbError(f"{path} cannot be read as Inception weights ({e})") from e
 
 # %% ../../nbs/workshop/features.ipynb #c060
 def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what FID is defined on
-                       weights=None, # a .pth or .safetensors file; None: $DIFFNB_INCEPTION, then torch.hub's cache, then a download
+                       # a .pth or .safetensors file; None: $DIFFNB_INCEPTION, then torch.hub's cache, then a download
+                       weights=None,
                        device="cpu",
                       ):             # Features; takes RGB or grey images of any size
-    "The Inception-v3 of FID (2015-12-05), through torch-fidelity. Raises DiffnbError saying what to install or which file to put where."
-    if dim not in (64, 192, 768, 2048): raise DiffnbError(f"Inception has features of 64, 192, 768 and 2048 dimensions, not {dim}")
-    try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as e: raise DiffnbError("Inception features need the package torch-fidelity: pip install torch-fidelity") from e
+    """The Inception-v3 of FID (2015-12-05), through torch-fidelity. Raises DiffnbError saying what to install or which
+    file to put where."""
+    if dim not in (64, 192, 768, 2048):
+        raise DiffnbError(f"Inception has features of 64, 192, 768 and 2048 dimensions, not {dim}")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as e:
+        raise DiffnbError("Inception features need the package torch-fidelity: pip install torch-fidelity") from e
     class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_, **__): pass                                        # it would load the file unchecked
-    empty = io.BytesIO(); torch.save({}, empty); empty.seek(0)
-    net, (tensors, path) = Blank("inception-v3-compat", [str(dim)], feature_extractor_weights_path=empty), _inception_weights(weights)
-    try: nn.Module.load_state_dict(net, tensors)
-    except RuntimeError as e: raise DiffnbError(f"{path} does not hold the FID Inception of torch-fidelity: {str(e).splitlines()[1].strip()}") from e
-    if dim == 2048 and not all(v.any() for k, v in tensors.items() if k.startswith("Mixed_7") and k.endswith("conv.weight")):
-        raise DiffnbError(f"the layers of {path} behind the 768-d features are zero, so it has no 2048-d features: use dim=768, or the full {INCEPTION_FILE}")
+        def load_state_dict(self, *_, **__):
+            pass                                        # it would load the file unchecked
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    net, (tensors, path) = (
+        Blank("inception-v3-compat", [str(dim)], feature_extractor_weights_path=empty), _inception_weights(weights))
+    try:
+        nn.Module.load_state_dict(net, tensors)
+    except RuntimeError as e:
+        raise DiffnbError(
+            f"{path} does not hold the FID Inception of torch-fidelity: {str(e).splitlines()[1].strip()}") from e
+    if dim == 2048 and not all(
+        v.any() for k, v in tensors.items() if k.startswith("Mixed_7") and k.endswith("conv.weight")):
+        raise DiffnbError(
+            f"the layers of {path} behind the 768-d features are zero, so it has no 2048-d features: use "
+            f"dim=768, or the full {INCEPTION_FILE}")
     net = net.to(device)
     def features(x):
-        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False # a score is not the place to round
-        try: return net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0]
-        finally: torch.backends.cudnn.allow_tf32 = before
+        # a score is not the place to round
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        try:
+            return net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0]
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
     return Features(features, "Inception-v3 2015-12-05", dim, str(device))
 
 # %% ../../nbs/workshop/features.ipynb #c089
 def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"
-                  data="",      # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
+                  data="",  # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
                  ):             # Features
     "A feature network by name. Raises DiffnbError for an unknown one."
-    if name == "auto": name = "digits" if data == "digits" else "inception-2048"
-    if name == "digits": return digits_features(device)
+    if name == "auto":
+        name = "digits" if data == "digits" else "inception-2048"
+    if name == "digits":
+        return digits_features(device)
     kind, _, dim = str(name).partition("-")
     if kind != "inception" or not dim.isdecimal():
-        raise DiffnbError(f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, inception-192 or inception-64")
+        raise DiffnbError(
+            f"features {name!r} are unknown: choose auto, digits, inception-2048, inception-768, "
+            "inception-192 or inception-64")
     return inception_features(int(dim), weights, device)

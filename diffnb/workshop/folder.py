@@ -27,10 +27,13 @@ from .settings import _unwritable, check_config, total_steps, TrainConfig
 
 # %% ../../nbs/workshop/folder.ipynb #c097x
 def _rows(run):
-    if not (Path(run) / "metrics.csv").exists(): return []
+    if not (Path(run) / "metrics.csv").exists():
+        return []
     m = read_metrics(run)
-    if list(m) not in (columns, columns[:-1]):                               # version 0.1 did not measure processor time
-        raise DiffnbError(f"{run}/metrics.csv has other columns than this version writes: move it away to continue the run without its earlier rows")
+    if list(m) not in (columns, columns[:-1]):  # version 0.1 did not measure processor time
+        raise DiffnbError(
+            f"{run}/metrics.csv has other columns than this version writes: move it away to continue the "
+            "run without its earlier rows")
     text = [line.split(",") for line in (Path(run) / "metrics.csv").read_text(encoding="utf-8").split("\n")[1:-1]]
     return [dict(zip(m, r)) for r in text if len(r) == len(m)]   # as text: a number read and written again may change
 
@@ -47,99 +50,128 @@ def read_metrics(run, # a run folder
                 ):    # dict: column -> float64 array
     "What a run has logged so far. Raises DiffnbError if there is nothing to read."
     path = Path(run) / "metrics.csv"
-    if not path.exists(): raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
+    if not path.exists():
+        raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         names = head.split(",")
-        rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]    # the last line ends in \n, or is cut
+        # the last line ends in \n, or is cut
+        rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]
         values = np.array(rows, dtype=np.float64).reshape(-1, len(names))
         missing = [c for c in columns[:-1] if c not in names]            # version 0.1 did not have the last
-        if missing: raise ValueError(f"it has no column {missing[0]}")
-        if len(set(names)) < len(names): raise ValueError("two of its columns have one name")
+        if missing:
+            raise ValueError(f"it has no column {missing[0]}")
+        if len(set(names)) < len(names):
+            raise ValueError("two of its columns have one name")
         steps = values[:, names.index("step")]
-        if not ((steps >= 0) & (steps < 2**53)).all(): raise ValueError("a step in it is not a number of steps")
-    except (OSError, ValueError) as e: raise DiffnbError(f"{path} is damaged ({e!s:.200}): move it away, and the run goes on without its earlier rows") from e
+        if not ((steps >= 0) & (steps < 2**53)).all():
+            raise ValueError("a step in it is not a number of steps")
+    except (OSError, ValueError) as e:
+        raise DiffnbError(
+            f"{path} is damaged ({e!s:.200}): move it away, and the run goes on without its earlier rows") from e
     return dict(zip(names, values.T))
 
 # %% ../../nbs/workshop/folder.ipynb #c085
-_facts_of_data = {"name": str, "images": int, "classes": list, "native_size": int, "image_size": int, "channels": int, "filter": str}
+_facts_of_data = {
+    "name": str, "images": int, "classes": list, "native_size": int, "image_size": int, "channels": int, "filter": str}
 
 def _names(classes): # class names as a tuple
-    if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes): raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes):
+        raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     return tuple(classes)
 
 def _where(data, facts): # the folder of images, also if its name was relative to another working directory
     folder = facts.get("folder")
-    if not isinstance(folder, str) or not Path(folder).is_dir(): return data
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        return data
     return data if Path(data).is_dir() and Path(data).samefile(folder) else folder
 
 def _check_plans(plans): # what config.json says of them
     good = lambda p: p.keys() == {"epochs", "step"} and all(type(v) in (int, float) for v in p.values())
-    if not isinstance(plans, list) or not all(map(good, plans)): raise ValueError(f"plans are {plans!r:.60}, not epochs and step of each")
+    if not isinstance(plans, list) or not all(map(good, plans)):
+        raise ValueError(f"plans are {plans!r:.60}, not epochs and step of each")
 
 def read_config(run, # a run folder
                ):    # dict: config, model, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
     path = Path(run) / "config.json"
-    if not path.is_file(): raise DiffnbError(f"{run} is not a run folder: it has no config.json")
+    if not path.is_file():
+        raise DiffnbError(f"{run} is not a run folder: it has no config.json")
     try:
-        if path.stat().st_size > MOST_JSON: raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
         facts = strict_json(path.read_bytes())
         for k, kind in _facts_of_data.items():
             v = facts["data"][k]
-            if type(v) is not kind or kind is int and not 0 < v < 2**53: raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
+            if type(v) is not kind or kind is int and not 0 < v < 2**53:
+                raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
         facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # version 0.1 did not write it
         _check_plans(facts["plans"])
         facts["model"] = _whole(facts["model"])
-        with torch.device("meta"): UNet(**facts["model"])                # can be built; allocates nothing
+        with torch.device("meta"):
+            UNet(**facts["model"])                # can be built; allocates nothing
         config = replace(config, data=_where(config.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
-_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"} # of settings that version 0.1 called otherwise
+# of settings that version 0.1 called otherwise
+_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
 
 def make_config(values, # dict, as JSON gives it
                ):       # TrainConfig
     "A TrainConfig from JSON: lists become tuples; unknown settings are refused."
-    if not isinstance(values, dict): raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
+    if not isinstance(values, dict):
+        raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {_new_names.get(k, k): v for k, v in values.items()}
     known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(map(str, set(values) - known)): raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
+    if unknown := sorted(map(str, set(values) - known)):
+        raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
 # %% ../../nbs/workshop/folder.ipynb #c088
 def _grip(file, shared=False):
     "Lock an open file: True if that worked, False if another process holds it, None where file systems cannot lock."
     try:
-        try: import fcntl
+        try:
+            import fcntl
         except ImportError:                                              # Windows
             import msvcrt
-            file.seek(2**30); msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else: fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as e: return False if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) else None
+            file.seek(2**30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as e:
+        return False if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) else None
     return True
 
 def training_now(run, # a run folder
                 ):    # "process 1234 on HOST", or None
     "Who is training in this folder at the moment, if anybody is."
     try:
-        with open(Path(run) / ".lock", encoding="utf-8") as f: return None if _grip(f, shared=True) is not False else f.seek(0) or f.read(200) or "another process"
-    except (OSError, ValueError): return None
+        with open(Path(run) / ".lock", encoding="utf-8") as f:
+            return None if _grip(f, shared=True) is not False else f.seek(0) or f.read(200) or "another process"
+    except (OSError, ValueError):
+        return None
 
 def _check_place(run, data):
-    "Raises DiffnbError if `run` is something else, has a name that cannot be written, or lies among the images of `data`."
+    """Raises DiffnbError if `run` is something else, has a name that cannot be written, or lies among the images of
+    `data`."""
     if wrong := _unwritable(str(run)):
         raise DiffnbError(f"a run cannot be kept in {str(run)!a:.200}: {wrong}. Choose another name (--run)")
     ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
     try:
         other = run.exists() and (not run.is_dir() or any(not p.name.startswith(ours) for p in run.iterdir()))
-        if (run / "config.json").exists(): return                        # asked last: another process may be writing it
-        folder, here = data not in named_sets and Path(data).is_dir() and os.path.realpath(data), Path(os.path.realpath(run))
-    except OSError as e: raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
-    if other: raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
+        if (run / "config.json").exists():
+            return                        # asked last: another process may be writing it
+        folder, here = (
+            data not in named_sets and Path(data).is_dir() and os.path.realpath(data), Path(os.path.realpath(run)))
+    except OSError as e:
+        raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
+    if other:
+        raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
     if folder and Path(folder) in (here, *here.parents):
         raise DiffnbError(f"{run} lies among the images of {data}, where its pictures would be taken for data: "
                           "choose a folder outside (--run)")
@@ -147,26 +179,35 @@ def _check_place(run, data):
 @contextmanager
 def _alone_in(run):
     "Make the folder if need be, and hold its lock. Raises DiffnbError if another process trains in it."
-    try: run.mkdir(parents=True, exist_ok=True); file = open(run / ".lock", "a+", encoding="utf-8")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a+", encoding="utf-8")
     except OSError as e:
         raise DiffnbError(f"cannot write {run}: {e.strerror or e}. Choose a folder you may write to (--run)") from e
     with file:
         for wait in (0, 0.1, 0.3, None):                                 # `diffnb info` may hold it for a moment
-            if (held := _grip(file)) is not False: break
+            if (held := _grip(file)) is not False:
+                break
             if wait is None:
                 raise DiffnbError(f"{run} is in use: {training_now(run) or 'another process'} is training in it. Wait for it, stop it (on SIGTERM "
                                   "it leaves a checkpoint), or train in another folder")
             time.sleep(wait)
-        if held is None: warnings.warn(f"the file system of {run} cannot lock files: take care that no second process trains in it")
+        if held is None:
+            warnings.warn(f"the file system of {run} cannot lock files: take care that no second process trains in it")
         def says(who): # on a full disk it does not, and holds all the same
-            with suppress(OSError): os.ftruncate(file.fileno(), 0); os.write(file.fileno(), who.encode())
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), who.encode())
         says(f"process {os.getpid()} on {platform.node()}")
-        try: yield
-        finally: says("")
+        try:
+            yield
+        finally:
+            says("")
 
 # %% ../../nbs/workshop/folder.ipynb #c091
-free_to_change = {"epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing", "sample_every", "sample_steps",
-                  "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+free_to_change = {
+    "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing",
+    "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def as_options(config, # TrainConfig
                names,  # settings
@@ -184,28 +225,35 @@ def as_command(name,   # of one of diffnb's commands
 def _same_settings(run, old, config):
     free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
     changed = [f.name for f in fields(config) if f.name not in free and getattr(config, f.name) != getattr(old, f.name)]
-    if not changed: return
+    if not changed:
+        return
     both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
     raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: "
                       f"{shlex.join(as_options(old, changed))}; to start anew, another folder (--run)")
 
 def _same_data(run, was, data): # was: what config.json says of the images
     now = _describe(data)
-    if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")): return
+    if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")):
+        return
     if (was["images"], was["classes"]) != (now["images"], now["classes"]):
-        what = f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
+        what = (
+            f"{was['images']} images with classes {was['classes']}; now there are {now['images']} with {now['classes']}"
+        )
     elif was.get("class_counts") not in (None, now["class_counts"]):
         pairs = zip(was["classes"], was["class_counts"], now["class_counts"])
         what = "; ".join(f"{a} images of {c}, now {b}" for c, a, b in pairs if a != b)
-    else: what = f"as many images of the same classes, but with other contents than those in {data.name}"
+    else:
+        what = f"as many images of the same classes, but with other contents than those in {data.name}"
     raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: "
                       f"{as_command('resume', run)} --data FOLDER), or train in another folder (--run)")
 
 def _describe(data): # ImageData -> what config.json says of it
     counts = None if data.labels is None else torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist()
-    return {"name": data.name, "folder": None if data.name in named_sets else os.path.realpath(data.name),
-            "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
-            "native_size": data.native_size, "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
+    return {
+        "name": data.name, "folder": None if data.name in named_sets else os.path.realpath(data.name),
+        "images": len(data), "classes": list(data.classes), "class_counts": counts, "digest": data.digest,
+        "native_size": data.native_size, "image_size": data.size, "filter": data.filter,
+        "channels": data.images.shape[1]}
 
 def reached(run): # a run folder -> (steps, epochs planned then) of its newest checkpoint; (0, None) without any
     "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
@@ -213,7 +261,8 @@ def reached(run): # a run folder -> (steps, epochs planned then) of its newest c
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
             return meta["step"], make_config(meta["config"]).epochs
-        except (DiffnbError, KeyError): continue
+        except (DiffnbError, KeyError):
+            continue
     return 0, None
 
 def _plans(run, old, config, images):
@@ -222,17 +271,24 @@ def _plans(run, old, config, images):
     step, then = reached(run)
     def over(epochs):
         total = total_steps(replace(config, epochs=epochs), images)
-        return total < step or total == step and epochs != then          # what was made under another plan is not the end of this
+        # what was made under another plan is not the end of this
+        return total < step or total == step and epochs != then
     if over(config.epochs):
-        kept = [e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)]
-        how = f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}" if kept else ""
+        kept = [
+            e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)
+        ]
+        how = (
+            (f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
+            if kept
+            else "")
         raise DiffnbError(f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another plan: "
                           f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
     return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
 
 def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
     for pattern in (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*"):
-        for left in run.glob(pattern + ".partial"): left.unlink(missing_ok=True)
+        for left in run.glob(pattern + ".partial"):
+            left.unlink(missing_ok=True)
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
@@ -248,28 +304,37 @@ def _open_run(run, config, data, net):
         plans = _plans(run, old, config, len(data))
         _rows(run)                                                       # raises where they could not be continued
         _sweep(run)
-    text = json.dumps({"config": asdict(config), "model": net, "plans": plans, "diffnb": __version__, "torch": torch.__version__,
-                       "device": str(pick_device(config.device)), "data": _describe(data)}, indent=1)
-    try: strict_json(text.encode())
-    except ValueError as e: raise DiffnbError(f"the settings of {run} could not be read back: {e}") from e
+    text = json.dumps(
+        {
+            "config": asdict(config), "model": net, "plans": plans, "diffnb": __version__, "torch": torch.__version__,
+            "device": str(pick_device(config.device)), "data": _describe(data)},
+        indent=1)
+    try:
+        strict_json(text.encode())
+    except ValueError as e:
+        raise DiffnbError(f"the settings of {run} could not be read back: {e}") from e
     write_whole(run / "config.json", text)
 
-
 # %% ../../nbs/workshop/folder.ipynb #c081a
-_of_files = {".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
+_of_files = {
+    ".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
 
 def check_place(out,       # where a folder is to be
                 suffixes=() # or a file that ends in one of these, in capitals or not
                ):          # the path
     "Raises DiffnbError if nothing can be written there, or if the name is that of a file of another kind."
-    if not str(out).strip(): raise DiffnbError("the place for the results (command line: --out) is an empty name: give a folder")
+    if not str(out).strip():
+        raise DiffnbError("the place for the results (command line: --out) is an empty name: give a folder")
     out = Path(out)
     stop = next((p for p in (out, *out.parents) if p.exists()), out)
     is_file = out.suffix.lower() in suffixes
     if stop.exists() and not stop.is_dir() and not (is_file and stop == out):
-        raise DiffnbError(f"{stop} is a file" + (", and a folder is needed" if stop == out else f", so {out} cannot be made") +
-                          ": choose another place (command line: --out)")
-    if is_file and out.is_dir(): raise DiffnbError(f"{out} is a folder: choose another name (command line: --out)")
+        raise DiffnbError(
+            f"{stop} is a file"
+            + (", and a folder is needed" if stop == out else f", so {out} cannot be made")
+            + ": choose another place (command line: --out)")
+    if is_file and out.is_dir():
+        raise DiffnbError(f"{out} is a folder: choose another name (command line: --out)")
     if not is_file and not out.exists() and out.suffix.lower() in _of_files | set(Image.registered_extensions()):
         files = f", or a file that ends in {' or '.join(suffixes)}" if suffixes else ""
         raise DiffnbError(f"{out.name} would become a folder: give the name of a folder{files} (command line: --out)")
@@ -281,15 +346,23 @@ def alone_in(folder, # made if need be
             ):
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
     lock, made = FileLock(folder / f".{doing}.lock"), not folder.exists()
-    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except Timeout as e:
-        raise DiffnbError(f"another process is {doing} in {folder}: wait for it, or choose another place (command line: --out)") from e
+        raise DiffnbError(
+            f"another process is {doing} in {folder}: wait for it, or choose another place (command line: --out)"
+        ) from e
     except NotImplementedError:
-        warnings.warn(f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
-    except OSError as e: raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to") from e
-    try: yield
+        warnings.warn(
+            f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
+    except OSError as e:
+        raise DiffnbError(f"cannot write {folder}: {e.strerror or e}. Choose a folder you may write to") from e
+    try:
+        yield
     finally:
         with suppress(OSError):
-            os.unlink(lock.lock_file)                              # before the release, so that nobody holds a file that is gone
-            if made: folder.rmdir()                                # nothing came of it
+            os.unlink(lock.lock_file)  # before the release, so that nobody holds a file that is gone
+            if made:
+                folder.rmdir()                                # nothing came of it
         lock.release()

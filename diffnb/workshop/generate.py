@@ -27,9 +27,9 @@ from .folder import alone_in, check_place
 def sample_batches(model, schedule,
                    shape,           # of one image: (C, H, W)
                    numbers,         # which images: list of ints; image k is made from noise addressed by (seed, k)
-                   *, y=None,       # labels of images 0, 1, 2, …, int64; None: an unconditional model, or the null class
+                   *, y=None,  # labels of images 0, 1, 2, …, int64; None: an unconditional model, or the null class
                    seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
-                   guide=None,      # called as guide(model, y), gives the model to sample from; e.g. partial(guided, w=2.0)
+                   guide=None,  # called as guide(model, y), gives the model to sample from; e.g. partial(guided, w=2.0)
                    precision="float32", # of the network's arithmetic, or "bf16"; the sampler's own stays in float32
                    **settings       # for the sampler: steps, prediction, …
                   ):                # yields (numbers of the batch, uint8 (B, C, H, W) on the CPU)
@@ -38,61 +38,78 @@ def sample_batches(model, schedule,
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
         asked = numbers[start:start + batch_size]
-        ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked     # another batch size would be compiled anew
+        # another batch size would be compiled anew
+        ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked
         labels = None if y is None else y[ks].to(device)
         network, told = (guide(model, labels), None) if guide else (model, labels)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            x0 = sampler(network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
-                         x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
+            x0 = sampler(
+                network, schedule, (len(ks), *shape), y=told, generator=[addressed(seed, "sample", k) for k in ks],
+                x_T=draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device), **settings)
         yield asked, to_uint8(x0[:len(asked)]).cpu()
 
 # %% ../../nbs/workshop/generate.ipynb #c082
 def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
-def _name_of(y): return " ".join(map(str, y.tolist())) + " "        # so that the labels of fewer images begin those of more
+def _name_of(y):
+    return " ".join(map(str, y.tolist())) + " "        # so that the labels of fewer images begin those of more
 
 def fingerprint(model, schedule):
     "A short name of weights and schedule, so that samples of two models are never mixed. Wrappers change nothing."
     h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
-    if schedule != NoiseSchedule(schedule.alpha_bar): h.update(schedule.s.numpy().tobytes()) # else alpha_bar says it all
+    if schedule != NoiseSchedule(schedule.alpha_bar):
+        h.update(schedule.s.numpy().tobytes()) # else alpha_bar says it all
     for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
         k = re.sub(r"^(_orig_mod\.|module\.)+", "", k)                 # of torch.compile and DistributedDataParallel
-        h.update(k.encode()); h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
+        h.update(k.encode())
+        h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-def sample_to(out,             # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels, classes their names
+def sample_to(out,  # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels, classes their names
               model, schedule, shape,
               n,               # how many images
-              *, y=None, seed=0, classes=(), ranks=SingleProcess(), **settings # as in sample_batches; ranks: each process makes its share
+              # as in sample_batches; ranks: each process makes its share
+              *, y=None, seed=0, classes=(), ranks=SingleProcess(), **settings
              ):                # path of the folder or file
     """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
     Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
     out = check_place(out, (".npz",))
-    check_sampling(schedule, n=n, seed=seed, **{k: settings[k] for k in ("batch_size", "steps", "spacing", "eta") if k in settings})
+    check_sampling(
+        schedule, n=n, seed=seed, **{k: settings[k] for k in ("batch_size", "steps", "spacing", "eta") if k in settings}
+    )
     _check_labels(model, y, n)
     packed = out.suffix.lower() == ".npz"
     folder = out.with_name(out.name + ".parts") if packed else out
-    facts, told = folder / "samples.json", {"seed": seed, "shape": list(shape), "model": fingerprint(model, schedule), **{
-        k: _told(v) for k, v in settings.items() if k not in ("batch_size", "device", "progress")}, "labels": "" if y is None else _name_of(y[:n])}
+    facts, told = (
+        folder / "samples.json",
+        {
+            "seed": seed, "shape": list(shape), "model": fingerprint(model, schedule),
+            **{k: _told(v) for k, v in settings.items() if k not in ("batch_size", "device", "progress")},
+            "labels": "" if y is None else _name_of(y[:n])})
     with ExitStack() as held:
         ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told, held, out if packed else None))
         missing = [k for k in range(ranks.rank, n, ranks.world_size) if not (folder / f"{k:06d}.png").exists()]
         for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
-            for k, image in zip(ks, images): _write_png(image, folder / f"{k:06d}.png")
-        if ranks.any(False) or ranks.rank: return out                                        # asked, so that all ranks have finished
-        if packed: _pack(folder, out, n, shape, y, classes)
+            for k, image in zip(ks, images):
+                _write_png(image, folder / f"{k:06d}.png")
+        if ranks.any(False) or ranks.rank:
+            return out                                        # asked, so that all ranks have finished
+        if packed:
+            _pack(folder, out, n, shape, y, classes)
     return out
 
 def _write_png(image, path): # uint8 (C, H, W)
     pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()      # squeeze: grey images have no last axis
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _what_is_made_stays(partial_path, path):
-        Image.fromarray(pixels).save(partial_path, format="PNG"); partial_path.replace(path)
+        Image.fromarray(pixels).save(partial_path, format="PNG")
+        partial_path.replace(path)
 
 def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
     images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
-    labels = {} if y is None else {"arr_1": y[:n].cpu().numpy()} | ({"classes": np.array(classes)} if len(classes) else {})
+    labels = (
+        {} if y is None else {"arr_1": y[:n].cpu().numpy()} | ({"classes": np.array(classes)} if len(classes) else {}))
     with _what_is_made_stays(folder / "all.npz", out):
         np.savez(folder / "all.npz", arr_0=images, **labels)
         (folder / "all.npz").replace(out)
@@ -101,14 +118,17 @@ def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
 @contextmanager
 def _what_is_made_stays(partial_path, path):
     "A full disk, or one that fails: leave nothing half-written, and say how to go on."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        with suppress(OSError): partial_path.unlink()
+        with suppress(OSError):
+            partial_path.unlink()
         raise DiffnbError(f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the folder "
                           "writable, and the same call makes the rest") from e
 
 # ---- what a folder of samples was made with
-_usual = {"guide": "None", "eta": "0.0", "spacing": "'trailing'", "precision": "'float32'", "sampler": "ddim"} # where nothing is said
+# where nothing is said
+_usual = {"guide": "None", "eta": "0.0", "spacing": "'trailing'", "precision": "'float32'", "sampler": "ddim"}
 _options = {"guide": "--guidance", "labels": "--class", "model": "--weights", "shape": "", "prediction": ""}
 
 def _open_samples(folder, facts, told, held, packed=None):
@@ -119,48 +139,58 @@ def _open_samples(folder, facts, told, held, packed=None):
     _refuse_existing(packed)
     held.enter_context(alone_in(folder, "sampling"))
     _refuse_existing(packed)                                                # another process may have finished just now
-    for left in folder.glob(".*.partial"): left.unlink()                    # of a process that was killed
+    for left in folder.glob(".*.partial"):
+        left.unlink()                    # of a process that was killed
     if facts.exists():
         before = _facts(facts)
         if changes := _changes(before, told):
             raise DiffnbError(f"{folder} holds samples of another model or with other settings: {'; '.join(changes)}. "
                               "Choose another place (command line: --out), or the old settings")
-        if len(before["labels"]) > len(told["labels"]): told = before
+        if len(before["labels"]) > len(told["labels"]):
+            told = before
     write_whole(facts, json.dumps(told))
 
 def _refuse_existing(path):
-    if path and path.exists(): raise DiffnbError(f"{path} exists: remove it, or choose another name")
+    if path and path.exists():
+        raise DiffnbError(f"{path} exists: remove it, or choose another name")
 
 def _facts(path): # what samples.json holds
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(facts["labels"], str): return facts
-    except (OSError, ValueError, KeyError, TypeError): pass
+        if isinstance(facts["labels"], str):
+            return facts
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     raise DiffnbError(f"{path} is damaged, so it cannot be known what the images beside it are: choose a new folder")
 
 def _changes(before, now): # list of words: what differs, the option that decides it, and both values
-    def shown(value): return re.sub(r"^guided .*'w': ([^,}]+).*", r"\1", str(value).replace("None", "1"))  # of guidance, its w
+    def shown(value):
+        return re.sub(r"^guided .*'w': ([^,}]+).*", r"\1", str(value).replace("None", "1"))  # of guidance, its w
     words = []
     for name in dict.fromkeys((*now, *before)):
         old, new = (d.get(name, _usual.get(name)) for d in (before, now))
         if name == "labels":
             pair = next(((i, a, b) for i, (a, b) in enumerate(zip(old.split(), new.split())) if a != b), None)
-            if pair: words.append("image {} was of class {} and is now of class {} (--class)".format(*pair))
-            elif not (old and new) and old != new: words.append(f"labels were {'given' if old else 'not given'} before (--class)")
+            if pair:
+                words.append("image {} was of class {} and is now of class {} (--class)".format(*pair))
+            elif not (old and new) and old != new:
+                words.append(f"labels were {'given' if old else 'not given'} before (--class)")
         elif old != new:
             option = _options.get(name, f"--{name.replace('_', '-')}")
-            if name == "guide": name, old, new = "guidance", shown(old), shown(new)
+            if name == "guide":
+                name, old, new = "guidance", shown(old), shown(new)
             words.append(f"{name} was {old} and is now {new}" + (f" ({option})" if option else ""))
     return words
-
 
 # %% ../../nbs/workshop/generate.ipynb #c019n
 def guidance_for(trained, # Trained, as load_model gives it
                  w,       # as in `guided`
                 ):        # a function guide(model, y) for `sample_batches`; None for w = 1, which needs no guidance
-    "Guidance for a trained model. Raises DiffnbError if it has no classes or never saw a withheld label, or for an impossible w."
+    """Guidance for a trained model. Raises DiffnbError if it has no classes or never saw a withheld label, or for an
+    impossible w."""
     _check_w(w)
-    if w == 1: return None
+    if w == 1:
+        return None
     if not trained.classes:
         raise DiffnbError(f"guidance {w:g} (command line: --guidance): this model was trained without classes, so it cannot be "
                           "guided towards one: train it with classes and label_dropout, or leave guidance out")

@@ -22,7 +22,8 @@ from ..unet import _choice, _number, _numbers, UNet
 # %% ../../nbs/workshop/interchange.ipynb #c006
 def _diffusers():
     "The diffusers library, imported when first needed; DiffnbError says how to install it."
-    try: import diffusers
+    try:
+        import diffusers
     except ImportError as e:
         raise DiffnbError(f"this needs the diffusers library, not importable here ({e}): pip install diffusers") from e
     return diffusers
@@ -40,8 +41,10 @@ def key_map(model): # our UNet
         words = ours.split(".")
         side = {"resize": f"{words[0]}samplers.0"}
         theirs = ".".join((_words | side).get(w, w) for w in words)
-        if "qkv" in words: names |= {theirs.replace("qkv", f"to_{c}"): (ours, i) for i, c in enumerate("qkv")}
-        else: names[theirs] = (ours, None)
+        if "qkv" in words:
+            names |= {theirs.replace("qkv", f"to_{c}"): (ours, i) for i, c in enumerate("qkv")}
+        else:
+            names[theirs] = (ours, None)
     return names
 
 # %% ../../nbs/workshop/interchange.ipynb #c011
@@ -86,8 +89,10 @@ def _known(config):
     "The settings that we translate, completed by defaults; raises for a value, or a setting, that we cannot do."
     given = {k: v for k, v in config.items() if not k.startswith("_")}
     for name, value in given.items():
-        if name in _theirs: continue
-        if name not in _fixed: raise _unsupported(name, value, "not a setting of UNet2DModel that diffnb knows.")
+        if name in _theirs:
+            continue
+        if name not in _fixed:
+            raise _unsupported(name, value, "not a setting of UNet2DModel that diffnb knows.")
         if (ok := _fixed[name]) and value not in ok:
             raise _unsupported(name, value, f"diffnb's UNet can only do {' or '.join(map(repr, ok))}.")
     return _theirs | {k: v for k, v in given.items() if k in _theirs}
@@ -100,12 +105,14 @@ def _levels(c):
             raise _unsupported(name, c[name], "expected a list of 1 to 8 elements, as long as block_out_channels.")
     widths = _numbers("block_out_channels", c["block_out_channels"], 1, 2**16, int)
     for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        for kind in c[name]: _choice(f"{name}: element", kind, (f"{way}Block2D", f"Attn{way}Block2D"))
+        for kind in c[name]:
+            _choice(f"{name}: element", kind, (f"{way}Block2D", f"Attn{way}Block2D"))
     attends = [kind.startswith("Attn") for kind in c["down_block_types"]]
     if attends != [kind.startswith("Attn") for kind in c["up_block_types"]][::-1]:
         raise _unsupported("up_block_types", c["up_block_types"], "attention must be where it is on the way down.")
     size = c["sample_size"]
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]: size = size[0]
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
     size = _number("sample_size", size, 1, 4096)
     # the first width is the natural base; where dividing by it is not exact, the common divisor always is
     base = widths[0] if all(widths[0] * (w / widths[0]) == w for w in widths) else gcd(*widths)
@@ -117,7 +124,8 @@ def _our_settings(config, # a UNet2DModel's config
                   null_class):
     "Our UNet's arguments for their configuration; DiffnbError names the setting that does not fit."
     c = _known(config)
-    if (out := c["out_channels"]) != c["in_channels"]: raise _unsupported("out_channels", out, "must be in_channels.")
+    if (out := c["out_channels"]) != c["in_channels"]:
+        raise _unsupported("out_channels", out, "must be in_channels.")
     film = _choice("resnet_time_scale_shift", c["resnet_time_scale_shift"], ("scale_shift", "default")) == "scale_shift"
     if (groups := c["attn_norm_num_groups"]) not in (None, c["norm_num_groups"]):
         raise _unsupported("attn_norm_num_groups", groups, "must be None or equal norm_num_groups.")
@@ -189,8 +197,9 @@ def _check_sayable(schedule, prediction):
     if not schedule.straight and (schedule.alpha_bar + schedule.s**2 - 1).abs().max() > 1e-9:
         raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has none like it.")
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
-        raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
-                          "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
+        raise DiffnbError(
+            "prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
+            "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
 
 def _flow_shift(schedule):
     "The number for which `schedule` is flow_schedule(T).shift(number)."
@@ -216,7 +225,6 @@ def to_diffusers(model,            # our UNet
     return unet, _diffusers().DDIMScheduler(
         num_train_timesteps=schedule.T, trained_betas=betas, prediction_type=_predictions[prediction],
         timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=True)
-
 
 # %% ../../nbs/workshop/interchange.ipynb #c032
 def _how_to_sample(model, schedule):
@@ -268,28 +276,35 @@ def save_diffusers(model,            # our UNet
     part = (place if folder.exists() else place.parent) / f".{place.name}.{os.getpid()}.partial"
     try:
         if schedule.straight:
-            for name, one in (("unet", unet), ("scheduler", scheduler)): one.save_pretrained(part / name)
+            for name, one in (("unet", unet), ("scheduler", scheduler)):
+                one.save_pretrained(part / name)
             (part / "README.md").write_text(_how_to_sample(model, schedule), encoding="utf-8")
-        else: _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
-        if not folder.exists(): part.replace(place)
+        else:
+            _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
+        if not folder.exists():
+            part.replace(place)
         else:                                      # empty, and perhaps where the shell is: it stays, and is filled
-            for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"): p.replace(place / p.name)
+            for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"):
+                p.replace(place / p.name)
     except OSError as e:
         if place.is_dir() and any(p for p in place.iterdir() if p != part):
             raise DiffnbError(f"{folder} was filled by another process meanwhile: choose another folder.") from e
         raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     if schedule.straight:
         say("diffusers has no pipeline for flows: README.md in the folder has the code that samples it")
     return folder
 
-
 # %% ../../nbs/workshop/interchange.ipynb #c039
 def _read_json(path):
     "A JSON file's object; DiffnbError if it cannot be read or is something else."
-    try: values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise DiffnbError(f"cannot read {path}: {e}.") from e
-    if not isinstance(values, dict): raise DiffnbError(f"{path} does not hold a JSON object: the file is damaged.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DiffnbError(f"cannot read {path}: {e}.") from e
+    if not isinstance(values, dict):
+        raise DiffnbError(f"{path} does not hold a JSON object: the file is damaged.")
     return values
 
 _old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in files of 2022
@@ -299,21 +314,25 @@ def _weight_files(folder):
     "{variant: file or index of shards}, the variant None being the usual one. Raises DiffnbError where there are both."
     files = {}
     for p in sorted(folder.glob(f"{_stem}.*")):
-        if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name: files[m[1]] = p
+        if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name:
+            files[m[1]] = p
     for p in sorted(folder.glob(f"{_stem}.safetensors.index.*")):
         variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors.")[1])
-        if variant is None: continue
+        if variant is None:
+            continue
         shards = [s for s in _shards(p) if (folder / s).is_file()]
         if variant[1] in files and shards:
             raise DiffnbError(f"{folder} holds the weights twice, in {files[variant[1]].name} and in {len(shards)} "
                               f"shards with {p.name}: remove the set that is out of date.")
-        if variant[1] not in files: files[variant[1]] = p
+        if variant[1] not in files:
+            files[variant[1]] = p
     return files
 
 def _shards(index):
     "{file name: names of its tensors} as an index of shards says; DiffnbError if it cannot be one."
     named, files = _read_json(index).get("weight_map"), {}
-    if not isinstance(named, dict) or not named: raise DiffnbError(f"{index} has no weight_map: the file is damaged.")
+    if not isinstance(named, dict) or not named:
+        raise DiffnbError(f"{index} has no weight_map: the file is damaged.")
     for tensor, file in named.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise DiffnbError(f"{index}: {tensor} is said to be in {file!r}: expected a .safetensors file beside it.")
@@ -328,7 +347,8 @@ def _load_whole(file):
                           "Copy them too.")
     weights = {}
     for name, tensors in shards.items():
-        try: part = load_file(file.parent / name)
+        try:
+            part = load_file(file.parent / name)
         except (OSError, SafetensorError) as e:
             raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again.") from e
         if tensors is not None and part.keys() != tensors:
@@ -356,7 +376,8 @@ def _read_weights(folder, variant=None, say=print):
     files = _weight_files(folder)
     if variant not in files:
         kinds = sorted(v for v in files if v)
-        if not files: raise _no_weights(folder)
+        if not files:
+            raise _no_weights(folder)
         if variant is not None or len(kinds) > 1:
             raise DiffnbError(f"{folder} has no {'weights of ' + repr(variant) if variant else 'usual weights'}: "
                               f"choose variant={' or '.join(map(repr, kinds))}"
@@ -366,7 +387,6 @@ def _read_weights(folder, variant=None, say=print):
             + (": half precision, rounded to three digits" if variant in ("fp16", "bf16") else ""))
     weights = _load_whole(files[variant])
     return {".".join(_old_names.get(w, w) for w in k.split(".")): v for k, v in weights.items()}
-
 
 # %% ../../nbs/workshop/interchange.ipynb #c041
 _schedulers = tuple(f"{name}Scheduler" for name in ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep"))
@@ -378,9 +398,12 @@ _flow_idle = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_le
 def _read_flow(config):
     "(NoiseSchedule, \"velocity\") from the settings of a FlowMatchEulerDiscreteScheduler that we wrote."
     for name, value in config.items():
-        if name.startswith("_") or name in ("num_train_timesteps", "shift", *_flow_idle): continue
-        if name not in _flow_fixed: raise _unsupported(name, value, "not a setting of the flow that diffnb knows.")
-        if value is not (ok := _flow_fixed[name]): raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}.")
+        if name.startswith("_") or name in ("num_train_timesteps", "shift", *_flow_idle):
+            continue
+        if name not in _flow_fixed:
+            raise _unsupported(name, value, "not a setting of the flow that diffnb knows.")
+        if value is not (ok := _flow_fixed[name]):
+            raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}.")
     if any(config.get(k) != v for k, v in _flow_note.items()):
         raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on "
                           "T * sigma, ours on the number of the timestep; it would answer for another noise level.")
@@ -406,29 +429,36 @@ def _say_sampling(config, say):
     if arguments:
         say(f"its scheduler samples in another way than diffnb by default: give the sampler {', '.join(arguments)}")
     unlike = [f"{k}={config[k]!r}" for k, ours in _as_ours.items() if k in config and config[k] != ours]
-    if unlike: say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
+    if unlike:
+        say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
     known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample"}
     if new := sorted(k for k in config if not k.startswith("_") and k not in known):
         say(f"settings of its scheduler that diffnb does not know, and ignored: {', '.join(new)}")
 
 def _read_schedule(config, say=print):
     "(NoiseSchedule, prediction) from a scheduler's settings."
-    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler": return _read_flow(config)
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        return _read_flow(config)
     _choice("_class_name", config.get("_class_name"), _schedulers)
-    if config.get("use_flow_sigmas"): raise _unsupported("use_flow_sigmas", True, "this solver walks a flow.")
+    if config.get("use_flow_sigmas"):
+        raise _unsupported("use_flow_sigmas", True, "this solver walks a flow.")
     name = _choice("prediction_type", config.get("prediction_type", "epsilon"), tuple(_predictions.values()))
     T = _number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000)
     start = _number("beta_start", config.get("beta_start", 1e-4), 1e-12, 0.999, float)
     end = _number("beta_end", config.get("beta_end", 0.02), 1e-12, 0.999, float)
-    if (betas := config.get("trained_betas")) is not None: beta = _numbers("trained_betas", betas, 1e-12, 1, float)
+    if (betas := config.get("trained_betas")) is not None:
+        beta = _numbers("trained_betas", betas, 1e-12, 1, float)
     else:
         kinds = ("linear", "scaled_linear", "squaredcos_cap_v2")  # the last is our cosine schedule, made below
         kind = _choice("beta_schedule", config.get("beta_schedule", "linear"), kinds)
         line = lambda a, b: torch.linspace(a, b, T, dtype=torch.float64)
         beta = dict(zip(kinds, (line(start, end), line(start**0.5, end**0.5)**2, None)))[kind]
-    if beta is None: schedule = cosine_schedule(T)
-    else: schedule = NoiseSchedule((1 - torch.as_tensor(beta, dtype=torch.float64)).cumprod(0))
-    if schedule.T != T: raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}.")
+    if beta is None:
+        schedule = cosine_schedule(T)
+    else:
+        schedule = NoiseSchedule((1 - torch.as_tensor(beta, dtype=torch.float64)).cumprod(0))
+    if schedule.T != T:
+        raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}.")
     if _choice("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (True, False)):
         schedule = schedule.zero_terminal_snr()
     _say_sampling(config, say)
@@ -465,13 +495,15 @@ def _scheduler_settings(roots):
     files = [root / d / "scheduler_config.json" for root in roots for d in ("scheduler", ".")]
     config = next((_read_json(f) for f in files if f.is_file()), None)
     index = next((_read_json(f) for r in roots if (f := r / "model_index.json").is_file()), None)
-    if index is None: return config
+    if index is None:
+        return config
     if (name := index.get("_class_name")) not in _pipelines:
         raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works "
                           "on pixels.")
     named = index.get("scheduler", [None, None])
     named = named[-1] if isinstance(named, list) and named else named
-    if config is None or named is None: return config
+    if config is None or named is None:
+        return config
     config = {"_class_name": named, **config}
     if config["_class_name"] != named:
         raise DiffnbError(f"model_index.json names the scheduler {named!r}, and scheduler_config.json is of "
@@ -490,7 +522,8 @@ def from_diffusers(path,            # a folder on this machine
     config = _read_json(folder / "config.json")
     _choice("_class_name", config.get("_class_name", "UNet2DModel"), ("UNet2DModel",))
     tensors = _read_weights(folder, variant, say)
-    if (found := _scheduler_settings(_roots(path))) is not None: schedule, prediction = _read_schedule(found, say)
+    if (found := _scheduler_settings(_roots(path))) is not None:
+        schedule, prediction = _read_schedule(found, say)
     else:
         schedule, prediction = linear_schedule(), "eps"
         say("no scheduler_config.json beside the model: assumed the schedule of Ho et al. 2020, linear with T = 1000, "

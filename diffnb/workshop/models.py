@@ -36,38 +36,54 @@ def save_weights(trained, # Trained
                  path,    # a .safetensors file
                  dtype=torch.float16,
                 ):        # the path
-    "Write the weights alone, in half precision: an eighth of a checkpoint, which holds four such sets in single precision."
+    """Write the weights alone, in half precision: an eighth of a checkpoint, which holds four such sets in single
+    precision."""
     c = trained.model.config
-    return write_tensors(path, {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()},
-                         {"step": trained.step, "config": asdict(trained.config), "model": c, "data": {"classes": list(trained.classes)}})
+    return write_tensors(
+        path, {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()},
+        {
+            "step": trained.step, "config": asdict(trained.config), "model": c,
+            "data": {"classes": list(trained.classes)}})
 
 def _embedded(): # the models that come with the package: name -> path
     found = sorted((Path(diffnb.__file__).parent / "weights").glob("*.safetensors"))
-    return {p.stem: p for p in found if not p.stem.endswith("_features")}             # those are networks that look, for scores
+    return {p.stem: p for p in found if not p.stem.endswith("_features")}  # those are networks that look, for scores
 
-def load_model(source,        # run folder, checkpoint or weights file, or the name of an embedded model: "digits", "clothes"
+def load_model(source,  # run folder, checkpoint or weights file, or the name of an embedded model: "digits", "clothes"
                device="auto", # where to put it
                weights="ema", # or "model": the last weights themselves; "ema2", …: the other horizons of ema_half_lives
               ):              # Trained
     "A trained model, ready to sample. Raises DiffnbError if there is none, or if file and configuration disagree."
     path, moved, embedded = Path(source), {}, _embedded()
     if path.is_dir():
-        facts = read_config(path); found = last_checkpoint(path, facts["model"])
-        if found is None: raise DiffnbError(f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
+        facts = read_config(path)
+        found = last_checkpoint(path, facts["model"])
+        if found is None:
+            raise DiffnbError(
+                f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
         tensors, meta = found
         moved = {"data": facts["config"].data}                               # where the images are now
-    elif path.is_file() or str(source) in embedded: tensors, meta = read_tensors(path if path.is_file() else embedded[str(source)])
-    else: raise DiffnbError(f"{source} is neither a run folder nor a file, nor the name of an embedded model: {', '.join(embedded)}")
+    elif path.is_file() or str(source) in embedded:
+        tensors, meta = read_tensors(path if path.is_file() else embedded[str(source)])
+    else:
+        raise DiffnbError(
+            f"{source} is neither a run folder nor a file, nor the name of an embedded model: {', '.join(embedded)}")
     try:
         config, net, step = replace(make_config(meta["config"]), **moved), meta["model"], meta["step"]
         classes = _names(meta["data"]["classes"])
-        if type(step) is not int or not 0 <= step < 2**53: raise ValueError(f"step is {step!r:.40}")
-        with torch.device("meta"): model = UNet(**net)                   # compare names and shapes before allocating anything
-    except (KeyError, TypeError, ValueError) as e: raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise ValueError(f"step is {step!r:.40}")
+        with torch.device("meta"):
+            model = UNet(**net)                   # compare names and shapes before allocating anything
+    except (KeyError, TypeError, ValueError) as e:
+        raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e
     if not any(k.startswith(f"{weights}.") for k in tensors):
-        raise DiffnbError(f"{source} holds no {weights!r} weights, only {', '.join(sorted({k.split('.')[0] for k in tensors}))}: choose another kind")
+        raise DiffnbError(
+            f"{source} holds no {weights!r} weights, only "
+            f"{', '.join(sorted({k.split('.')[0] for k in tensors}))}: choose another kind")
     load_weights(model, {k: v.to("meta") for k, v in tensors.items()}, f"{weights}.")
-    if model.config["num_classes"] not in (None, len(classes)): raise DiffnbError(f"{source} names {len(classes)} classes, and its model has {net['num_classes']}")
+    if model.config["num_classes"] not in (None, len(classes)):
+        raise DiffnbError(f"{source} names {len(classes)} classes, and its model has {net['num_classes']}")
     model = UNet(**net).to(pick_device(device)).eval().requires_grad_(False)
     load_weights(model, tensors, f"{weights}.")
     schedule = make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)

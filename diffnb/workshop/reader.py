@@ -47,7 +47,8 @@ def decode(path,                  # an image file
     "Read one image with `open_image`; its shorter side is scaled to `size`, its centre cropped. Raises DiffnbError."
     im = open_image(path, formats)
     im = im.convert({1: "L", 3: "RGB", None: im.mode}[channels])
-    if size: im = ImageOps.fit(im, (size, size), getattr(Image.Resampling, filter.upper()))
+    if size:
+        im = ImageOps.fit(im, (size, size), getattr(Image.Resampling, filter.upper()))
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
 # %% ../../nbs/workshop/reader.ipynb #c038a
@@ -63,14 +64,19 @@ def _scale_transparency(im):
     "Before the pixels of a PNG are read as 8 bits: bring the colour that stands for transparency there too."
     scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(im.tile[0][3] if im.format == "PNG" and im.tile else None)
     clear = im.info.get("transparency")
-    if scale and isinstance(clear, int): im.info["transparency"] = int(clear * scale)
-    elif scale and isinstance(clear, tuple): im.info["transparency"] = tuple(int(level * scale) for level in clear)
+    if scale and isinstance(clear, int):
+        im.info["transparency"] = int(clear * scale)
+    elif scale and isinstance(clear, tuple):
+        im.info["transparency"] = tuple(int(level * scale) for level in clear)
 
 def _upright(im):
     "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and malformed ones stop it."
-    try: orientation = im.getexif().get(0x0112)
-    except Exception: orientation = None                         # malformed tags too raise a dozen kinds
-    if orientation not in range(1, 9): orientation = _orientation(im.info.get("exif") or b"")
+    try:
+        orientation = im.getexif().get(0x0112)
+    except Exception:
+        orientation = None                         # malformed tags too raise a dozen kinds
+    if orientation not in range(1, 9):
+        orientation = _orientation(im.info.get("exif") or b"")
     return im.transpose(_turns[orientation]) if orientation in _turns else im
 
 def _orientation(exif):
@@ -82,7 +88,8 @@ def _orientation(exif):
         for k in range(struct.unpack_from(order + "H", exif, start)[0]):
             at = start + 2 + 12 * k
             tag, kind = struct.unpack_from(order + "HH", exif, at)
-            if tag == 0x0112: return struct.unpack_from(order + {1: "B", 4: "L"}.get(kind, "H"), exif, at + 8)[0]
+            if tag == 0x0112:
+                return struct.unpack_from(order + {1: "B", 4: "L"}.get(kind, "H"), exif, at + 8)[0]
 
 def _flatten(im):
     "Any mode to 8-bit grey or sRGB, on white."
@@ -92,7 +99,8 @@ def _flatten(im):
         im = im.convert("LA" if mode == "L" else "RGBA")
         alpha = im.getchannel("A")
     im = _to_srgb(im if im.mode in ("CMYK", "LAB") else im.convert(mode)).convert(mode)
-    if alpha is None: return im
+    if alpha is None:
+        return im
     im.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")).convert(mode)
 
@@ -101,7 +109,8 @@ def _eight_bits(im):
     grey = np.nan_to_num(np.asarray(im, dtype=np.float64), nan=0, posinf=0, neginf=0)
     if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PNG":
         top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535          # 12, of some scanners
-    else: top = 65535 if grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
+    else:
+        top = 65535 if grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
     levels = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
     if isinstance(clear := im.info.get("transparency"), int):
         levels.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
@@ -118,7 +127,8 @@ def _transform(profile, mode):
 @lru_cache(maxsize=64)
 def _is_srgb(profile, mode):
     "Does this profile move no level by more than rounding does? Most are sRGB, under one of its many names."
-    if mode not in ("L", "RGB"): return False
+    if mode not in ("L", "RGB"):
+        return False
     levels = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), -1).reshape(64, 64, 3)
     probe = Image.fromarray(levels).convert(mode)
     moved = np.asarray(_transform(profile, mode).apply(probe), int) - np.asarray(probe.convert("RGB"), int)
@@ -128,8 +138,10 @@ def _to_srgb(im):
     "Colours as their profile means them, if they have one that can be read. For modes L, RGB, CMYK, LAB."
     profile = im.info.get("icc_profile")
     try:
-        if im.mode == "LAB" or profile and not _is_srgb(profile, im.mode): return _transform(profile, im.mode).apply(im)
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError): pass       # damaged, or made for another mode
+        if im.mode == "LAB" or profile and not _is_srgb(profile, im.mode):
+            return _transform(profile, im.mode).apply(im)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        pass       # damaged, or made for another mode
     return im
 
 # %% ../../nbs/workshop/reader.ipynb #c041
@@ -150,14 +162,18 @@ class Listing:
     def keep(self, wanted, reason):
         "Of the images taken, keep those for which `wanted(path)` is true; leave the others for `reason`."
         for path in self.taken:
-            if not wanted(path): self.leave(path, reason)
+            if not wanted(path):
+                self.leave(path, reason)
         self.taken = [path for path in self.taken if wanted(path)]
 
     def __str__(self):
         text = f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}"
-        if n := len(self.classes): text += f" in {n} class{'es' * (n > 1)} ({_names(self.classes)})"
-        if self.missing: text += f"; none of {_names(self.missing)}"
-        if self.strange: text += f"; the test split alone has {_names(self.strange)}"
+        if n := len(self.classes):
+            text += f" in {n} class{'es' * (n > 1)} ({_names(self.classes)})"
+        if self.missing:
+            text += f"; none of {_names(self.missing)}"
+        if self.strange:
+            text += f"; the test split alone has {_names(self.strange)}"
         left = [f"{reason}: {len(paths)} ({shown(os.path.relpath(paths[0], self.folder))})"
                 for reason, paths in sorted(self.left.items())]
         return f"{text}; left out: {', '.join(left) or 'nothing'}"
@@ -171,9 +187,12 @@ def _below(path, folder): # as path.relative_to(folder).parts, and ten times as 
 def our_own(folder): # -> str, what it is, or ""
     "Did this package write that folder? Its pictures are grids, charts and samples, not data."
     def has(*names): return all(os.path.exists(os.path.join(folder, name)) for name in names)
-    if has("config.json", "metrics.csv") or has("config.json", "checkpoints"): return "run folder of diffnb"
-    if has("samples.json"): return "folder of images that a model made"
-    if has("CACHEDIR.TAG"): return "cache of diffnb"
+    if has("config.json", "metrics.csv") or has("config.json", "checkpoints"):
+        return "run folder of diffnb"
+    if has("samples.json"):
+        return "folder of images that a model made"
+    if has("CACHEDIR.TAG"):
+        return "cache of diffnb"
     return ""
 
 def is_grid(path): # an image file -> bool
@@ -181,7 +200,8 @@ def is_grid(path): # an image file -> bool
     folder, name = os.path.split(path)
     if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")):
         return True                                              # made before there was a mark
-    with suppress(OSError), open(path, "rb") as f: return b"Software\0diffnb" in f.read(1024)
+    with suppress(OSError), open(path, "rb") as f:
+        return b"Software\0diffnb" in f.read(1024)
     return False
 
 def list_images(folder,
@@ -205,18 +225,24 @@ def list_images(folder,
             continue
         seen.add(real)
         for path, reason in _entries(here, tuple(formats), on_broken if here != listing.folder else "stop"):
-            if reason == "": listing.taken.append(path)
-            elif reason == "folder": folders.append(path)
-            elif reason == "linked folder": links.append(path)
-            else: listing.leave(path, reason)
+            if reason == "":
+                listing.taken.append(path)
+            elif reason == "folder":
+                folders.append(path)
+            elif reason == "linked folder":
+                links.append(path)
+            else:
+                listing.leave(path, reason)
     listing.taken.sort()
     return listing
 
 def _entries(folder, formats, on_broken):
     "Sorted (path, reason as of `_reason`) of what is in a folder; of itself, if it cannot be opened or is empty."
-    try: entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
-        if on_broken == "skip": return [(folder, "cannot be opened")]
+        if on_broken == "skip":
+            return [(folder, "cannot be opened")]
         raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave "
                           "such folders out with on_broken='skip' (command line: --on-broken skip)") from e
     return [(folder / entry.name, _reason(entry, formats)) for entry in entries] or [(folder, "empty folder")]
@@ -226,20 +252,30 @@ def _suffixes(formats): return frozenset(" ".join(image_formats[name] for name i
 
 def _reason(entry, formats):
     "Why to leave an os.DirEntry; empty for an image, 'folder' or 'linked folder' for one to look into."
-    if entry.name.startswith(".") or entry.name.lower() in _system: return "hidden"
+    if entry.name.startswith(".") or entry.name.lower() in _system:
+        return "hidden"
     linked = entry.is_symlink()
-    try: is_folder, is_file = entry.is_dir(), entry.is_file()
-    except OSError: is_folder = is_file = False                  # a link to itself
-    if is_folder: return our_own(entry.path) or ("linked folder" if linked else "folder")
-    if not is_file: return "neither file nor folder" if not linked or os.path.exists(entry.path) else "broken link"
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix == ".png" and is_grid(entry.path): return "grid or chart of diffnb"
-    if suffix in _suffixes(formats): return ""
-    wanted = "image" if len(formats) == len(image_formats) else " or ".join(formats)
-    if suffix: return f"image, but no {wanted}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
     try:
-        with _open(entry.path, formats): return ""
-    except Exception: return f"no suffix, and no {wanted} inside"
+        is_folder, is_file = entry.is_dir(), entry.is_file()
+    except OSError:
+        is_folder = is_file = False                  # a link to itself
+    if is_folder:
+        return our_own(entry.path) or ("linked folder" if linked else "folder")
+    if not is_file:
+        return "neither file nor folder" if not linked or os.path.exists(entry.path) else "broken link"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix == ".png" and is_grid(entry.path):
+        return "grid or chart of diffnb"
+    if suffix in _suffixes(formats):
+        return ""
+    wanted = "image" if len(formats) == len(image_formats) else " or ".join(formats)
+    if suffix:
+        return f"image, but no {wanted}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
+    try:
+        with _open(entry.path, formats):
+            return ""
+    except Exception:
+        return f"no suffix, and no {wanted} inside"
 
 # %% ../../nbs/workshop/reader.ipynb #c041b
 def match_classes(labels, # int64 (N,), positions in `have`
@@ -287,7 +323,8 @@ def split_folders(listing): # a Listing -> {split: name of its folder}, empty if
         raise _two_readings(listing.folder, f"{_as(splits, 'a split', 'splits')}, and {_names(others)} left out",
                             f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} "
                             f"elsewhere; for the second, give {_names(splits)} other names")
-    if others: return {}                                         # a class may be called "train" too, beside "bus"
+    if others:
+        return {}                                         # a class may be called "train" too, beside "bus"
     for split in {tops[t] for t in splits}:
         if len(same := [t for t in splits if tops[t] == split]) > 1:
             raise _two_readings(listing.folder, f"{_names(same)} as one split", f"as {len(same)} classes",
@@ -298,14 +335,16 @@ def _find_classes(paths, folder):
     "(labels or None, class names) of the images below `folder`. Raises DiffnbError if they may be read otherwise."
     parts = [_below(path, folder) for path in paths]
     classes = tuple(sorted({t[0] for t in parts if len(t) > 1}))
-    if not classes: return None, ()
+    if not classes:
+        return None, ()
     if loose := next((t[0] for t in parts if len(t) == 1), None):
         beside = f"and the images beside them left out (for instance {shown(loose)})"
         raise _two_readings(folder, f"{_as(classes, 'a class', 'classes')}, {beside}", "all as one set without classes",
                             "Put every image into a class folder, or none")
     _refuse_inner_splits(folder, parts, classes)
     for name in classes:
-        try: name.encode()
+        try:
+            name.encode()
         except UnicodeEncodeError as e:
             raise DiffnbError(f"the class folder {shown(folder / name)} has a name that is not UTF-8: rename it") from e
     number = {name: i for i, name in enumerate(classes)}
@@ -315,7 +354,8 @@ def _refuse_inner_splits(folder, parts, classes):
     "Raises DiffnbError if there are splits within the classes, or if the one class is a folder around splits."
     inner = {t[1]: split_of(t[1]) for t in parts if len(t) > 2}
     around = len(classes) == 1 and all(len(t) > 2 for t in parts) and None not in inner.values()
-    if not around and len(set(inner.values()) - {None}) < 2: return
+    if not around and len(set(inner.values()) - {None}) < 2:
+        return
     splits = [name for name in inner if inner[name]]
     first = f"{_as(classes, 'one class', 'classes')}, with the images of {_names(splits)} taken together"
     how = "put splits above classes, train/CLASS/IMAGE" if classes[1:] else f"name {shown(folder / classes[0])}"
@@ -327,17 +367,22 @@ def _read_split(listing, split):
     splits, folder = split_folders(listing), listing.folder
     if split == "test" and "test" not in splits:
         raise NoSplit(f"{shown(folder)} has no subfolder 'test' beside 'train': make one, with the same class folders")
-    if not splits: return *_find_classes(listing.taken, folder), folder
+    if not splits:
+        return *_find_classes(listing.taken, folder), folder
     if split not in splits:
         raise DiffnbError(f"{shown(folder)} has {_names(splits.values())}, but no subfolder {split!r}")
     train = [path for path in listing.taken if _below(path, folder)[0] == splits.get("train")]
-    tested = {t[1] for t in (_below(path, folder) for path in listing.taken) if t[0] == splits.get("test") and len(t) > 2}
+    tested = {
+        t[1] for t in (_below(path, folder) for path in listing.taken) if t[0] == splits.get("test") and len(t) > 2}
     listing.keep(lambda path: len(_below(path, folder)) > 1, "beside the split folders")
     listing.keep(lambda path: _below(path, folder)[0] == splits[split], "other split")
     labels, classes = _find_classes(listing.taken, folder / splits[split])
-    if split == "train" and classes: listing.strange = tuple(tested - set(classes))       # said now, refused when it is read
-    if split == "train" or not train: return labels, classes, folder / splits[split]
+    if split == "train" and classes:
+        listing.strange = tuple(tested - set(classes))       # said now, refused when it is read
+    if split == "train" or not train:
+        return labels, classes, folder / splits[split]
     known = _find_classes(train, folder / splits["train"])[1]
-    if not known or labels is None: return None, (), folder / splits[split]              # one of the two has no classes
+    if not known or labels is None:
+        return None, (), folder / splits[split]              # one of the two has no classes
     listing.missing = tuple(sorted(set(known) - set(classes)))
     return match_classes(labels, classes, known, f"the test split of {shown(folder)}"), known, folder / splits[split]

@@ -22,13 +22,18 @@ from .folder import check_place
 
 # %% ../../nbs/workshop/report.ipynb #c070
 def _fig_loss(f, ax):
-    m = f.metrics; ax.semilogy(m["images"], m["loss"], lw=1, label="loss")
-    if f.floor is not None: ax.axhline(f.floor_mean, ls="--", color="black", lw=1, label=f"best Gaussian: {f.floor_mean:.4f}")
+    m = f.metrics
+    ax.semilogy(m["images"], m["loss"], lw=1, label="loss")
+    if f.floor is not None:
+        ax.axhline(f.floor_mean, ls="--", color="black", lw=1, label=f"best Gaussian: {f.floor_mean:.4f}")
     at = spikes(m["loss"])
-    if len(at): ax.plot(m["images"][at], m["loss"][at], "rx", label="spikes")
+    if len(at):
+        ax.plot(m["images"][at], m["loss"][at], "rx", label="spikes")
     ax.axvspan(f.late()["images"][0], m["images"][-1], alpha=0.1, label="last third of the rows")
-    ax.set(xlabel="images seen", ylabel="loss (MSE)"); ax.legend(fontsize=7)
-    return f"Loss against images seen, from {m['loss'][0]:.3g} to {m['loss'][-1]:.3g}" + (f", with the Gaussian floor at {f.floor_mean:.4f}." if f.floor is not None else ".")
+    ax.set(xlabel="images seen", ylabel="loss (MSE)")
+    ax.legend(fontsize=7)
+    return f"Loss against images seen, from {m['loss'][0]:.3g} to {m['loss'][-1]:.3g}" + (
+        f", with the Gaussian floor at {f.floor_mean:.4f}." if f.floor is not None else ".")
 def _fig_bins(f, ax):
     late, x = f.late(), np.arange(BINS)
     with warnings.catch_warnings():
@@ -37,33 +42,52 @@ def _fig_bins(f, ax):
         in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.T == i].mean() for i in x]
         measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
     ax.semilogy(x, mean, "o-", label="logged, last third")
-    if f.floor is not None and torch.as_tensor(f.floor).ndim: ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian")
+    if f.floor is not None and torch.as_tensor(f.floor).ndim:
+        ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian")
     for (name, y), mark in zip(measured.items(), "sv^"):
         told = {"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}[name]
         ax.semilogy(x, y, mark, ms=4, label=told)
-    ax.set(xlabel=f"timestep bin ({f.config.T // BINS} timesteps each)", ylabel="loss (MSE)"); ax.legend(fontsize=7)
+    ax.set(xlabel=f"timestep bin ({f.config.T // BINS} timesteps each)", ylabel="loss (MSE)")
+    ax.legend(fontsize=7)
     seen = [y for y in mean if np.isfinite(y)] or [math.inf]
     return f"Loss in ten timestep bins, from {seen[0]:.3g} at little noise to {seen[-1]:.3g} at most noise."
-def _curve(f, ax, column, label, reference=None, name=""): # a column of the metrics against steps, and something to compare it with
-    m = f.metrics; ax.plot(m["step"], m[column], lw=1, label="logged"); ax.set(xlabel="step", ylabel=label, ylim=(0, None))
-    if reference: ax.plot(*reference, "k--", lw=1, label=name); ax.legend(fontsize=7)
-    return f"{label.capitalize()} against steps: {m[column][0]:.3g} in the first row, {np.median(f.late()[column]):.3g} in the last third (median)" + (f"; dashed, {name}." if reference else ".")
+def _curve(f, ax, column, label, reference=None, name=""):
+    # a column of the metrics against steps, and something to compare it with
+    m = f.metrics
+    ax.plot(m["step"], m[column], lw=1, label="logged")
+    ax.set(xlabel="step", ylabel=label, ylim=(0, None))
+    if reference:
+        ax.plot(*reference, "k--", lw=1, label=name)
+        ax.legend(fontsize=7)
+    return (
+        f"{label.capitalize()} against steps: {m[column][0]:.3g} in the first row, "
+        f"{np.median(f.late()[column]):.3g} in the last third (median)"
+    ) + (f"; dashed, {name}." if reference else ".")
 def _fig_lr(f, ax):
     steps = np.arange(0, f.total, max(1, f.total // 300))
     planned = [lr_at(int(s), f.total, f.config.lr, f.config.warmup, f.config.decay_share) for s in steps]
     return _curve(f, ax, "lr", "learning rate", (steps, planned), "as configured")
 def _fig_grad(f, ax):
-    return _curve(f, ax, "grad_norm", "gradient norm before clipping", (f.metrics["step"], [f.config.grad_clip] * len(f.metrics["step"])), "the bound")
+    return _curve(
+        f, ax, "grad_norm", "gradient norm before clipping",
+        (f.metrics["step"], [f.config.grad_clip] * len(f.metrics["step"])), "the bound")
 def _fig_speed(f, ax): return _curve(f, ax, "images_per_s", "images per second")
 
 # %% ../../nbs/workshop/report.ipynb #c072
 def _fig_classes(f, ax):
-    counts = f.data["class_counts"]; ax.bar(range(len(counts)), counts); ax.set(xlabel="class", ylabel="images")
+    counts = f.data["class_counts"]
+    ax.bar(range(len(counts)), counts)
+    ax.set(xlabel="class", ylabel="images")
     return f"Images of each class, from {min(counts)} to {max(counts)}."
 def _fig_schedule(f, ax):
     signal, noise = f.schedule.a, f.schedule.s
-    ax.plot(signal, label="signal"); ax.plot(noise, "--", label="noise"); ax.legend(fontsize=7); ax.set(xlabel="timestep t", ylabel="amplitude")
-    return f"Amplitudes of signal and noise over the timesteps; at the last one {float(signal[-1]):.2%} of the signal is left."
+    ax.plot(signal, label="signal")
+    ax.plot(noise, "--", label="noise")
+    ax.legend(fontsize=7)
+    ax.set(xlabel="timestep t", ylabel="amplitude")
+    return (
+        f"Amplitudes of signal and noise over the timesteps; at the last one {float(signal[-1]):.2%} of "
+        "the signal is left.")
 def _fig_ema(f, ax):
     step, halves = np.arange(f.total), []
     averages = make_averages(torch.nn.Module(), f.config).items()
@@ -74,62 +98,118 @@ def _fig_ema(f, ax):
         halves.append(f"half of {'it' if name == 'ema' and not f.config.ema_half_lives else name} comes from the last "
                       f"{f.total - np.searchsorted(weight.cumsum() / weight.sum(), 0.5):,} steps")
     ax.set(xlabel="step", ylabel="share in the final average (top = 1)")
-    if halves[1:]: ax.legend(fontsize=7)
+    if halves[1:]:
+        ax.legend(fontsize=7)
     return f"How much the weights of each step count in the final average: {', '.join(halves)}."
 def _fig_spectrum(f, ax):
     ax.loglog(np.arange(1, len(f.spectrum) + 1), f.spectrum.clamp(min=1e-8), label=f"{f.size} pixels")
-    if f.native_spectrum is not None: ax.loglog(np.arange(1, len(f.native_spectrum) + 1), f.native_spectrum.clamp(min=1e-8), "k--", label=f"{f.native} pixels")
-    ax.set(xlabel="direction", ylabel="variance"); ax.legend(fontsize=7)
+    if f.native_spectrum is not None:
+        ax.loglog(
+            np.arange(1, len(f.native_spectrum) + 1), f.native_spectrum.clamp(min=1e-8), "k--",
+            label=f"{f.native} pixels")
+    ax.set(xlabel="direction", ylabel="variance")
+    ax.legend(fontsize=7)
     return "Variance of the images along their principal directions: enlarging adds directions that are nearly empty."
 def _fig_samples(f, ax):
-    real, made = (torch.nn.functional.pad(x[:48], (0, 1, 0, 1), value=255).unflatten(0, (-1, 6)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for x in f.grid)
+    real, made = (
+        torch.nn.functional.pad(x[:48], (0, 1, 0, 1), value=255)
+        .unflatten(0, (-1, 6))
+        .permute(0, 3, 1, 4, 2)
+        .flatten(2, 3)
+        .flatten(0, 1)
+        for x in f.grid)
     gap = torch.full((len(real), real.shape[1] // 12, real.shape[2]), 255, dtype=torch.uint8)
     picture = torch.cat([real, gap, made], 1)
-    ax.imshow(picture.expand(-1, -1, 3).numpy()); ax.set_axis_off(); ax.set_title("real | made", fontsize=8)
+    ax.imshow(picture.expand(-1, -1, 3).numpy())
+    ax.set_axis_off()
+    ax.set_title("real | made", fontsize=8)
     return "Real images on the left, the model's on the right, from the last sample grid."
 def _fig_scores(f, ax):
     names = [k for k in ("score", "held_out", "unseen", "floor") if f.scores.get(k)]
-    for i, k in enumerate(names): ax.errorbar(i, f.scores[k]["value"], 1.96 * (f.scores[k].get("error") or 0), fmt="osv^"[i], capsize=4)
-    ax.set(xticks=range(len(names)), xticklabels=[k.replace("_", " ") for k in names], ylabel=f.scores["score"].get("metric", "score"), ylim=(0, None))
-    return "Scores with 95% intervals: " + ", ".join(f"{k.replace('_', ' ')} {f.scores[k]['value']:.4g}" for k in names) + "."
+    for i, k in enumerate(names):
+        ax.errorbar(i, f.scores[k]["value"], 1.96 * (f.scores[k].get("error") or 0), fmt="osv^"[i], capsize=4)
+    ax.set(
+        xticks=range(len(names)), xticklabels=[k.replace("_", " ") for k in names],
+        ylabel=f.scores["score"].get("metric", "score"), ylim=(0, None))
+    return (
+        "Scores with 95% intervals: "
+        + ", ".join(f"{k.replace('_', ' ')} {f.scores[k]['value']:.4g}" for k in names)
+        + ".")
 
-FIGURES = {"loss": (_fig_loss, "metrics"), "bins": (_fig_bins, "metrics"), "lr": (_fig_lr, "metrics"), "grad": (_fig_grad, "metrics"),
-           "speed": (_fig_speed, "metrics"), "classes": (_fig_classes, "config"), "spectrum": (_fig_spectrum, "spectrum"), "samples": (_fig_samples, "grid"),
-           "schedule": (_fig_schedule, "config"), "ema": (_fig_ema, "config"), "scores": (_fig_scores, "scores")}
+FIGURES = {
+    "loss": (_fig_loss, "metrics"), "bins": (_fig_bins, "metrics"), "lr": (_fig_lr, "metrics"),
+    "grad": (_fig_grad, "metrics"), "speed": (_fig_speed, "metrics"), "classes": (_fig_classes, "config"),
+    "spectrum": (_fig_spectrum, "spectrum"), "samples": (_fig_samples, "grid"), "schedule": (_fig_schedule, "config"),
+    "ema": (_fig_ema, "config"), "scores": (_fig_scores, "scores")}
 
 def draw(name, facts): # of FIGURES, Facts -> (matplotlib Figure, alternative text), or None if its facts are unknown
     "One figure of the report."
     plot, need = FIGURES[name]
-    if getattr(facts, need) is None: return None
+    if getattr(facts, need) is None:
+        return None
     fig = plt.Figure(figsize=(5, 3.2) if name == "samples" else (5, 2.5), layout="constrained")
     return fig, plot(facts, fig.add_subplot())
 
 # %% ../../nbs/workshop/report.ipynb #c078
 def _quality(f): # what can be expected of the pictures, with the numbers behind it
     if f.scores:
-        s = f.scores["score"]; yield f"Measured: {s.get('text', s['value'])}. Floor, real against real: {f.scores['floor']['value']:.4g}."
-        if "precision" in f.scores: yield f"Precision {f.scores['precision']['value']:.2f} (real {f.scores['real_precision']:.2f}): how many pictures look real. Recall {f.scores['recall']['value']:.2f} (real {f.scores['real_recall']:.2f}): how much of the variety is there."
-    else: yield "No score has been measured, so no number can be promised."
-    if f.grid: contrast, mine, theirs = picture_facts(*reversed(f.grid)); yield f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of neighbouring pixels {mine:.2f} (real {theirs:.2f})."
-    if f.grid and f.images is not None: yield "Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; copies: {:.0%}.".format(*f.copied)
-    seen = f.step * f.config.batch_size; yield f"{seen:,} images seen so far, {seen / f.parameters:.3g} for each of {f.parameters:,} parameters; published CIFAR-10 runs: {PUBLISHED}."
-    if f.size > f.native: yield f"Samples have the detail of {f.native} pixels at the best, at whatever size they are shown."
+        s = f.scores["score"]
+        yield f"Measured: {s.get('text', s['value'])}. Floor, real against real: {f.scores['floor']['value']:.4g}."
+        if "precision" in f.scores:
+            yield (
+                f"Precision {f.scores['precision']['value']:.2f} (real {f.scores['real_precision']:.2f}): "
+                f"how many pictures look real. Recall {f.scores['recall']['value']:.2f} (real "
+                f"{f.scores['real_recall']:.2f}): how much of the variety is there.")
+    else:
+        yield "No score has been measured, so no number can be promised."
+    if f.grid:
+        contrast, mine, theirs = picture_facts(*reversed(f.grid))
+        yield (
+            f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of "
+            f"neighbouring pixels {mine:.2f} (real {theirs:.2f}).")
+    if f.grid and f.images is not None:
+        yield (
+            "Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; "
+            "copies: {:.0%}.").format(*f.copied)
+    seen = f.step * f.config.batch_size
+    yield (
+        f"{seen:,} images seen so far, {seen / f.parameters:.3g} for each of {f.parameters:,} parameters; "
+        f"published CIFAR-10 runs: {PUBLISHED}.")
+    if f.size > f.native:
+        yield f"Samples have the detail of {f.native} pixels at the best, at whatever size they are shown."
 
 def _watch(f): # metrics to watch, with their usual range in this run
     late = f.late()
-    yield f"loss: {f.loss()[0]:.4f}; single rows scatter by {np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, so smaller changes between two rows are no news"
+    yield (
+        f"loss: {f.loss()[0]:.4f}; single rows scatter by "
+        f"{np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, so smaller changes between two rows "
+        "are no news")
     if np.isfinite(late["loss_bin_0"]).any():
         yield f"loss at little noise (bin 0): {np.nanmean(late['loss_bin_0']):.3f}; detail is learned there, and last"
-    yield f"gradient norm: {np.nanquantile(late['grad_norm'], 0.05):.2g} to {np.nanquantile(late['grad_norm'], 0.95):.2g}; clipped {np.nanmean(late['clipped']):.1%}"
-    yield f"images per second: {np.median(late['images_per_s']):,.0f}, {3 * f.flops * np.median(late['images_per_s']) / 1e12:.3g} TFLOP/s"
-    if f.losses and "held-out" in f.losses: yield f"held-out loss of the EMA: {f.losses['held-out'].mean():.4f} (training images {f.losses['train'].mean():.4f})"
+    yield (
+        f"gradient norm: {np.nanquantile(late['grad_norm'], 0.05):.2g} to "
+        f"{np.nanquantile(late['grad_norm'], 0.95):.2g}; clipped {np.nanmean(late['clipped']):.1%}")
+    yield (
+        f"images per second: {np.median(late['images_per_s']):,.0f}, "
+        f"{3 * f.flops * np.median(late['images_per_s']) / 1e12:.3g} TFLOP/s")
+    if f.losses and "held-out" in f.losses:
+        yield (
+            f"held-out loss of the EMA: {f.losses['held-out'].mean():.4f} (training images "
+            f"{f.losses['train'].mean():.4f})")
 
 def _next(f, problems):
-    if f.metrics is None: yield f"{_no_metrics(f)[:1].upper()}{_no_metrics(f)[1:]}: let it run until the first rows are logged, then examine it again."
-    elif f.step < f.total and not any(x.severity == "critical" for x in problems): yield f"{f.command('resume')} (if it is not running)"
-    if problems: yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
-    if not f.scores and f.saved: yield f.command("evaluate", "--n", "10000")
-    if f.saved: yield f"{f.command('sample')}, and look at them beside real images"
+    if f.metrics is None:
+        yield (
+            f"{_no_metrics(f)[:1].upper()}{_no_metrics(f)[1:]}: let it run until the first rows are "
+            "logged, then examine it again.")
+    elif f.step < f.total and not any(x.severity == "critical" for x in problems):
+        yield f"{f.command('resume')} (if it is not running)"
+    if problems:
+        yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
+    if not f.scores and f.saved:
+        yield f.command("evaluate", "--n", "10000")
+    if f.saved:
+        yield f"{f.command('sample')}, and look at them beside real images"
 
 # %% ../../nbs/workshop/report.ipynb #c079
 @dataclass
@@ -146,7 +226,9 @@ class Report:
         yield "Is my loss good, may I stop?", "text", [self.summary]
         for severity in ("critical", "moderate", "minor"):
             yield f"{severity.capitalize()} problems", "findings", [x for x in self.problems if x.severity == severity]
-        yield "Recommendations, the most urgent first", "steps", [f"{x.advice.rstrip('.')}. ({x.title}.) Expected: {x.effect}" for x in order]
+        yield (
+            "Recommendations, the most urgent first", "steps",
+            [f"{x.advice.rstrip('.')}. ({x.title}.) Expected: {x.effect}" for x in order])
         yield "What is well set", "list", [x.evidence for x in self.findings if x.severity == "good"]
         yield "Expected image quality", "list", list(_quality(f))
         yield "Metrics to watch", "list", list(_watch(f)) if f.metrics else []
@@ -155,7 +237,8 @@ class Report:
         yield "Not known, and so not judged", "list", f.missing
 
     def mark(self, c): # one row of the checklist
-        if any(x.id == c.id for x in self.problems): return "✗ problem:"
+        if any(x.id == c.id for x in self.problems):
+            return "✗ problem:"
         return "– not known:" if any(getattr(self.facts, need) is None for need in c.needs) else "✓ no alarm:"
 
     def write(self, folder=None): # where; None: the run folder -> path of report.html
@@ -166,12 +249,16 @@ class Report:
 
     def markdown(self): return _markdown(self) # both as text
     def html(self): return _html(self)
-    def _repr_html_(self): return f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:600px;border:1px solid #999"></iframe>'
+    def _repr_html_(self):
+        return (
+            f'<iframe srcdoc="{html.escape(self.html())}" style="width:100%;height:600px;border:1px solid '
+            '#999"></iframe>')
 
 def examine(run,       # a run folder, finished or still running
             deep=True, # also measure held-out loss and EMA from the checkpoint, which takes seconds and needs the data
            ):          # Report
-    "What is well and what is wrong with a run. Raises DiffnbError if the folder is not a run; of a young run, reports what there is."
+    """What is well and what is wrong with a run. Raises DiffnbError if the folder is not a run; of a young run, reports
+    what there is."""
     facts = gather(run, deep)
     return Report(facts, findings(facts))
 
@@ -179,11 +266,18 @@ def examine(run,       # a run folder, finished or still running
 def _markdown(report):
     lines = [f"# Report on {report.facts.run.resolve().name}", ""]
     for heading, kind, items in report.sections():
-        if not items: continue
+        if not items:
+            continue
         lines += [f"## {heading}", ""]
         if kind == "findings":
-            for x in items: lines += [f"### {x.title}", "", f"`{x.id}`. {x.evidence}", "", f"- Do: {x.advice}", f"- Expected: {x.effect}", f"- Explained in: {x.lesson}", ""]
-        else: lines += [{"text": "", "list": "- ", "steps": f"{i}. "}[kind] + str(item) for i, item in enumerate(items, 1)] + [""]
+            for x in items:
+                lines += [
+                    f"### {x.title}", "", f"`{x.id}`. {x.evidence}", "", f"- Do: {x.advice}", f"- Expected: {x.effect}",
+                    f"- Explained in: {x.lesson}", ""]
+        else:
+            lines += [
+                {"text": "", "list": "- ", "steps": f"{i}. "}[kind] + str(item) for i, item in enumerate(items, 1)
+            ] + [""]
     return "\n".join(lines)
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -197,27 +291,42 @@ img{{max-width:100%;height:auto}}figure{{margin:1rem 0}}figcaption{{font-size:.8
 </style></head><body><h1>{title}</h1><p>{subtitle}</p>{body}</body></html>"""
 
 def _figure(name, facts): # as HTML with the picture inside; "" if it cannot be drawn
-    if not name or not (drawn := draw(name, facts)): return ""
-    png = io.BytesIO(); drawn[0].savefig(png, format="png", dpi=130)
-    alt = html.escape(drawn[1]); return f'<figure id="{name}"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"><figcaption>{alt}</figcaption></figure>'
+    if not name or not (drawn := draw(name, facts)):
+        return ""
+    png = io.BytesIO()
+    drawn[0].savefig(png, format="png", dpi=130)
+    alt = html.escape(drawn[1])
+    return (
+        f'<figure id="{name}"><img alt="{alt}" '
+        f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"><figcaption>{alt}</figcaption></figure>'
+    )
 
 def _html(report):
     f, esc, body, shown = report.facts, lambda s: html.escape(str(s)), [], set()
     def figure(name): # each picture once; later findings point to it
-        if name in shown: return f'<p><a href="#{name}">See the figure above.</a></p>'
-        shown.add(name); return _figure(name, f)
+        if name in shown:
+            return f'<p><a href="#{name}">See the figure above.</a></p>'
+        shown.add(name)
+        return _figure(name, f)
     for heading, kind, items in report.sections():
-        if not items: continue
+        if not items:
+            continue
         body.append(f"<h2>{esc(heading)}</h2>")
-        if kind == "text": body += [f'<p class="summary">{esc(items[0])}</p>', figure("loss"), *([figure("samples")] if f.grid else [])]
+        if kind == "text":
+            body += [
+                f'<p class="summary">{esc(items[0])}</p>', figure("loss"), *([figure("samples")] if f.grid else [])]
         elif kind == "findings":
             body += [f'<div class="finding {x.severity}"><span class="label">{x.severity}</span><h3>{esc(x.title)}</h3><p>{esc(x.evidence)}</p><p><b>Do:</b> {esc(x.advice)}</p>'
                      f'<p><b>Expected:</b> {esc(x.effect)}</p>{figure(x.figure) if x.figure else ""}<p>Explained in {esc(x.lesson)} · <code>{x.id}</code></p></div>' for x in items]
         else:
             tag, css = ("ol" if kind == "steps" else "ul"), ' class="columns"' if heading == "Checklist" else ""
             body.append(f"<{tag}{css}>" + "".join(f"<li>{esc(item)}</li>" for item in items) + f"</{tag}>")
-    counts = ", ".join(f"{sum(x.severity == s for x in report.findings)} {s}" for s in ("critical", "moderate", "minor"))
-    subtitle = f"{f.data['name']}, {f.size}x{f.size}, {f.parameters:,} parameters, step {f.step:,} of {f.total:,}. Problems: {counts}. Measured well: {sum(x.severity == 'good' for x in report.findings)}."
+    counts = ", ".join(
+        f"{sum(x.severity == s for x in report.findings)} {s}" for s in ("critical", "moderate", "minor"))
+    subtitle = (
+        f"{f.data['name']}, {f.size}x{f.size}, {f.parameters:,} parameters, step {f.step:,} of "
+        f"{f.total:,}. Problems: {counts}. Measured well: "
+        f"{sum(x.severity == 'good' for x in report.findings)}.")
     return PAGE.format(title=esc(f"Report on {f.run.resolve().name}"), subtitle=esc(subtitle), body="\n".join(body))
 
 # %% ../../nbs/workshop/report.ipynb #c090
@@ -228,10 +337,13 @@ def watch(run,        # the run folder that train will fill
     "The cheap checks as warnings during training, each once."
     said = set()
     def on_log(_):
-        facts = gather(run, live=True); facts.floor = floor
+        facts = gather(run, live=True)
+        facts.floor = floor
         for x in findings(facts):
-            if x.severity == "good" or x.id in said: continue
-            said.add(x.id); say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
+            if x.severity == "good" or x.id in said:
+                continue
+            said.add(x.id)
+            say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
     return on_log
 
 # %% ../../nbs/workshop/report.ipynb #c093
@@ -239,9 +351,11 @@ def dashboard(facts): # Facts -> the Figure
     "Curves above, verdict and problems below."
     fig = plot_metrics(facts.metrics, facts.floor_mean)
     found = findings(facts)
-    told = [verdict(facts, found)[2]] + [f"{x.severity}: {x.title}. {x.evidence}" for x in found if x.severity != "good"][:6]
+    told = [verdict(facts, found)[2]] + [
+        f"{x.severity}: {x.title}. {x.evidence}" for x in found if x.severity != "good"][:6]
     lines = [line for text in told for line in textwrap.wrap(text, 170)]
-    fig.set_size_inches(12, 2.4 + 0.17 * len(lines)); fig.get_layout_engine().set(rect=(0, 0.17 * len(lines) / fig.get_figheight(), 1, 2.4 / fig.get_figheight()))
+    fig.set_size_inches(12, 2.4 + 0.17 * len(lines))
+    fig.get_layout_engine().set(rect=(0, 0.17 * len(lines) / fig.get_figheight(), 1, 2.4 / fig.get_figheight()))
     fig.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom", family="monospace")
     return fig
 
@@ -250,7 +364,11 @@ def live_dashboard(run, floor=None):
     from IPython.display import display
     handle = display(display_id=True)
     def on_log(_):
-        facts = gather(run, live=True); facts.floor = floor
-        if facts.metrics is None or len(facts.metrics["step"]) < 2: return
-        fig = dashboard(facts); handle.update(fig); plt.close(fig)
+        facts = gather(run, live=True)
+        facts.floor = floor
+        if facts.metrics is None or len(facts.metrics["step"]) < 2:
+            return
+        fig = dashboard(facts)
+        handle.update(fig)
+        plt.close(fig)
     return on_log

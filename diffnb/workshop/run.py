@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/workshop/run.ipynb #i2
-from ..core import (_step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, pick_device,
-                         read_tensors, write_tensors, write_whole)
+from ..core import (
+    _step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, pick_device,
+    read_tensors, write_tensors, write_whole)
 from ..data import save_grid, to_uint8
 from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
@@ -33,30 +34,37 @@ def new_state(net, config, device, # UNet configuration, TrainConfig, torch.devi
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(addressed(config.seed, "weights").initial_seed())
     model = UNet(**net).to(ranks.init_device(device))
-    if default_on_cuda(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
+    if default_on_cuda(config.channels_last, device):
+        model = model.to(memory_format=torch.channels_last)
     return TrainState(model, config)
 
 def ready(state, device, ranks=SingleProcess()): # -> the network to call: the model, or what stands for it
     "Spread over the ranks, recomputing, compiled: as the configuration asks."
     network = ranks.wrap(state)
-    if state.config.activation_checkpointing: checkpoint_activations(state.model)
+    if state.config.activation_checkpointing:
+        checkpoint_activations(state.model)
     if default_on_cuda(state.config.compile, device):
-        for part in ranks.compile_targets(network): part.compile()            # in place, so no _orig_mod in the names of weights
+        for part in ranks.compile_targets(network):
+            part.compile()            # in place, so no _orig_mod in the names of weights
     return network
 
 # %% ../../nbs/workshop/run.ipynb #c093
 @contextmanager
 def _stop_signals():
-    "Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left alone."
+    """Yields a list that becomes non-empty when SIGINT or SIGTERM arrives; outside the main thread signals are left
+    alone."""
     asked, old = [], {}
     def note(number, frame):
-        if asked and number == signal.SIGINT: raise KeyboardInterrupt
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
     if threading.current_thread() is threading.main_thread():
         old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/workshop/run.ipynb #c095
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()):
@@ -64,104 +72,154 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=S
     config, device = state.config, next(state.model.parameters()).device
     rows = min(10, len(data.classes)) if config.conditional else rows
     labels = torch.arange(rows).repeat_interleave(per_row) if config.conditional else None
-    x_T = torch.randn(rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.seed, "grid"))
-    def draw(x_T, y=None): return sampler(state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)
+    x_T = torch.randn(
+        rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.seed, "grid"))
+    def draw(x_T, y=None):
+        return sampler(
+            state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = ranks.map(draw, *(v.to(device) for v in (x_T, labels) if v is not None))
-    if ranks.rank: return
-    if labels is None: index = torch.arange(rows * per_row) % len(data)
-    else: index = torch.cat([((data.labels.cpu() == c).nonzero()[:, 0] if c in data.labels else torch.zeros(1, dtype=torch.int64)).repeat(per_row)[:per_row]
-                             for c in range(rows)])                             # a class without images shows the first image
+    if ranks.rank:
+        return
+    if labels is None:
+        index = torch.arange(rows * per_row) % len(data)
+    else:
+        index = torch.cat(
+            [
+                (
+                    (data.labels.cpu() == c).nonzero()[:, 0] if c in data.labels else torch.zeros(1, dtype=torch.int64)
+                ).repeat(per_row)[:per_row]
+                for c in range(rows)]
+        )  # a class without images shows the first image
     real = data.take(index.to(data.images.device)).cpu()
     gap = torch.full((rows, 1, *real.shape[1:]), 255, dtype=torch.uint8)
-    grid = torch.cat([a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1).flatten(0, 1)
+    grid = torch.cat(
+        [a.unflatten(0, (rows, -1)) if a is not gap else gap for a in (real, gap, to_uint8(made).cpu())], 1
+    ).flatten(0, 1)
     return save_grid(grid, path, cols=2 * per_row + 1, scale=max(1, 64 // data.size))
 
 # %% ../../nbs/workshop/run.ipynb #c097
-class TrainingStopped(DiffnbError): "The run cannot go on: its loss or gradient is no longer a finite number."
+class TrainingStopped(DiffnbError):
+    "The run cannot go on: its loss or gradient is no longer a finite number."
 
-def _kept(run): return f"The last good state is {checkpoints(run)[-1].name}. " if checkpoints(run) else "There was no checkpoint yet. "
+def _kept(run):
+    return (
+        f"The last good state is {checkpoints(run)[-1].name}. " if checkpoints(run) else "There was no checkpoint yet. "
+    )
 
 def _check_finite(row, run):
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]): return
-    raise TrainingStopped(f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. {_kept(run)}"
-                          "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return
+    raise TrainingStopped(
+        f"the loss became {row['loss']} and the gradient norm {row['grad_norm']} in {run}. {_kept(run)}"
+        "Start again in a new folder with a smaller lr or grad_clip; with bf16, try precision float32")
 
 # %% ../../nbs/workshop/run.ipynb #c099
 class _Watch:
-    "The calm rows of a run, the step of the row where its loss leapt (None: it is calm), and the last step known to be calm."
+    """The calm rows of a run, the step of the row where its loss leapt (None: it is calm), and the last step known to
+    be calm."""
     def __init__(self, run, rows=()):
         self.run, self.calm, self.leapt, self.safe = Path(run), deque(maxlen=20), None, 0
-        for r in rows: self.row(int(float(r["step"])), float(r["loss"]), say=False)
+        for r in rows:
+            self.row(int(float(r["step"])), float(r["loss"]), say=False)
 
     def above(self, loss): # (logarithm of loss over the usual, what would be a leap)
-        if len(self.calm) < 8: return 0.0, 1.0
+        if len(self.calm) < 8:
+            return 0.0, 1.0
         logs = np.log(np.maximum(self.calm, 1e-12))
-        scatter = 1.4826 * np.median(np.abs(np.diff(logs))) / math.sqrt(2)   # from row to row, so that a falling curve does not count as scatter
+        # from row to row, so that a falling curve does not count as scatter
+        scatter = 1.4826 * np.median(np.abs(np.diff(logs))) / math.sqrt(2)
         return math.log(max(loss, 1e-12)) - np.median(logs), max(math.log(1.5), 8 * scatter)
 
     def row(self, step, loss, say=True):
         above, limit = self.above(loss)
         if not self.leapt and above > limit:
             self.leapt = step
-            if say: warnings.warn(f"the loss leapt to {loss:.4g} at step {step}, where {loss / math.exp(above):.4g} was usual, in {self.run}. Training goes on; "
-                                  f"{self.before().name if self.before() else 'no checkpoint'} from before stays until the loss is back. If this happens again, lower lr or grad_clip")
-        elif self.leapt and above < limit / 2: self.leapt = None
-        if not self.leapt: self.calm.append(loss); self.safe = step
+            if say:
+                warnings.warn(f"the loss leapt to {loss:.4g} at step {step}, where {loss / math.exp(above):.4g} was usual, in {self.run}. Training goes on; "
+                              f"{self.before().name if self.before() else 'no checkpoint'} from before stays until the loss is back. If this happens again, lower lr or grad_clip")
+        elif self.leapt and above < limit / 2:
+            self.leapt = None
+        if not self.leapt:
+            self.calm.append(loss)
+            self.safe = step
 
     def before(self): # the last checkpoint known to be from a calm time; else the oldest; None if there is none
-        return next((p for p in reversed(checkpoints(self.run)) if _step(p) <= self.safe), next(iter(checkpoints(self.run)), None))
+        return next(
+            (p for p in reversed(checkpoints(self.run)) if _step(p) <= self.safe),
+            next(iter(checkpoints(self.run)), None))
 
     def store(self, tensors, meta, keep):
-        "Write a checkpoint; remove older ones beyond `keep` once it has been read back whole. Raises TrainingStopped if it is not finite."
+        """Write a checkpoint; remove older ones beyond `keep` once it has been read back whole. Raises TrainingStopped
+        if it is not finite."""
         if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
-            raise TrainingStopped(f"{bad[0]} is no longer finite at step {meta['step']} of {self.run}. {_kept(self.run)}Start again in a new folder with a smaller lr")
-        with open(self.run / "metrics.csv", "a") as f: os.fsync(f.fileno())  # a power failure must not keep a checkpoint and lose rows before it
+            raise TrainingStopped(
+                f"{bad[0]} is no longer finite at step {meta['step']} of {self.run}. "
+                f"{_kept(self.run)}Start again in a new folder with a smaller lr")
+        with open(self.run / "metrics.csv", "a") as f:
+            os.fsync(f.fileno())  # a power failure must not keep a checkpoint and lose rows before it
         path = write_tensors(self.run / f"checkpoints/step_{meta['step']:09d}.safetensors", tensors, meta)
-        try: read_tensors(path)
-        except DiffnbError as e: warnings.warn(f"{e}. It was just written, so the disk may be failing; older checkpoints stay"); return
+        try:
+            read_tensors(path)
+        except DiffnbError as e:
+            warnings.warn(f"{e}. It was just written, so the disk may be failing; older checkpoints stay")
+            return
         losses, counts = tensors["meter"].double().cpu()[:2 * BINS].chunk(2)
         above, limit = self.above(float(losses.sum() / counts.sum())) if counts.sum() else (0, 1)
-        if not self.leapt and above <= limit: self.safe = meta["step"]
+        if not self.leapt and above <= limit:
+            self.safe = meta["step"]
         for old in checkpoints(self.run)[:-keep]:
-            if old not in (path, self.before()): old.unlink(missing_ok=True)
+            if old not in (path, self.before()):
+                old.unlink(missing_ok=True)
 
 # %% ../../nbs/workshop/run.ipynb #c102
 @contextmanager
 def _what_stays(run):
     "When the disk is full, read-only or broken: say which state is left, and how to go on."
-    try: yield
+    try:
+        yield
     except (OSError, DiffnbError) as e:
         cause = e if isinstance(e, OSError) else e.__cause__
-        if not isinstance(cause, OSError): raise
+        if not isinstance(cause, OSError):
+            raise
         if not (run / "config.json").exists() and cause.errno in (errno.ENOENT, errno.ENOTDIR):
             raise DiffnbError(f"{run} is gone: it was moved or removed while a run trained in it. The run stops. "
                               "Where it is now, its last checkpoint is whole: diffnb resume goes on from it") from cause
         names = ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENODEV")
-        if cause.errno not in {getattr(errno, n, None) for n in names}: raise
+        if cause.errno not in {getattr(errno, n, None) for n in names}:
+            raise
         raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: "
                           f"{as_command('resume', run)}") from cause
-
 
 # %% ../../nbs/workshop/run.ipynb #c105
 def _change_of_plan(config, data, meta, step, total, run="RUN"):
     "What a new length does to the learning rate, in words, and the way back; nothing if it is the old one."
     epochs = meta["config"]["epochs"]
     before = total_steps(replace(config, epochs=epochs), len(data))
-    if before == total: return ""
+    if before == total:
+        return ""
     rate = lambda step, total: lr_at(min(step, total - 1), total, config.lr, config.warmup, config.decay_share)
     old, new = rate(step, before), rate(step, total)
     same = all(math.isclose(rate(s, before), rate(s, total)) for s in (*range(0, step, max(1, step // 100)), step))
-    return (f"; planned before: {before} steps. The learning rate goes on at {new:.2g}, where the old plan had {old:.2g}" +
-            (f": as if the {'longer' if total > before else 'shorter'} run had been planned from the start" if same else
-             ": it jumps, because the old plan was further down" if new > old else
-             ": it drops at once, because less is left to do") +
-            (f". Back to the old plan: {as_command('resume', run, '--epochs', f'{epochs:g}')}" if before > step else ""))
+    return (
+        (f"; planned before: {before} steps. The learning rate goes on at {new:.2g}, where the old plan had {old:.2g}")
+        + (
+            f": as if the {'longer' if total > before else 'shorter'} run had been planned from the start"
+            if same
+            else ": it jumps, because the old plan was further down"
+            if new > old
+            else ": it drops at once, because less is left to do")
+        + (f". Back to the old plan: {as_command('resume', run, '--epochs', f'{epochs:g}')}" if before > step else ""))
 
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
-    device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
-    if config.resident or default_on_cuda(config.resident, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2: data = data.to(device)
+    device, schedule = (
+        pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr))
+    if (
+        config.resident
+        or default_on_cuda(config.resident, device)
+        and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2):
+        data = data.to(device)
     state, total = new_state(net, config, device, ranks), total_steps(config, len(data))
     if saved := last_checkpoint(run, net, set_aside=ranks.rank == 0):
         tensors, meta = saved
@@ -175,51 +233,75 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
     network = ready(state, device, ranks)
     before = [r for r in _rows(run) if float(r["step"]) <= state.step]
     watch = _Watch(run, before)
-    if ranks.rank == 0: write_whole(run / "metrics.csv", ",".join(columns) + "\n" + _csv(before))
+    if ranks.rank == 0:
+        write_whole(run / "metrics.csv", ",".join(columns) + "\n" + _csv(before))
     start, logged = time.perf_counter() - state.seconds, (state.step, time.perf_counter())
-    processor_start = time.process_time() - state.processor_seconds              # of all threads; a paused process uses none
+    processor_start = time.process_time() - state.processor_seconds  # of all threads; a paused process uses none
 
     def spent(): # processor time of all ranks, also before an interruption
         return ranks.sum(torch.tensor(time.process_time() - processor_start, dtype=torch.float64)).item()
     def due(every): # has a multiple of `every` epochs been passed in this step?
-        return math.floor(state.step * config.batch_size / len(data) / every) > math.floor((state.step - 1) * config.batch_size / len(data) / every)
+        return math.floor(state.step * config.batch_size / len(data) / every) > math.floor(
+            (state.step - 1) * config.batch_size / len(data) / every)
     def log():
         nonlocal logged
         row, now = state.meter.read(ranks), time.perf_counter()
-        row |= {"step": state.step, "epoch": state.step * config.batch_size / len(data), "images": state.step * config.batch_size,
-                "lr": lr_at(state.step - 1, total, config.lr, config.warmup, config.decay_share), "seconds": now - start,
-                "processor_seconds": spent(),
-                "images_per_s": (state.step - logged[0]) * config.batch_size / (now - logged[1])}
+        row |= {
+            "step": state.step, "epoch": state.step * config.batch_size / len(data),
+            "images": state.step * config.batch_size,
+            "lr": lr_at(state.step - 1, total, config.lr, config.warmup, config.decay_share), "seconds": now - start,
+            "processor_seconds": spent(),
+            "images_per_s": (state.step - logged[0]) * config.batch_size / (now - logged[1])}
         logged = state.step, now
         _check_finite(row, run)
-        if ranks.rank: return False
-        with open(run / "metrics.csv", "a") as f: f.write(_csv([row]))
+        if ranks.rank:
+            return False
+        with open(run / "metrics.csv", "a") as f:
+            f.write(_csv([row]))
         watch.row(row["step"], row["loss"])
         bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
         return bool(on_log and on_log(run))
     def save():
-        if not state.meter.total(ranks).isfinite().all(): _check_finite(state.meter.read(ranks), run)
+        if not state.meter.total(ranks).isfinite().all():
+            _check_finite(state.meter.read(ranks), run)
         state.seconds, state.processor_seconds = time.perf_counter() - start, spent()
         tensors = state.tensors(ranks)
-        if ranks.rank: return
-        watch.store(tensors, {"step": state.step, "seconds": state.seconds, "processor_seconds": state.processor_seconds, "config": asdict(config), "model": net, "data": {
-            "classes": list(data.classes), "native_size": data.native_size}}, config.keep)
+        if ranks.rank:
+            return
+        watch.store(
+            tensors,
+            {
+                "step": state.step, "seconds": state.seconds, "processor_seconds": state.processor_seconds,
+                "config": asdict(config), "model": net,
+                "data": {"classes": list(data.classes), "native_size": data.native_size}},
+            config.keep)
     picture = lambda: run / f"samples/step_{state.step:09d}.png"
     def grid():
-        if sampler: sample_grid(state, data, schedule, sampler, picture(), ranks=ranks)
+        if sampler:
+            sample_grid(state, data, schedule, sampler, picture(), ranks=ranks)
         return ranks.any(ranks.rank == 0 and on_log and on_log(run))
 
-    with _what_stays(run), _stop_signals() as asked, tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
-        if saved and sampler and (state.step == total or due(config.sample_every)) and ranks.any(ranks.rank == 0 and not picture().exists()):
-            grid()                                                                             # the last process died between checkpoint and picture
+    with (
+        _what_stays(run), _stop_signals() as asked,
+        tqdm(total=total, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True) as bar):
+        if (
+            saved
+            and sampler
+            and (state.step == total or due(config.sample_every))
+            and ranks.any(ranks.rank == 0 and not picture().exists())):
+            grid()  # the last process died between checkpoint and picture
         for step in train_steps(state, data, schedule, total, config.precision, network, ranks):
             bar.update()
             stop = log() if step % config.log_every == 0 or step == total else False
             stop = ranks.any(stop or asked)
-            if stop or step == total or due(config.checkpoint_every): save()               # before pictures: sampling may fail
-            if step == total or due(config.sample_every) and not stop:                     # a signal from now on waits for the next step
-                if grid(): save(); stop = True
-            if stop: break
+            if stop or step == total or due(config.checkpoint_every):
+                save()               # before pictures: sampling may fail
+            if step == total or due(config.sample_every) and not stop:  # a signal from now on waits for the next step
+                if grid():
+                    save()
+                    stop = True
+            if stop:
+                break
     state.stopped_by = asked[0] if asked else None
     return state
 
@@ -227,21 +309,26 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks):
 def train(config,           # TrainConfig
           run,              # folder for everything the run leaves behind; an unfinished run in it is continued
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
-          on_log=None,      # called as on_log(run) after each row of metrics and each grid; returning True stops the run
+          on_log=None,  # called as on_log(run) after each row of metrics and each grid; returning True stops the run
           progress=True,    # a progress bar
           ranks=SingleProcess(),    # or diffnb.scale.Ranks: many processes, one run
          ):                 # the TrainState at the end
     """Train as `config` says, in the folder `run`: config.json, metrics.csv, samples/, checkpoints/.
     Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
-    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
+    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on
+    NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
     _check_place(run, check_config(config).data)
-    if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
+    if config.precision == "auto" and (run / "config.json").exists():
+        config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = ranks.first(lambda: resolve(config))
     if config.batch_size % (config.grad_accum_steps * ranks.world_size):
-        raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.grad_accum_steps} parts (grad_accum_steps) on each of {ranks.world_size} ranks: choose a multiple of both")
+        raise DiffnbError(
+            f"batch_size={config.batch_size} cannot be cut into {config.grad_accum_steps} parts "
+            f"(grad_accum_steps) on each of {ranks.world_size} ranks: choose a multiple of both")
     if ranks.sharded and config.optimizer == "muon":
-        raise DiffnbError("optimizer='muon' works on whole matrices, and shard divides them: use adamw, or copies (without shard)")
+        raise DiffnbError(
+            "optimizer='muon' works on whole matrices, and shard divides them: use adamw, or copies (without shard)")
     with ExitStack() as held, _memory_advice(net, config, pick_device(config.device)): # held: the lock of the folder
         ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)

@@ -31,31 +31,52 @@ from .settings import pick_precision
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation
          ):  # the Figure
-    "The honesty panel: score and floors, score against n, precision and recall, distance to the training images, closest pairs."
+    """The honesty panel: score and floors, score against n, precision and recall, distance to the training images,
+    closest pairs."""
     fig = plt.figure(figsize=(11, 5.4), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.9, 1))
     axes, pairs = top.subplots(1, 4), bottom.subplots(2, len(e.closest[0]), squeeze=False)
-    rows = {"generated,\ntrain ref.": e.score, "generated,\ntest ref.": e.held_out, "real test,\ntrain ref.": e.unseen, "real train,\nthe rest": e.floor}
+    rows = {
+        "generated,\ntrain ref.": e.score, "generated,\ntest ref.": e.held_out, "real test,\ntrain ref.": e.unseen,
+        "real train,\nthe rest": e.floor}
     rows = {k: v for k, v in rows.items() if v}
     for i, (s, mark) in enumerate(zip(rows.values(), "osv^")):
-        axes[0].errorbar(i, s.value, 1.96 * (s.error or 0), fmt=mark, capsize=4, color="C0" if s is e.score or s is e.held_out else "black")
-        axes[0].annotate(f"{s.value:.3g}\nn={s.n}", (i, s.value), xytext=(6, 0), textcoords="offset points", fontsize=6, va="center")
-    axes[0].set(xticks=range(len(rows)), xlim=(-0.4, len(rows) - 0.2), ylim=(0, None), title=f"{e.score.metric}, 95% interval")
+        axes[0].errorbar(
+            i, s.value, 1.96 * (s.error or 0), fmt=mark, capsize=4,
+            color="C0" if s is e.score or s is e.held_out else "black")
+        axes[0].annotate(
+            f"{s.value:.3g}\nn={s.n}", (i, s.value), xytext=(6, 0), textcoords="offset points", fontsize=6, va="center")
+    axes[0].set(
+        xticks=range(len(rows)), xlim=(-0.4, len(rows) - 0.2), ylim=(0, None), title=f"{e.score.metric}, 95% interval")
     axes[0].set_xticklabels(rows, fontsize=6)
-    axes[1].plot(*zip(*e.curve), "o-", label="generated"); axes[1].plot(*zip(*e.floor_curve), "^--", color="black", label="real (floor)")
-    if e.extrapolated is not None: axes[1].axhline(e.extrapolated, ls=":", label="generated, n → ∞")
-    axes[1].set(xscale="log", xlabel="n images", title="score against n", ylim=(0, None), xticks=[n for n, _ in e.curve], xticklabels=[n for n, _ in e.curve])
+    axes[1].plot(*zip(*e.curve), "o-", label="generated")
+    axes[1].plot(*zip(*e.floor_curve), "^--", color="black", label="real (floor)")
+    if e.extrapolated is not None:
+        axes[1].axhline(e.extrapolated, ls=":", label="generated, n → ∞")
+    axes[1].set(
+        xscale="log", xlabel="n images", title="score against n", ylim=(0, None), xticks=[n for n, _ in e.curve],
+        xticklabels=[n for n, _ in e.curve])
     axes[1].minorticks_off()
     axes[1].legend(fontsize=6)
-    x = np.arange(2); axes[2].bar(x - 0.2, (e.precision.value, e.recall.value), 0.4, label="generated")
-    axes[2].bar(x + 0.2, (e.real_precision, e.real_recall), 0.4, label="real", color="white", edgecolor="black", hatch="//")
-    axes[2].set(xticks=x, xticklabels=("precision", "recall"), ylim=(0, 1.25), title=f"k = 3, n = {e.recall.n}"); axes[2].legend(fontsize=6, ncols=2)
+    x = np.arange(2)
+    axes[2].bar(x - 0.2, (e.precision.value, e.recall.value), 0.4, label="generated")
+    axes[2].bar(
+        x + 0.2, (e.real_precision, e.real_recall), 0.4, label="real", color="white", edgecolor="black", hatch="//")
+    axes[2].set(xticks=x, xticklabels=("precision", "recall"), ylim=(0, 1.25), title=f"k = 3, n = {e.recall.n}")
+    axes[2].legend(fontsize=6, ncols=2)
     bins = np.linspace(0, np.quantile(np.concatenate(list(e.distances.values())), 0.995) or 1, 30)   # 0: all are copies
     axes[3].hist(e.distances["generated"], bins, density=True, alpha=0.6, label="generated")
-    if len(e.distances["real"]): axes[3].hist(e.distances["real"], bins, density=True, histtype="step", color="black", ls="--", label="real")
-    axes[3].set(xlabel="distance to nearest training image", yticks=[], title=f"copying: {e.copied:.1%} (innocent: 5%)"); axes[3].legend(fontsize=6)
-    for ax in axes: ax.title.set_fontsize(8); ax.tick_params(labelsize=6); ax.xaxis.label.set_fontsize(7)
-    for ax, image in zip(pairs.flat, e.closest.flatten(0, 1)): ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255); ax.axis("off")
+    if len(e.distances["real"]):
+        axes[3].hist(e.distances["real"], bins, density=True, histtype="step", color="black", ls="--", label="real")
+    axes[3].set(xlabel="distance to nearest training image", yticks=[], title=f"copying: {e.copied:.1%} (innocent: 5%)")
+    axes[3].legend(fontsize=6)
+    for ax in axes:
+        ax.title.set_fontsize(8)
+        ax.tick_params(labelsize=6)
+        ax.xaxis.label.set_fontsize(7)
+    for ax, image in zip(pairs.flat, e.closest.flatten(0, 1)):
+        ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        ax.axis("off")
     bottom.suptitle("generated images nearest to a training image (above), and that training image (below)", fontsize=8)
     top.suptitle("\n".join(textwrap.wrap(str(e.score), 150)), fontsize=8)
     return fig
@@ -70,13 +91,17 @@ def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class 
         raise DiffnbError(f"{shown(path)} is not an .npz with the images in arr_0 ({e})") from e
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
         raise DiffnbError(f"arr_0 of {shown(path)} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
-    if labels is None: return images, None, ()
+    if labels is None:
+        return images, None, ()
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuUS":
         raise DiffnbError(f"arr_1 of {shown(path)} is {labels.dtype} {labels.shape}: expected {len(images)} labels, "
                           "whole numbers or names")
-    if labels.dtype.kind == "S": labels = np.char.decode(labels, "utf-8", "replace")
-    if labels.dtype.kind == "U": names, labels = np.unique(labels, return_inverse=True)
-    if labels.min() < 0: raise DiffnbError(f"arr_1 of {shown(path)} has the label {labels.min()}: labels count from 0")
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "U":
+        names, labels = np.unique(labels, return_inverse=True)
+    if labels.min() < 0:
+        raise DiffnbError(f"arr_1 of {shown(path)} has the label {labels.min()}: labels count from 0")
     names = () if names is None else tuple(map(str, np.atleast_1d(names).tolist()))
     labels = torch.from_numpy(labels.astype(np.int64))
     return images, match_classes(labels, names, names, shown(path)) if names else labels, names
@@ -86,7 +111,8 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
                ):       # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
     "Images to be scored, decoded as in training. Raises DiffnbError for other files, mixed sizes, or fewer than n."
     source, labels, names = Path(source), None, ()
-    if source.suffix.lower() == ".npz": images, labels, names = _read_npz(source)
+    if source.suffix.lower() == ".npz":
+        images, labels, names = _read_npz(source)
     else:
         listing = list_images(source, formats=("PNG",), generated=True)
         if not listing.taken:
@@ -95,7 +121,8 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
         if splits := split_folders(listing):
             raise DiffnbError(f"{shown(source)} has splits, {', '.join(map(shown, splits.values()))}: give one of them")
         notes = ("samples.json", ".lock", ".partial")            # of sampling itself: nothing to speak of
-        if any(not p.name.endswith(notes) for paths in listing.left.values() for p in paths): print(listing)
+        if any(not p.name.endswith(notes) for paths in listing.left.values() for p in paths):
+            print(listing)
         images = [decode(path, formats=("PNG",)).transpose(1, 2, 0) for path in listing.taken[:n]]
         for path, image in zip(listing.taken, images):
             if image.shape[:2] != images[0].shape[:2]:
@@ -103,14 +130,17 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
                                   "images of one size are needed")
         channels = max(image.shape[2] for image in images)       # a grey image among colours has three equal channels
         images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
-    if n and len(images) < n: raise DiffnbError(f"{shown(source)} has {len(images)} images, and n={n} were asked for")
+    if n and len(images) < n:
+        raise DiffnbError(f"{shown(source)} has {len(images)} images, and n={n} were asked for")
     labels = None if labels is None else labels[:n]
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), labels, names
 
 # %% ../../nbs/workshop/scoring.ipynb #c097
 def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
-    "(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size of `like`."
-    if isinstance(reference, ImageData): return reference, None, ""
+    """(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size
+    of `like`."""
+    if isinstance(reference, ImageData):
+        return reference, None, ""
     if str(reference).lower().endswith(".npz"):
         images, labels, names = read_images(reference)
         size = images.shape[-1]
@@ -118,15 +148,21 @@ def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
     load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1],
                    on_broken=on_broken, generated=True)
     train = load()
-    try: held_out = load(split="test")
-    except NoSplit: held_out = None
+    try:
+        held_out = load(split="test")
+    except NoSplit:
+        held_out = None
     return replace(train, name=Path(reference).name), held_out, train.split
 
-def _in_order_of(classes, real): # the reference with its labels as the model's; labels without names are taken for positions
-    if not classes or real.labels is None: return real
+def _in_order_of(classes, real):
+    # the reference with its labels as the model's; labels without names are taken for positions
+    if not classes or real.labels is None:
+        return real
     labels = match_classes(real.labels, real.classes or classes, classes, f"the reference {real.name}")
     if missing := [name for c, name in enumerate(classes) if not (labels == c).any()]:
-        warnings.warn(f"the reference {real.name} has no images of {', '.join(missing)}: samples of these classes have nothing to be compared with")
+        warnings.warn(
+            f"the reference {real.name} has no images of {', '.join(missing)}: samples of these classes "
+            "have nothing to be compared with")
     return replace(real, labels=labels, classes=tuple(classes))
 
 def grid_beside(real,      # ImageData
@@ -137,9 +173,13 @@ def grid_beside(real,      # ImageData
     rows = min(rows, len(generated) // per_row)
     by_class = labels is not None and real.labels is not None
     classes = min(10, len(real.classes) or 10) if by_class else rows
-    def take(labels, n): return torch.cat([(labels.cpu() == c).nonzero()[:per_row, 0].repeat(per_row)[:per_row] for c in range(n)])
+    def take(labels, n):
+        return torch.cat([(labels.cpu() == c).nonzero()[:per_row, 0].repeat(per_row)[:per_row] for c in range(n)])
     enough = by_class and all((l == c).any() for l in (labels, real.labels) for c in range(classes))
-    i, j = (take(real.labels, classes), take(labels, classes)) if enough else (torch.arange(rows * per_row) % len(real), torch.arange(rows * per_row))
+    i, j = (
+        (take(real.labels, classes), take(labels, classes))
+        if enough
+        else (torch.arange(rows * per_row) % len(real), torch.arange(rows * per_row)))
     left, right = real.take(i.to(real.images.device)).cpu(), generated[j.to(generated.device)].cpu()
     gap = torch.full((len(i) // per_row, 1, *left.shape[1:]), 255, dtype=torch.uint8)
     grid = torch.cat([left.unflatten(0, (-1, per_row)), gap, right.unflatten(0, (-1, per_row))], 1).flatten(0, 1)
@@ -147,8 +187,10 @@ def grid_beside(real,      # ImageData
 
 # %% ../../nbs/workshop/scoring.ipynb #c098
 def _kind(source): # "run", "files" or "model"
-    if (source / "config.json").is_file(): return "run"
-    if source.is_dir() or source.suffix.lower() == ".npz": return "files"
+    if (source / "config.json").is_file():
+        return "run"
+    if source.is_dir() or source.suffix.lower() == ".npz":
+        return "files"
     if source.is_file() and source.suffix.lower() != ".safetensors":
         raise DiffnbError(f"{source} cannot be scored: give a run folder, a model's weights (.safetensors), a folder of PNGs, or an .npz "
                           "with the images in arr_0, uint8 (N, H, W, C), as np.savez(file, images) writes it")
@@ -156,19 +198,29 @@ def _kind(source): # "run", "files" or "model"
 
 def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images
     here = source.resolve()                                              # of "." too, which has no name
-    out = check_place(out if out is not None else source if _kind(source) == "run" else
-                      (here if source.name in ("", "..") else source).with_name(f"{here.name if here.is_dir() else here.stem}.evaluation"))
+    out = check_place(
+        out
+        if out is not None
+        else source
+        if _kind(source) == "run"
+        else (here if source.name in ("", "..") else source).with_name(
+            f"{here.name if here.is_dir() else here.stem}.evaluation"))
     for folder in pictures:
         if out.resolve().is_relative_to(Path(folder).resolve()):
             raise DiffnbError(f"the results would lie among the images of {folder} and be taken for some the next time: choose another "
                               f"place than {out} (command line: --out)")
     return out
 
-def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
+def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings):
+    # -> (images, facts for evaluation.json)
     told = getattr(sampler, "__name__", "sampler")
-    name = f"step_{trained.step:09d}_{told}{steps}" + (f"_w{guidance:g}" if guide else "") + (f"_seed{seed}" if seed else "")
-    folder = sample_to(out / "evaluation" / name, trained.model, trained.schedule, trained.shape, n, y=y, sampler=sampler, guide=guide,
-                       steps=steps, seed=seed, prediction=trained.config.prediction, **settings)
+    name = (
+        f"step_{trained.step:09d}_{told}{steps}"
+        + (f"_w{guidance:g}" if guide else "")
+        + (f"_seed{seed}" if seed else ""))
+    folder = sample_to(
+        out / "evaluation" / name, trained.model, trained.schedule, trained.shape, n, y=y, sampler=sampler, guide=guide,
+        steps=steps, seed=seed, prediction=trained.config.prediction, **settings)
     return read_images(folder, n)[0], {"step": trained.step, "sampler": told, "steps": steps, "seed": seed,
                                        "guidance": guidance if trained.classes else None}
 
@@ -178,24 +230,31 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  out=None,          # where the results go; None: the run folder, or SOURCE.evaluation
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
-                 steps=50, guidance=1.0, sampler=ddim, seed=0, # of the sampling; guidance 1: conditional, where the model has classes
+                 # of the sampling; guidance 1: conditional, where the model has classes
+                 steps=50, guidance=1.0, sampler=ddim, seed=0,
                  device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ):                  # Evaluation
-    """Sample (what is there already is kept), score, and write evaluation.json, panel.png and real_beside_generated.png.
-    Raises DiffnbError, before sampling starts, if data or feature network are missing, if images and reference differ in shape or
-    classes, or if the settings cannot work."""
+    """Sample (what is there already is kept), score, and write evaluation.json, panel.png and
+    real_beside_generated.png. Raises DiffnbError, before sampling starts, if data or feature network are missing, if
+    images and reference differ in shape or classes, or if the settings cannot work."""
     source, device, ranked = Path(source), pick_device(device), ranks.rank
     kind = _kind(source)
-    if batch_size is None: batch_size = 500 if device.type == "cuda" else 64
+    if batch_size is None:
+        batch_size = 500 if device.type == "cuda" else 64
     check_sampling(n=LEAST_IMAGES if n is None else n, batch_size=batch_size, seed=seed, steps=steps)
     read = ([source] if kind == "files" else []) + ([reference] if isinstance(reference, (str, Path)) else [])
     pictures = [p for p in map(Path, read) if p.is_dir() and _kind(p) == "files"]
     out = _place_of(source, out, pictures)
     facts, filter = {"source": str(source)}, "bicubic"
     if kind == "files":
-        if reference is None: raise DiffnbError(f"{source} is not a run folder, so say what to compare its images with: reference=... (command line: --reference)")
+        if reference is None:
+            raise DiffnbError(
+                f"{source} is not a run folder, so say what to compare its images with: reference=... "
+                "(command line: --reference)")
         if guidance != 1 or steps != 50:
-            raise DiffnbError(f"{source} holds images that are made already: leave --steps and --guidance out, which say how to make some")
+            raise DiffnbError(
+                f"{source} holds images that are made already: leave --steps and --guidance out, which say "
+                "how to make some")
         images, y, names = read_images(source, n)
         like = images
     else:
@@ -203,25 +262,32 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         guide, _ = guidance_for(trained, guidance), check_sampling(trained.schedule, steps=steps)
         like, config = torch.empty(1, *trained.shape), trained.config
         reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
-        y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
+        # a longer list lets n grow later
+        y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
     real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
-    if kind != "files": real = _in_order_of(trained.classes, real)
-    elif y is not None and real.classes: # names meet names; labels without names are positions in the reference's classes
+    if kind != "files":
+        real = _in_order_of(trained.classes, real)
+    # names meet names; labels without names are positions in the reference's classes
+    elif y is not None and real.classes:
         y = match_classes(y, names or real.classes, real.classes, shown(source))
-    if not isinstance(features, Features): features = make_features(features, real.name, device, weights)
+    if not isinstance(features, Features):
+        features = make_features(features, real.name, device, weights)
     features = replace(features, ranks=ranks)
     with ExitStack() as held:
         ranks.first(lambda: ranked or held.enter_context(alone_in(out, "evaluating")))
         if kind != "files":
-            images, more = _sampled(out, trained, n, y, guidance, guide, sampler, steps=steps, seed=seed, batch_size=batch_size, device=device,
-                                    progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
+            images, more = _sampled(
+                out, trained, n, y, guidance, guide, sampler, steps=steps, seed=seed, batch_size=batch_size,
+                device=device, progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
             facts |= more
         result = evaluate(images, real, features, held_out, split, seed)
-        if ranked: return result
+        if ranked:
+            return result
         write_whole(out / "evaluation.json", json.dumps({**facts, **result.facts()}, indent=1, ensure_ascii=False))
         fig, png = panel(result), io.BytesIO()
-        fig.savefig(png, format="png", dpi=130, metadata={"Software": "diffnb"}); plt.close(fig)
+        fig.savefig(png, format="png", dpi=130, metadata={"Software": "diffnb"})
+        plt.close(fig)
         write_whole(out / "panel.png", png.getvalue())
         grid_beside(real, images, None if y is None else y[:len(images)], out / "real_beside_generated.png")
     return result

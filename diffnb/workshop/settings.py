@@ -19,10 +19,15 @@ from .datasets import load_data
 
 # %% ../../nbs/workshop/settings.ipynb #c039x
 def pick_precision(name, device, config): # "float32" or "bf16"
-    "What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if bf16 is asked for where it is imitated."
+    """What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if
+    bf16 is asked for where it is imitated."""
     large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
-    if name == "auto": return "bf16" if large and has_native_bf16(device) else "float32"
-    if name == "bf16" and not has_native_bf16(device): warnings.warn(f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: precision float32 is faster")
+    if name == "auto":
+        return "bf16" if large and has_native_bf16(device) else "float32"
+    if name == "bf16" and not has_native_bf16(device):
+        warnings.warn(
+            f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: "
+            "precision float32 is faster")
     return name
 
 # %% ../../nbs/workshop/settings.ipynb #c034
@@ -33,20 +38,23 @@ class TrainConfig:
     image_size: int | None = None                       # side of the images in pixels; None: as they are
     filter: Literal["bicubic", "bilinear", "nearest"] = "bicubic" # how images are resized to image_size
     flip: bool | None = None                            # mirror half of the images; None: yes for cifar10
-    jitter: float = 0.0                                 # colour jitter: brightness, contrast, saturation within 1 ± jitter
+    jitter: float = 0.0  # colour jitter: brightness, contrast, saturation within 1 ± jitter
     conditional: bool = True                            # tell the network the class, where the data has classes
     label_dropout: float = 0.1                          # how often a label is hidden, so that guidance is possible
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = "linear" # how noise is added over time
     T: int = 1000                                       # timesteps of that schedule
-    shift: float = 1.0                                  # divide its signal-to-noise ratio by shift²; 2 for twice the resolution
+    shift: float = 1.0  # divide its signal-to-noise ratio by shift²; 2 for twice the resolution
     zero_terminal_snr: bool = False                     # let the last timestep be pure noise; needs prediction v or x0
-    prediction: Literal["eps", "x0", "v", "velocity"] = "eps" # what the network outputs; velocity: with the schedule flow
-    logit_normal: tuple[float, ...] | None = None       # draw timesteps near the middle: mean and deviation of logit(t/T); None: all alike
+    # what the network outputs; velocity: with the schedule flow
+    prediction: Literal["eps", "x0", "v", "velocity"] = "eps"
+    # draw timesteps near the middle: mean and deviation of logit(t/T); None: all alike
+    logit_normal: tuple[float, ...] | None = None
     base_channels: int = 64                             # width of the UNet's first level
     channel_mult: tuple[float, ...] | None = None       # widths of its levels, times base_channels; None: 1, 2.5, 3.5
     blocks: int = 2                                     # residual blocks a level
-    patch_size: int = 1                                 # side of the squares of pixels that the network folds into channels
-    attention: tuple[int, ...] | None = None            # resolutions (in patches) with self-attention; None: 16, or half a smaller image
+    patch_size: int = 1  # side of the squares of pixels that the network folds into channels
+    # resolutions (in patches) with self-attention; None: 16, or half a smaller image
+    attention: tuple[int, ...] | None = None
     head_dim: int | None = None                         # channels of an attention head; None: a single head
     norm_groups: int = 16                               # groups of every GroupNorm
     dropout: float = 0.0                                # in every residual block; for long runs
@@ -56,20 +64,23 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"       # muon: on hidden matrices, with AdamW for the rest
     lr: float = 1e-4                                    # learning rate at its peak
     warmup: int = 500                                   # steps until the peak
-    decay_share: float | None = None                    # after the warm-up; None: a cosine to zero; else constant, then a line to zero over this last share
+    # after the warm-up; None: a cosine to zero; else constant, then a line to zero over this last share
+    decay_share: float | None = None
     weight_decay: float = 0.0                           # decoupled, as in AdamW
     grad_clip: float = 1.0                              # bound on the gradient norm; 0: none
     ema_decay: float = 0.9999                           # of the average used for sampling
-    ema_half_lives: tuple[float, ...] | None = None     # instead: one average for each; below 1 shares of the run so far, from 1 images
+    # instead: one average for each; below 1 shares of the run so far, from 1 images
+    ema_half_lives: tuple[float, ...] | None = None
     seed: int = 0                                       # of everything random
-    precision: Literal["auto", "float32", "bf16"] = "auto" # of the network's arithmetic; auto: bf16 where the device gains by it
+    # of the network's arithmetic; auto: bf16 where the device gains by it
+    precision: Literal["auto", "float32", "bf16"] = "auto"
     device: str = "auto"                                # auto, cpu, cuda, cuda:1, mps
     compile: bool | None = None                         # let torch.compile fuse the network; None: on a GPU
-    channels_last: bool | None = None                   # keep the channels of a pixel together in memory; None: on a GPU
-    fused: bool = True                                  # AdamW and EMA move all weights in a few calls instead of one after the other
-    tf32: bool = True                                   # on a GPU, round the inputs of float32 matrix products to 19 bits
-    resident: bool | None = None                        # keep all images on the GPU; None: if they take less than half of what is free
-    activation_checkpointing: bool = False                # activation checkpointing: less memory, about a third more time
+    channels_last: bool | None = None  # keep the channels of a pixel together in memory; None: on a GPU
+    fused: bool = True  # AdamW and EMA move all weights in a few calls instead of one after the other
+    tf32: bool = True  # on a GPU, round the inputs of float32 matrix products to 19 bits
+    resident: bool | None = None  # keep all images on the GPU; None: if they take less than half of what is free
+    activation_checkpointing: bool = False  # activation checkpointing: less memory, about a third more time
     sample_every: float = 25                            # epochs between sample grids
     sample_steps: int = 50                              # DDIM steps of those grids
     checkpoint_every: float = 10                        # epochs between checkpoints
@@ -82,83 +93,134 @@ class TrainConfig:
 
 # %% ../../nbs/workshop/settings.ipynb #c036
 def _fits(value, kind): # is `value` of the annotated type? A whole number passes for a float, a bool never for a number
-    if isinstance(kind, UnionType): return any(_fits(value, k) for k in get_args(kind))
-    if get_origin(kind) is Literal: return value in get_args(kind)
-    if get_origin(kind) is tuple: return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     return type(value) is kind or kind is float and type(value) is int
 
 def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
-    if not name.strip(): return "there is nothing to read in it"
+    if not name.strip():
+        return "there is nothing to read in it"
     if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
         surrogate = "\ud800" <= odd <= "\udfff"
-        return f"{odd!a} in it cannot be " + ("encoded: names must be valid UTF-8" if surrogate else "shown on one line")
-    if len(name) > 1000: return f"its {len(name):,} characters are more than 1,000"
+        return f"{odd!a} in it cannot be " + (
+            "encoded: names must be valid UTF-8" if surrogate else "shown on one line")
+    if len(name) > 1000:
+        return f"its {len(name):,} characters are more than 1,000"
 
 def check_config(config, # TrainConfig
                 ):       # the same config
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
     def bad(name, allowed):
-        raise DiffnbError(f"{name}={getattr(config, name)!r:.100} is not possible: {allowed} (command line: --{name.replace('_', '-')})")
+        raise DiffnbError(
+            f"{name}={getattr(config, name)!r:.100} is not possible: {allowed} (command line: "
+            f"--{name.replace('_', '-')})")
     for f in fields(config):                                         # types first: a config may come from a JSON file
         if not _fits(getattr(config, f.name), f.type):
             options = get_args(f.type) if get_origin(f.type) is Literal else (getattr(f.type, "__name__", f.type),)
             bad(f.name, "it must be " + " or ".join(map(str, options)))
-        if type(value := getattr(config, f.name)) is str and (wrong := _unwritable(value)): bad(f.name, wrong)
-    for name in ("T", "epochs", "batch_size", "grad_accum_steps", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
-                 "log_every", "shift"):
-        if not 0 < getattr(config, name) < 1e9: bad(name, "it must be above 0 and below a thousand million")
-    for name, top in (("T", 100_000), ("batch_size", 1_000_000), ("image_size", 4096), ("patch_size", 64), ("base_channels", 4096)):   # memory is asked for by these
-        if getattr(config, name) is not None and not 0 < getattr(config, name) <= top: bad(name, f"from 1 to {top:,}")
+        if type(value := getattr(config, f.name)) is str and (wrong := _unwritable(value)):
+            bad(f.name, wrong)
+    for name in (
+        "T", "epochs", "batch_size", "grad_accum_steps", "lr", "sample_every", "sample_steps", "checkpoint_every",
+        "keep", "log_every", "shift"):
+        if not 0 < getattr(config, name) < 1e9:
+            bad(name, "it must be above 0 and below a thousand million")
+    # memory is asked for by these
+    for name, top in (
+        ("T", 100_000), ("batch_size", 1_000_000), ("image_size", 4096), ("patch_size", 64), ("base_channels", 4096)):
+        if getattr(config, name) is not None and not 0 < getattr(config, name) <= top:
+            bad(name, f"from 1 to {top:,}")
     for name, top in (("label_dropout", 1), ("dropout", 1), ("ema_decay", 1), ("jitter", 1), ("weight_decay", 1e9),
                       ("grad_clip", 1e9), ("warmup", 1e9), ("seed", 2**63)):
-        if not 0 <= getattr(config, name) < top: bad(name, f"at least 0, and below {top:g}")
-    if config.sample_steps > config.T: bad("sample_steps", f"at most T, which is {config.T}")
-    if config.batch_size % config.grad_accum_steps: bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
+        if not 0 <= getattr(config, name) < top:
+            bad(name, f"at least 0, and below {top:g}")
+    if config.sample_steps > config.T:
+        bad("sample_steps", f"at most T, which is {config.T}")
+    if config.batch_size % config.grad_accum_steps:
+        bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
     flow = config.schedule == "flow"
-    if config.zero_terminal_snr and flow: bad("zero_terminal_snr", "the schedule flow ends at pure noise already")
+    if config.zero_terminal_snr and flow:
+        bad("zero_terminal_snr", "the schedule flow ends at pure noise already")
     if config.prediction == "eps" and (config.zero_terminal_snr or flow):
-        bad("prediction", "the last timestep holds no signal, and eps says nothing there: v or x0" + (", or velocity" if flow else ""))
-    if config.prediction == "velocity" and not flow: bad("prediction", "velocity is the direction of the straight path: with schedule=flow")
-    if config.logit_normal is not None and (len(config.logit_normal) != 2 or not (abs(config.logit_normal[0]) < 100 and 0 < config.logit_normal[1] < 100)):
+        bad(
+            "prediction",
+            "the last timestep holds no signal, and eps says nothing there: v or x0"
+            + (", or velocity" if flow else ""))
+    if config.prediction == "velocity" and not flow:
+        bad("prediction", "velocity is the direction of the straight path: with schedule=flow")
+    if config.logit_normal is not None and (
+        len(config.logit_normal) != 2 or not (abs(config.logit_normal[0]) < 100 and 0 < config.logit_normal[1] < 100)):
         bad("logit_normal", "two numbers, a mean and a deviation above 0, e.g. 0 1")
-    if config.decay_share is not None and not 0 < config.decay_share <= 1: bad("decay_share", "above 0 and at most 1")
-    if config.ema_half_lives is not None and not (config.ema_half_lives and all(0 < h < 1e12 for h in config.ema_half_lives)):
+    if config.decay_share is not None and not 0 < config.decay_share <= 1:
+        bad("decay_share", "above 0 and at most 1")
+    if config.ema_half_lives is not None and not (
+        config.ema_half_lives and all(0 < h < 1e12 for h in config.ema_half_lives)):
         bad("ema_half_lives", "one or more numbers above 0")
     return config
 
 # %% ../../nbs/workshop/settings.ipynb #c037b
-_two_cores = TrainConfig( # patches of 2x2, the straight path, Muon: what learns most from an hour of a processor
-    data="cifar10", patch_size=2, base_channels=128, channel_mult=(1.0, 1.0), attention=(8,), head_dim=64, schedule="flow", prediction="velocity",
-    logit_normal=(-0.2, 1.0), optimizer="muon", lr=3e-3, warmup=100, decay_share=0.7, ema_half_lives=(0.05, 0.1, 0.02), sample_steps=20)
+_two_cores = TrainConfig(  # patches of 2x2, the straight path, Muon: what learns most from an hour of a processor
+    data="cifar10",
+    patch_size=2,
+    base_channels=128,
+    channel_mult=(1.0, 1.0),
+    attention=(8,),
+    head_dim=64,
+    schedule="flow",
+    prediction="velocity",
+    logit_normal=(-0.2, 1.0),
+    optimizer="muon",
+    lr=3e-3,
+    warmup=100,
+    decay_share=0.7,
+    ema_half_lives=(0.05, 0.1, 0.02),
+    sample_steps=20,
+)
 _clothes = replace(_two_cores, data="fashion", base_channels=48, channel_mult=(1.0, 2.0), attention=(7,), head_dim=32)
 
 PRESETS = {
     "clothes": replace(_clothes, epochs=2.8),            # two to three minutes of two cores with bf16
     "cifar10-20min": replace(_two_cores, epochs=1.8, sample_every=1.0, checkpoint_every=0.5),
     "cifar10-5h": replace(_two_cores, epochs=28.0, sample_every=7.0, checkpoint_every=2.0),
-    "cifar10-gpu": replace(_two_cores, base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0), # wider; not measured yet
-    "cifar10-analysed": TrainConfig(data="cifar10", jitter=0.1)} # 14.4M parameters, eps, linear schedule, lr 1e-4, cosine decay, EMA
+    # wider; not measured yet
+    "cifar10-gpu": replace(_two_cores, base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0),
+    # 14.4M parameters, eps, linear schedule, lr 1e-4, cosine decay, EMA
+    "cifar10-analysed": TrainConfig(data="cifar10", jitter=0.1)}
 
 # %% ../../nbs/workshop/settings.ipynb #c079
 def resolve(config, # TrainConfig
            ):       # (config with nothing left open, ImageData, UNet configuration)
-    "Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any work starts."
+    """Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any
+    work starts."""
     check_config(config)
-    device, shape = pick_device(config.device), ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout", "patch_size")
+    device, shape = (
+        pick_device(config.device),
+        ("base_channels", "channel_mult", "blocks", "attention", "head_dim", "norm_groups", "dropout", "patch_size"))
     shape = {k: getattr(config, k) for k in shape}
-    if size := config.image_size or {"digits": 8, "fashion": 28, "cifar10": 32, "fashion_mnist": 28}.get(config.data): # before a download of an hour
-        with torch.device("meta"): UNet(image_size=size, **shape)
+    # before a download of an hour
+    if size := config.image_size or {"digits": 8, "fashion": 28, "cifar10": 32, "fashion_mnist": 28}.get(config.data):
+        with torch.device("meta"):
+            UNet(image_size=size, **shape)
     data = load_data(config.data, config.image_size, filter=config.filter, root=config.data_root, url=config.data_url,
                      on_broken=config.on_broken, channels=config.channels)
     _check_names(data.classes)
     config = replace(config, image_size=data.size, conditional=config.conditional and bool(data.classes),
-                     flip=config.data == "cifar10" if config.flip is None else config.flip) # a mirrored 3 is no digit, and nearly all shoes point left
+                     # a mirrored 3 is no digit, and nearly all shoes point left
+                     flip=config.data == "cifar10" if config.flip is None else config.flip)
     if long := [h for h in config.ema_half_lives or () if h > config.epochs * len(data)]:
-        raise DiffnbError(f"ema_half_lives: {long[0]:g} images are more than the run sees ({config.epochs * len(data):,.0f}): shorter ones, or shares of the run below 1")
+        raise DiffnbError(
+            f"ema_half_lives: {long[0]:g} images are more than the run sees "
+            f"({config.epochs * len(data):,.0f}): shorter ones, or shares of the run below 1")
     config = replace(config, precision=pick_precision(config.precision, device, config))
-    net = dict(image_size=data.size, in_channels=data.images.shape[1], num_classes=len(data.classes) if config.conditional else None,
-               **shape)
-    with torch.device("meta"): net = UNet(**net).config                                      # checks the sizes, allocates nothing
+    net = dict(
+        image_size=data.size, in_channels=data.images.shape[1],
+        num_classes=len(data.classes) if config.conditional else None, **shape)
+    with torch.device("meta"):
+        net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
 def total_steps(config, # TrainConfig
@@ -171,9 +233,8 @@ def _check_names(classes):
     "Raises DiffnbError for a class name that could not be written and read back, or is the same as another's."
     if bad := next((c for c in classes if _unwritable(c)), None):
         raise DiffnbError(f"the class name {bad!a:.200} cannot be kept: {_unwritable(bad)}. Rename its folder")
-    seen = {}                                                            # some systems write é as one character, some as two
+    seen = {}  # some systems write é as one character, some as two
     for name in classes:
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
             raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: "
                               "rename or merge their folders")
-

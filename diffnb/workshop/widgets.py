@@ -29,10 +29,14 @@ from .models import load_model
 
 # %% ../../nbs/workshop/widgets.ipynb #c008
 def _png(image): # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure, which is closed -> bytes
-    if isinstance(image, bytes): return image
+    if isinstance(image, bytes):
+        return image
     out = io.BytesIO()
-    if torch.is_tensor(image): Image.fromarray(rearrange(image, "c h w -> h w c").squeeze(-1).numpy()).save(out, "PNG", optimize=True)
-    else: image.savefig(out, format="png", dpi=64); plt.close(image)
+    if torch.is_tensor(image):
+        Image.fromarray(rearrange(image, "c h w -> h w c").squeeze(-1).numpy()).save(out, "PNG", optimize=True)
+    else:
+        image.savefig(out, format="png", dpi=64)
+        plt.close(image)
     return out.getvalue()
 
 def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure
@@ -42,7 +46,9 @@ def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib fig
            ):             # HTML
     "An image as an HTML tag that needs no other file."
     style = "max-width: 100%; height: auto" + ("" if smooth else "; image-rendering: pixelated")
-    return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{base64.b64encode(_png(image)).decode()}">'
+    return (
+        f'<img alt="{escape(alt)}" width="{width}" style="{style}" '
+        f'src="data:image/png;base64,{base64.b64encode(_png(image)).decode()}">')
 
 # %% ../../nbs/workshop/widgets.ipynb #c011
 _script = """
@@ -80,24 +86,35 @@ def frames(images,      # one for each combination of the axes' values, the last
            smooth=True, # enlarge softly
            start=None,  # dict: name -> the value shown first; default: the first
           ):            # HTML
-    "Pictures to scrub through without a kernel or a network; a plain row of pictures where scripts are forbidden. Raises DiffnbError."
+    """Pictures to scrub through without a kernel or a network; a plain row of pictures where scripts are forbidden.
+    Raises DiffnbError."""
     cells, numbers = [], [len(v) for v in axes.values()]
     if not len(images) == len(captions) == np.prod(numbers):
-        raise DiffnbError(f"{len(images)} images and {len(captions)} captions for axes of {numbers} values: expected {np.prod(numbers)} of each")
+        raise DiffnbError(
+            f"{len(images)} images and {len(captions)} captions for axes of {numbers} values: expected "
+            f"{np.prod(numbers)} of each")
     for image, caption in zip(images, captions):
         tags = picture(image, f"{alt}: {caption}", width, smooth)
-        cells.append(f'<span data-frame style="display: inline-block; margin: 0 8px 4px 0; vertical-align: top; max-width: {max(width, 160)}px; white-space: normal">{tags}<br><small>{escape(caption)}</small></span>')
+        cells.append(
+            '<span data-frame style="display: inline-block; margin: 0 8px 4px 0; vertical-align: top; '
+            f'max-width: {max(width, 160)}px; white-space: '
+            f'normal">{tags}<br><small>{escape(caption)}</small></span>')
     cells[0] = cells[0].replace("<img ", f'<img onload="{escape(" ".join(_script.split()))}" ', 1)
     first = [list(v).index((start or {}).get(k, v[0])) for k, v in axes.items()]
     facts = escape(json.dumps([[name, list(values)] for name, values in axes.items()]))
-    return (f'<div data-axes="{facts}" data-start="{first}" aria-label="{escape(alt)}" tabindex="0" style="overflow-x: auto; white-space: nowrap">'
-            + " ".join(cells) + "</div>")
+    return (
+        (
+            f'<div data-axes="{facts}" data-start="{first}" aria-label="{escape(alt)}" tabindex="0" '
+            'style="overflow-x: auto; white-space: nowrap">')
+        + " ".join(cells)
+        + "</div>")
 
 # %% ../../nbs/workshop/widgets.ipynb #c015
 def _watched(): # bool
     "Whether a notebook is open in front of somebody, and ipywidgets can be shown in it."
     ip = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
-    if not ip or not hasattr(ip, "kernel") or importlib.util.find_spec("ipywidgets") is None: return False
+    if not ip or not hasattr(ip, "kernel") or importlib.util.find_spec("ipywidgets") is None:
+        return False
     return "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in ip.user_ns or "google.colab" in sys.modules
 
 # %% ../../nbs/workshop/widgets.ipynb #c017
@@ -111,8 +128,10 @@ _names = """
 def _control(name, values, value, eager): # an ipywidget for one axis
     import ipywidgets as w
     common = dict(value=value, description=name, layout=w.Layout(width="min(30em, 98%)"))
-    if isinstance(values, range): return w.IntSlider(min=values.start, max=values[-1], step=values.step, continuous_update=eager, **common)
-    if isinstance(values[0], str): return w.Dropdown(options=values, **common)
+    if isinstance(values, range):
+        return w.IntSlider(min=values.start, max=values[-1], step=values.step, continuous_update=eager, **common)
+    if isinstance(values[0], str):
+        return w.Dropdown(options=values, **common)
     return w.SelectionSlider(options=values, continuous_update=eager, **common)
 
 # %% ../../nbs/workshop/widgets.ipynb #c019
@@ -126,27 +145,37 @@ class Interactive:
                  smooth=True, start=None,
                  eager=True, # draw while a slider is being dragged; False: when it is let go
                  more=None): # more(controls) -> another ipywidget, below the controls
-        if list(live) != list(stored): raise DiffnbError(f"live offers {list(live)} and stored {list(stored)}: expected the same names in the same order")
-        self.draw, self.live, self.stored, self.alt, self.width, self.smooth, self.eager, self.more = draw, live, stored, alt, width, smooth, eager, more
+        if list(live) != list(stored):
+            raise DiffnbError(
+                f"live offers {list(live)} and stored {list(stored)}: expected the same names in the same order")
+        self.draw, self.live, self.stored, self.alt, self.width, self.smooth, self.eager, self.more = (
+            draw, live, stored, alt, width, smooth, eager, more)
         self.start, self.box = {k: v[0] for k, v in live.items()} | (start or {}), None
 
     def html(self, **values): # one picture with its caption
         image, caption = self.draw(**values)
-        told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace("<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
+        told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace(
+            "<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
         return told + f'<div aria-live="polite">{escape(caption)}</div>'
 
     def frames(self):
         every = [dict(zip(self.stored, values)) for values in itertools.product(*self.stored.values())]
         images, captions = zip(*[self.draw(**values) for values in every])
-        return frames(images, self.stored, captions, self.alt, self.width, self.smooth, {k: v for k, v in self.start.items() if v in self.stored[k]})
+        return frames(
+            images, self.stored, captions, self.alt, self.width, self.smooth,
+            {k: v for k, v in self.start.items() if v in self.stored[k]})
 
     def widget(self):
-        "The live figure: an ipywidgets box with a control for each axis and the picture below. Made once, shown as often as wanted."
-        if self.box: return self.box
+        """The live figure: an ipywidgets box with a control for each axis and the picture below. Made once, shown as
+        often as wanted."""
+        if self.box:
+            return self.box
         import ipywidgets as w
-        self.controls = {name: _control(name, values, self.start[name], self.eager) for name, values in self.live.items()}
+        self.controls = {
+            name: _control(name, values, self.start[name], self.eager) for name, values in self.live.items()}
         self.out = w.HTML(self.html(**self.values()))
-        for control in self.controls.values(): control.observe(lambda _: self.redraw(), "value")
+        for control in self.controls.values():
+            control.observe(lambda _: self.redraw(), "value")
         self.box = w.VBox([*self.controls.values(), *([self.more(self)] if self.more else []), self.out])
         return self.box
 
@@ -154,7 +183,8 @@ class Interactive:
     def redraw(self): self.out.value = self.html(**self.values())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        if not _watched(): return {"text/plain": self.alt, "text/html": self.frames()}
+        if not _watched():
+            return {"text/plain": self.alt, "text/html": self.frames()}
         return self.widget()._repr_mimebundle_() | {"text/plain": self.alt, "text/html": self.html(**self.values())}
 
 # %% ../../nbs/workshop/widgets.ipynb #c025
@@ -166,9 +196,12 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
     def draw(schedule, t):
         s = schedules[schedule]
         snr = f"{s.snr(t):,.0f}" if s.snr(t) >= 10 else f"{s.snr(t):.2g}"
-        return to_uint8(s.add_noise(x0, noise, t))[0], f"{schedule}, t = {t}: SNR {snr}, {s.signal_noise(t)[0]:.0%} of the image's amplitude left"
-    stored = {"schedule": list(schedules), "t": [round(f * (T - 1)) for f in (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]}
-    return Interactive(draw, {"schedule": list(schedules), "t": range(T)}, stored, "an image with noise", 192, smooth=False)
+        return to_uint8(s.add_noise(x0, noise, t))[
+            0], f"{schedule}, t = {t}: SNR {snr}, {s.signal_noise(t)[0]:.0%} of the image's amplitude left"
+    stored = {
+        "schedule": list(schedules), "t": [round(f * (T - 1)) for f in (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)]}
+    return Interactive(
+        draw, {"schedule": list(schedules), "t": range(T)}, stored, "an image with noise", 192, smooth=False)
 
 # %% ../../nbs/workshop/widgets.ipynb #c029
 def trajectory(trained,             # from load_model
@@ -176,26 +209,35 @@ def trajectory(trained,             # from load_model
                steps=50, seed=0, **settings): # for ddim
     "A slider along a DDIM trajectory: x_t and the estimate of x0 side by side."
     walk, n = [], len(y)
-    ddim(trained.model, trained.schedule, (n, *trained.shape), steps, y=torch.tensor(y), prediction=trained.config.prediction,
-         generator=addressed(seed, "trajectory"), callback=lambda t, t_next, x, x0: walk.append((t, t_next, x, x0)), **settings)
+    ddim(
+        trained.model, trained.schedule, (n, *trained.shape), steps, y=torch.tensor(y),
+        prediction=trained.config.prediction, generator=addressed(seed, "trajectory"),
+        callback=lambda t, t_next, x, x0: walk.append((t, t_next, x, x0)), **settings)
     def draw(step):
         t, t_next, x, x0 = walk[step - 1]
         left, right = tile(x, n), tile(x0, n)
-        return torch.cat([left, torch.full_like(left[..., :3], 255), right], 2), f"step {step} of {steps}, from t = {t} to {'the clean image' if t_next < 0 else t_next}: left x_t, right the estimate of x0"
+        return torch.cat([left, torch.full_like(left[..., :3], 255), right], 2), (
+            f"step {step} of {steps}, from t = {t} to {'the clean image' if t_next < 0 else t_next}: left "
+            "x_t, right the estimate of x0")
     stored = sorted({round(1 + f * (steps - 1)) for f in np.linspace(0, 1, 11)})
-    return Interactive(draw, {"step": range(1, steps + 1)}, {"step": stored}, f"digits {', '.join(map(str, y))} while they are sampled", 665)
+    return Interactive(
+        draw, {"step": range(1, steps + 1)}, {"step": stored},
+        f"digits {', '.join(map(str, y))} while they are sampled", 665)
 
 # %% ../../nbs/workshop/widgets.ipynb #c033
 def sampling(trained,     # from load_model, a model with classes
              stored=None, # dict: name -> values drawn beforehand, for some of the axes offered
              **axes,      # steps, eta, seed, guidance: a list or range of values for a control, or one value
             ):
-    "Controls over DDIM: one digit of each class, drawn anew whenever something changes. Raises DiffnbError for an unknown name."
+    """Controls over DDIM: one digit of each class, drawn anew whenever something changes. Raises DiffnbError for an
+    unknown name."""
     fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance": 1.0}
-    if unknown := set(axes) - set(fixed): raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
+    if unknown := set(axes) - set(fixed):
+        raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
     live = {k: v for k, v in axes.items() if isinstance(v, (list, tuple, range))}
     fixed |= {k: v for k, v in axes.items() if k not in live}
-    for w in live.get("guidance", [fixed["guidance"]]): guidance_for(trained, w)              # refused now, not when it is drawn
+    for w in live.get("guidance", [fixed["guidance"]]):
+        guidance_for(trained, w)              # refused now, not when it is drawn
     y = torch.arange(len(trained.classes))
     def draw(**values):
         s = fixed | values
@@ -205,13 +247,16 @@ def sampling(trained,     # from load_model, a model with classes
                    prediction=trained.config.prediction, generator=addressed(s["seed"], "sampling"))
         return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
-    return Interactive(draw, live, stored, "a sampled digit of each class", 546, eager=False, start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
+    return Interactive(
+        draw, live, stored, "a sampled digit of each class", 546, eager=False,
+        start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
 
 # %% ../../nbs/workshop/widgets.ipynb #c038
 @torch.no_grad()
 def attention_weights(model, # a UNet
                       x_t, t, y=None):
-    "Runs the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; a row says where that position looks."
+    """Runs the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; a row says where that position
+    looks."""
     found = {}
     def look(name):
         def hook(layer, inputs):
@@ -220,25 +265,37 @@ def attention_weights(model, # a UNet
             found[name] = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3).mean(1)
         return hook
     hooks = [m.register_forward_pre_hook(look(name)) for name, m in model.named_modules() if isinstance(m, Attention)]
-    try: model(x_t, t, y)
+    try:
+        model(x_t, t, y)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return found
 
 # %% ../../nbs/workshop/widgets.ipynb #c041
 def _marked(image, row, column, cell, scale): # grey (1, H, W) -> RGB, enlarged, with a frame round one cell
-    big = Image.fromarray(image[0].numpy()).resize((image.shape[2] * scale, image.shape[1] * scale), Image.NEAREST).convert("RGB")
+    big = (
+        Image.fromarray(image[0].numpy())
+        .resize((image.shape[2] * scale, image.shape[1] * scale), Image.NEAREST)
+        .convert("RGB"))
     ends = [column * cell * scale, row * cell * scale, (column + 1) * cell * scale - 1, (row + 1) * cell * scale - 1]
-    pen = ImageDraw.Draw(big); pen.rectangle(ends, outline="white", width=3); pen.rectangle(ends, outline="black", width=1)
+    pen = ImageDraw.Draw(big)
+    pen.rectangle(ends, outline="white", width=3)
+    pen.rectangle(ends, outline="black", width=1)
     return torch.from_numpy(np.asarray(big).copy()).permute(2, 0, 1)
 
 def _pixel_buttons(image, cell, figure): # an ipywidget
     import ipywidgets as w
     def button(i, j):
         grey = int(image[0, i, j])
-        b = w.Button(tooltip=f"pixel in row {i}, column {j}", layout=w.Layout(width="26px", height="26px", margin="1px", padding="0"),
-                     style=w.ButtonStyle(button_color=f"rgb({grey},{grey},{grey})"))
-        b.on_click(lambda _: (setattr(figure.controls["row"], "value", i // cell), setattr(figure.controls["column"], "value", j // cell)))
+        b = w.Button(
+            tooltip=f"pixel in row {i}, column {j}",
+            layout=w.Layout(width="26px", height="26px", margin="1px", padding="0"),
+            style=w.ButtonStyle(button_color=f"rgb({grey},{grey},{grey})"))
+        b.on_click(
+            lambda _: (
+                setattr(figure.controls["row"], "value", i // cell),
+                setattr(figure.controls["column"], "value", j // cell)))
         return b
     rows = [w.HBox([button(i, j) for j in range(image.shape[2])]) for i in range(image.shape[1])]
     return w.VBox([w.Label("Click a pixel, or move row and column:"), *rows])
@@ -250,10 +307,12 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
                    y=None, seed=0):
     "Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer."
     trained = trained or load_model("digits", device="cpu")
-    if x0 is None: x0 = to_float(load_data("digits", split="test").images[:1])
+    if x0 is None:
+        x0 = to_float(load_data("digits", split="test").images[:1])
     x_t = trained.schedule.add_noise(x0, draw_noise(x0.shape, addressed(seed, "attention"), "cpu"), t)
     weights, image = attention_weights(trained.model, x_t, torch.tensor([t]), y), to_uint8(x_t)[0]
-    if not weights: raise DiffnbError("this model has no attention layer to look into")
+    if not weights:
+        raise DiffnbError("this model has no attention layer to look into")
     sides = {name: round(w.shape[1] ** 0.5) for name, w in weights.items()}
     side = max(sides.values())                                            # rows and columns of the finest layer
     def draw(layer, row, column):
@@ -269,8 +328,9 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
     layers = list(weights)
     live = {"layer": layers, "row": range(side), "column": range(side)}
     stored = {"layer": layers[:: max(1, len(layers) // 3)][:3], "row": list(range(side)), "column": list(range(side))}
-    return Interactive(draw, live, stored, "a noised image and where the network looks from the framed pixels; white is much weight", 272, smooth=False,
-                       more=lambda figure: _pixel_buttons(image, image.shape[1] // side, figure))
+    return Interactive(
+        draw, live, stored, "a noised image and where the network looks from the framed pixels; white is much weight",
+        272, smooth=False, more=lambda figure: _pixel_buttons(image, image.shape[1] // side, figure))
 
 # %% ../../nbs/workshop/widgets.ipynb #c046
 def _until(metrics, step): return {k: v[metrics["step"] <= step] for k, v in metrics.items()}
@@ -279,39 +339,57 @@ def _grid_at(run, step): # the newest sample grid up to that step, as PNG bytes,
     grids = [p for p in sorted((Path(run) / "samples").glob("step_*.png")) if int(p.stem[5:]) <= step]
     return (grids[-1].read_bytes(), int(grids[-1].stem[5:])) if grids else (None, None)
 
-def _under(top, below): # two PNGs, one under the other, in 48 colours: a fraction of the bytes, which the page has to carry
+def _under(top, below):
+    # two PNGs, one under the other, in 48 colours: a fraction of the bytes, which the page has to carry
     top = Image.open(io.BytesIO(top)).convert("RGB")
-    if below is None: return _bytes(top)
+    if below is None:
+        return _bytes(top)
     below = Image.open(io.BytesIO(below)).convert("RGB")
     below.thumbnail((top.width // 2, top.width))
     both = Image.new("RGB", (top.width, top.height + below.height + 8), "white")
-    both.paste(top, (0, 0)); both.paste(below, ((top.width - below.width) // 2, top.height + 8))
+    both.paste(top, (0, 0))
+    both.paste(below, ((top.width - below.width) // 2, top.height + 8))
     return _bytes(both)
 
 def _bytes(image):
-    out = io.BytesIO(); image.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    out = io.BytesIO()
+    image.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 def dashboard(run,          # a run folder, also while it is training
               floor=None):  # loss of the best Gaussian denoiser, drawn as a dashed line
-    "Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it trains."
+    """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it
+    trains."""
     def steps(): # a single row makes no curve
         logged = [int(s) for s in read_metrics(run)["step"]]
         return logged[1:] or logged
     def draw(step):
         m, (grid, at) = _until(read_metrics(run), step), _grid_at(run, step)
-        words = f"step {step}, {int(m['images'][-1]):,} images seen: loss {m['loss'][-1]:.3f}, learning rate {m['lr'][-1]:.1e}, gradient norm {m['grad_norm'][-1]:.2f}"
-        return _under(_png(plot_metrics(m, floor)), grid), words + (f"; samples of step {at}, real images left, generated right" if grid else "; no samples yet")
+        words = (
+            f"step {step}, {int(m['images'][-1]):,} images seen: loss {m['loss'][-1]:.3f}, learning rate "
+            f"{m['lr'][-1]:.1e}, gradient norm {m['grad_norm'][-1]:.2f}")
+        return _under(_png(plot_metrics(m, floor)), grid), words + (
+            f"; samples of step {at}, real images left, generated right" if grid else "; no samples yet")
     def more(figure):
         import ipywidgets as w
-        button, again = w.Button(description="Refresh", tooltip="read the run folder again"), w.Play(interval=5000, max=10**6, description="follow")
+        button, again = (
+            w.Button(description="Refresh", tooltip="read the run folder again"),
+            w.Play(interval=5000, max=10**6, description="follow"))
         def refresh(_=None):
-            slider = figure.controls["step"]; now = steps()
-            if now != list(slider.options): slider.options = now; slider.value = now[-1]
-            else: figure.redraw()
-        button.on_click(refresh); again.observe(refresh, "value")
+            slider = figure.controls["step"]
+            now = steps()
+            if now != list(slider.options):
+                slider.options = now
+                slider.value = now[-1]
+            else:
+                figure.redraw()
+        button.on_click(refresh)
+        again.observe(refresh, "value")
         return w.HBox([button, again, w.Label("▶ reads again every 5 seconds")])
     now = steps()
-    if not now: raise DiffnbError(f"{run} has logged nothing yet: wait for its first log_every steps")
+    if not now:
+        raise DiffnbError(f"{run} has logged nothing yet: wait for its first log_every steps")
     stored = sorted({now[round(f * (len(now) - 1))] for f in (0.2, 0.6, 1)})
-    return Interactive(draw, {"step": now}, {"step": stored}, f"training run {Path(run).name}", 720, start={"step": now[-1]}, more=more)
+    return Interactive(
+        draw, {"step": now}, {"step": stored}, f"training run {Path(run).name}", 720, start={"step": now[-1]}, more=more
+    )

@@ -15,26 +15,33 @@ from ..core import DiffnbError, write_whole
 from .check import read_progress
 
 # %% ../../nbs/workshop/workbook.ipynb #c008
-def _originals(): # list of (name, path): pages of the course; the checks of exercises, which give answers away, are none
+def _originals():
+    # list of (name, path): pages of the course; the checks of exercises, which give answers away, are none
     "The notebooks to copy: 'index.ipynb', '02_schedule.ipynb', 'workshop/cli.ipynb', ..."
     package = Path(diffnb.__path__[0])
     root = next((p for p in (package / "nbs", package.parent / "nbs") if (p / "index.ipynb").is_file()), None)
-    if root is None: raise DiffnbError(f"the notebooks of the course are neither in {package} nor beside it: install diffnb again, or use a checkout of the project")
+    if root is None:
+        raise DiffnbError(
+            f"the notebooks of the course are neither in {package} nor beside it: install diffnb again, or "
+            "use a checkout of the project")
     pages = sorted(p for pattern in ("*.ipynb", "workshop/*.ipynb") for p in root.glob(pattern))
     return [(p.relative_to(root).as_posix(), p) for p in pages]
 
 # %% ../../nbs/workshop/workbook.ipynb #c011
 def _jupyter(module):
     "A module that comes with JupyterLab; DiffnbError says how to install it."
-    try: return importlib.import_module(module)
-    except ImportError as e: raise DiffnbError(f"a workbook needs JupyterLab and nbconvert ({e}): pip install 'diffnb[notebook]'") from e
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise DiffnbError(f"a workbook needs JupyterLab and nbconvert ({e}): pip install 'diffnb[notebook]'") from e
 
 def learners_page(nb,             # a notebook as nbformat reads it; it is changed
                   solutions=False # keep the solutions, folded
                  ):               # the same notebook
     "Take the solutions of the exercises out of a page, and the outputs of stubs and checks."
     TagRemovePreprocessor = _jupyter("nbconvert.preprocessors").TagRemovePreprocessor
-    if not solutions: nb, _ = TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nb, {})
+    if not solutions:
+        nb, _ = TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nb, {})
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         if "solution" in tags:                       # running our solution shall not mark the exercise as solved
@@ -49,14 +56,18 @@ def _progress_page():
     cells = [new_markdown_cell("# What is solved\n\nRun this page whenever you want to know. A check that says *right* is noted down in "
                                "`progress.json`, with the day; begin anew by deleting lines there.\n\nBack to the [map](index.ipynb)."),
              new_code_cell("from diffnb.workshop.check import progress"), new_code_cell("progress()")]
-    for i, cell in enumerate(cells): cell["id"] = f"p{i:03d}"
-    return new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    for i, cell in enumerate(cells):
+        cell["id"] = f"p{i:03d}"
+    return new_notebook(
+        cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
 
 # %% ../../nbs/workshop/workbook.ipynb #c016
 def _work(text): # the text of a notebook file
     "A hash of what is written in a notebook's cells, whatever their outputs; of the bare text if it is no notebook."
-    try: written = [(c["cell_type"], "".join(c["source"])) for c in json.loads(text)["cells"]]
-    except (ValueError, KeyError, TypeError): written = text
+    try:
+        written = [(c["cell_type"], "".join(c["source"])) for c in json.loads(text)["cells"]]
+    except (ValueError, KeyError, TypeError):
+        written = text
     return hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16]
 
 # %% ../../nbs/workshop/workbook.ipynb #c019
@@ -66,11 +77,22 @@ def _put(out, name, text, ours): # ours: name -> hash of what we wrote there las
     target, k = out / name, 1
     while target.exists():
         here = _work(target.read_text(encoding="utf-8", errors="replace"))
-        if here == new or here == ours.get(target.relative_to(out).as_posix()): break            # ours, not touched since
-        if k == 1 and known == new: return "kept", name                                           # nothing new to offer
-        target = (out / name).with_suffix(f".new{k if k > 1 else ''}.ipynb"); k += 1
-    done = "beside" if k > 1 else "as it was" if target.exists() and here == new else "updated" if target.exists() else "new"
-    if not target.exists() or here != new: write_whole(target, text)
+        if here == new or here == ours.get(target.relative_to(out).as_posix()):
+            break            # ours, not touched since
+        if k == 1 and known == new:
+            return "kept", name                                           # nothing new to offer
+        target = (out / name).with_suffix(f".new{k if k > 1 else ''}.ipynb")
+        k += 1
+    done = (
+        "beside"
+        if k > 1
+        else "as it was"
+        if target.exists() and here == new
+        else "updated"
+        if target.exists()
+        else "new")
+    if not target.exists() or here != new:
+        write_whole(target, text)
     ours[name] = ours[target.relative_to(out).as_posix()] = new
     return done, target.relative_to(out).as_posix()
 
@@ -81,14 +103,17 @@ def make_workbook(out,            # folder: new, empty, or a workbook made earli
     "Write the learner's copy of the course. What a learner wrote is never overwritten. Raises DiffnbError."
     out = Path(out)
     pages, progress = _originals(), out / "progress.json"
-    if out.exists() and not out.is_dir(): raise DiffnbError(f"{out} is a file: name a folder for the workbook")
+    if out.exists() and not out.is_dir():
+        raise DiffnbError(f"{out} is a file: name a folder for the workbook")
     if out.exists() and any(out.iterdir()) and not progress.exists():
-        raise DiffnbError(f"{out} is not empty and is no workbook (it has no progress.json): name a new folder, or an empty one")
+        raise DiffnbError(
+            f"{out} is not empty and is no workbook (it has no progress.json): name a new folder, or an empty one")
     said = read_progress(progress) if progress.exists() else {"diffnb": "", "solved": {}, "files": {}}
     nbformat = _jupyter("nbformat")
     texts = {name: nbformat.writes(learners_page(nbformat.read(path, 4), solutions)) + "\n" for name, path in pages}
     texts["progress.ipynb"] = nbformat.writes(_progress_page()) + "\n"
-    save = lambda: write_whole(progress, json.dumps({**said, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")
+    save = lambda: write_whole(
+        progress, json.dumps({**said, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")
     save()                                           # first, so that a workbook begun and interrupted is known as one
     done = [_put(out, name, text, said["files"]) for name, text in texts.items()]
     save()

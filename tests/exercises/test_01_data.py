@@ -18,55 +18,82 @@ def in_place(x0, generator):
     x0[:] = torch.where(torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
     return x0
 
-def coins(*shape): return lambda x0, generator: torch.where(torch.rand(*(n or m for n, m in zip(shape, x0.shape)), generator=generator) < 0.5, x0.flip(-1), x0)
+def coins(*shape):
+    return lambda x0, generator: torch.where(
+        torch.rand(*(n or m for n, m in zip(shape, x0.shape)), generator=generator) < 0.5, x0.flip(-1), x0)
 
-def blocks(images, k): return images.unflatten(2, (-1, k)).unflatten(4, (-1, k)).transpose(3, 4)   # (B, C, H/k, W/k, k, k)
+def blocks(images, k):
+    return images.unflatten(2, (-1, k)).unflatten(4, (-1, k)).transpose(3, 4)   # (B, C, H/k, W/k, k, k)
 
 
 def noise_from(mix): # seeds made of one number
-    return lambda seed, indices, shape: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(mix(seed, k))) for k in indices])
+    return lambda seed, indices, shape: torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(mix(seed, k))) for k in indices])
 
-def thrown(throw): return lambda x0, generator: torch.where(throw(len(x0), generator).view(-1, 1, 1, 1), x0.flip(-1), x0)
+def thrown(throw):
+    return lambda x0, generator: torch.where(throw(len(x0), generator).view(-1, 1, 1, 1), x0.flip(-1), x0)
 
 
 WRONG = {
-    "1.1": [(lambda x0: ((x0 + 1) * 127.5).clamp(0, 255).to(torch.uint8), "half a level too dark"),
-            (lambda x0: ((x0 + 1) * 127.5).round().long().to(torch.uint8), "wraps around at 256, so clamp before you convert."),
-            (lambda x0: ((x0 + 1) * 127.5).long().to(torch.uint8), "And round, too"),
-            (lambda x0: (x0 * 255).round().clamp(0, 255).to(torch.uint8), "as if its range were [0, 1]"),
-            (lambda x0: ((x0 + 1) * 128).round().clamp(0, 255).to(torch.uint8), "127.5, not 128"),
-            (lambda x0: ((x0 + 1) * 127.5).round().clamp(0, 255), "holds float32 values where uint8 was expected")],
-    "1.2": [(noise_from(lambda seed, k: 1000 * seed + k), "mixed into one number"),
-            (noise_from(lambda seed, k: int(f"{seed}{k}")), "between the digits"),
-            (lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=addressed(seed, *indices)), "depends on its companions"),
-            (lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=seeded(seed)), "depends on its companions"),
-            (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed + k))), "mixed into one number"),
-            (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed * k))), "mixed into one number"),
-            (stack(with_global_seed), "PyTorch's global generator"),
-            (lambda seed, indices, shape: torch.randn(len(indices), *shape), "PyTorch's global generator"),
-            (stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(seed))), "the index of the image must be part"),
-            (stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(k))), "the seed must be part"),
-            (stack(lambda seed, k, shape: torch.rand(shape, generator=addressed(seed, k))), "is it `randn`?")],
-    "1.3": [(thrown(lambda n, g: torch.arange(n) < n // 2), "the same images each time"),
-            (thrown(lambda n, g: torch.rand(n, generator=torch.Generator().manual_seed(g.initial_seed())) < 0.5), "do not seed it"),
-            (thrown(lambda n, g: torch.randperm(n, generator=g) < n // 2), "a coin of its own"),
-            (lambda x0, generator: x0.flip(-1) if torch.rand(1, generator=generator) < 0.5 else x0, "one coin for the batch"),
-            (lambda x0, generator: x0.flip(-1), "nothing is random"),
-            (lambda x0, generator: torch.where(torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5, x0.flip(-2), x0), "upside down"),
-            (coins(0, 0, 1, 1), "different ways"), (coins(0, 1, 0, 1), "neither as they were nor mirrored"),
-            (lambda x0, generator: torch.where(torch.rand(len(x0), 1, 1, 1) < 0.5, x0.flip(-1), x0), "draw from the generator you were given"),
-            (in_place, "changed its input")],
-    "1.4": [(lambda images, k: images[:, :, ::k, ::k], "aliasing"),
-            (lambda images, k: F.avg_pool2d(images.float(), k).to(torch.uint8), "half a level too dark"),
-            (lambda images, k: blocks(images, k).sum((-2, -1), dtype=torch.uint8) // (k * k), "wrapped around at 256"),
-            (lambda images, k: F.max_pool2d(images.float(), k).to(torch.uint8), "brightest pixel"),
-            (lambda images, k: F.avg_pool2d(images.float(), k).round(), "holds float32 values where uint8")],
-    "1.5": [(lambda p: (p.float() / 127.5 - 1).reshape(len(p), 3, *p.shape[1:3]), "in the order in which they lie in memory"),
-            (lambda p: (p.float() / 127.5 - 1).permute(0, 3, 2, 1), "swapped height and width"),
-            (lambda p: p.float().permute(0, 3, 1, 2) / 255, "the range is not"),
-            (lambda p: p.float().permute(0, 3, 1, 2), "still bytes"),
-            (lambda p: (p.float() / 127.5 - 1).flip(-1).permute(0, 3, 1, 2), "red and blue"),
-            (lambda p: p.float() / 127.5 - 1, "has shape (2, 6, 6, 3)")],
-}
+    "1.1": [
+        (lambda x0: ((x0 + 1) * 127.5).clamp(0, 255).to(torch.uint8), "half a level too dark"),
+        (
+            lambda x0: ((x0 + 1) * 127.5).round().long().to(torch.uint8),
+            "wraps around at 256, so clamp before you convert."),
+        (lambda x0: ((x0 + 1) * 127.5).long().to(torch.uint8), "And round, too"),
+        (lambda x0: (x0 * 255).round().clamp(0, 255).to(torch.uint8), "as if its range were [0, 1]"),
+        (lambda x0: ((x0 + 1) * 128).round().clamp(0, 255).to(torch.uint8), "127.5, not 128"),
+        (lambda x0: ((x0 + 1) * 127.5).round().clamp(0, 255), "holds float32 values where uint8 was expected")],
+    "1.2": [
+        (noise_from(lambda seed, k: 1000 * seed + k), "mixed into one number"),
+        (noise_from(lambda seed, k: int(f"{seed}{k}")), "between the digits"),
+        (
+            lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=addressed(seed, *indices)),
+            "depends on its companions"),
+        (
+            lambda seed, indices, shape: torch.randn(len(indices), *shape, generator=seeded(seed)),
+            "depends on its companions"),
+        (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed + k))), "mixed into one number"),
+        (stack(lambda seed, k, shape: torch.randn(shape, generator=seeded(seed * k))), "mixed into one number"),
+        (stack(with_global_seed), "PyTorch's global generator"),
+        (lambda seed, indices, shape: torch.randn(len(indices), *shape), "PyTorch's global generator"),
+        (
+            stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(seed))),
+            "the index of the image must be part"),
+        (stack(lambda seed, k, shape: torch.randn(shape, generator=addressed(k))), "the seed must be part"),
+        (stack(lambda seed, k, shape: torch.rand(shape, generator=addressed(seed, k))), "is it `randn`?")],
+    "1.3": [
+        (thrown(lambda n, g: torch.arange(n) < n // 2), "the same images each time"),
+        (
+            thrown(lambda n, g: torch.rand(n, generator=torch.Generator().manual_seed(g.initial_seed())) < 0.5),
+            "do not seed it"),
+        (thrown(lambda n, g: torch.randperm(n, generator=g) < n // 2), "a coin of its own"),
+        (
+            lambda x0, generator: x0.flip(-1) if torch.rand(1, generator=generator) < 0.5 else x0,
+            "one coin for the batch"),
+        (lambda x0, generator: x0.flip(-1), "nothing is random"),
+        (
+            lambda x0, generator: torch.where(torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5, x0.flip(-2), x0),
+            "upside down"),
+        (coins(0, 0, 1, 1), "different ways"), (coins(0, 1, 0, 1), "neither as they were nor mirrored"),
+        (
+            lambda x0, generator: torch.where(torch.rand(len(x0), 1, 1, 1) < 0.5, x0.flip(-1), x0),
+            "draw from the generator you were given"),
+        (in_place, "changed its input")],
+    "1.4": [
+        (lambda images, k: images[:, :, ::k, ::k], "aliasing"),
+        (lambda images, k: F.avg_pool2d(images.float(), k).to(torch.uint8), "half a level too dark"),
+        (lambda images, k: blocks(images, k).sum((-2, -1), dtype=torch.uint8) // (k * k), "wrapped around at 256"),
+        (lambda images, k: F.max_pool2d(images.float(), k).to(torch.uint8), "brightest pixel"),
+        (lambda images, k: F.avg_pool2d(images.float(), k).round(), "holds float32 values where uint8")],
+    "1.5": [
+        (
+            lambda p: (p.float() / 127.5 - 1).reshape(len(p), 3, *p.shape[1:3]),
+            "in the order in which they lie in memory"),
+        (lambda p: (p.float() / 127.5 - 1).permute(0, 3, 2, 1), "swapped height and width"),
+        (lambda p: p.float().permute(0, 3, 1, 2) / 255, "the range is not"),
+        (lambda p: p.float().permute(0, 3, 1, 2), "still bytes"),
+        (lambda p: (p.float() / 127.5 - 1).flip(-1).permute(0, 3, 1, 2), "red and blue"),
+        (lambda p: p.float() / 127.5 - 1, "has shape (2, 6, 6, 3)")]}
 
 test_form, test_stub, test_solution, test_wrong_answer = tests_of("01_data", WRONG)

@@ -9,10 +9,14 @@ from diffnb.unet import timestep_embedding
 def film(plus=1.0, swap=False, order="norm first", turns=False):
     def f(h, e, groups):
         scale, shift = e[..., None, None].chunk(2, 1)
-        if turns: scale, shift = e[:, 0::2, None, None], e[:, 1::2, None, None]
-        if swap: scale, shift = shift, scale
-        if order == "none": return h * (plus + scale) + shift
-        if order == "norm last": return F.group_norm(h * (plus + scale) + shift, groups)
+        if turns:
+            scale, shift = e[:, 0::2, None, None], e[:, 1::2, None, None]
+        if swap:
+            scale, shift = shift, scale
+        if order == "none":
+            return h * (plus + scale) + shift
+        if order == "norm last":
+            return F.group_norm(h * (plus + scale) + shift, groups)
         return F.group_norm(h, groups) * (plus + scale) + shift
     return f
 
@@ -36,11 +40,15 @@ def attention(scale=lambda c, d: d**-0.5, over=-1, cut="right", join="right", on
         b, n, c = q.shape
         heads = 1 if one else heads
         d = c // heads
-        if cut == "view": q, k, v = (p.reshape(b, heads, n, d) for p in (q, k, v))
-        elif cut == "every": q, k, v = (p.reshape(b, n, d, heads).permute(0, 3, 1, 2) for p in (q, k, v))
-        else: q, k, v = (p.reshape(b, n, heads, d).transpose(1, 2) for p in (q, k, v))
+        if cut == "view":
+            q, k, v = (p.reshape(b, heads, n, d) for p in (q, k, v))
+        elif cut == "every":
+            q, k, v = (p.reshape(b, n, d, heads).permute(0, 3, 1, 2) for p in (q, k, v))
+        else:
+            q, k, v = (p.reshape(b, n, heads, d).transpose(1, 2) for p in (q, k, v))
         out = (q @ k.transpose(-1, -2) * scale(c, d)).softmax(over) @ v
-        if cut == "every": return out.permute(0, 2, 3, 1).reshape(b, n, c)
+        if cut == "every":
+            return out.permute(0, 2, 3, 1).reshape(b, n, c)
         return out.reshape(b, n, c) if "view" in (cut, join) else out.transpose(1, 2).reshape(b, n, c)
     return f
 
@@ -52,18 +60,22 @@ def weights(i, o, e, bias=1, norm=1, film=2, shortcut=None, kernel=9):
 
 def up(widths, blocks, pop=-1, first=True, extra=1, reverse=True, join=True, stem=True, lower=True):
     kept = [widths[0]] if stem else []
-    for i, w in enumerate(widths): kept += [w] * (blocks + (i < len(widths) - 1))
+    for i, w in enumerate(widths):
+        kept += [w] * (blocks + (i < len(widths) - 1))
     if not lower:                   # believes that downsampling already has the width of the next level
         kept = [widths[0]] + [x for i, w in enumerate(widths) for x in [w] * blocks + widths[i + 1:i + 2]]
     out, below = [], widths[-1]
     for w in reversed(widths):
         stage = [x + (kept.pop(pop) if kept else 0) for x in [below if first else w] + [w] * blocks]
-        if not join: stage = [below] + [w] * blocks
-        out.append(stage[:blocks + extra]); below = w
+        if not join:
+            stage = [below] + [w] * blocks
+        out.append(stage[:blocks + extra])
+        below = w
     return out if reverse else out[::-1]
 
 def width_of_the_level(widths, blocks):
-    return [[2 * w if j else w + b for j in range(blocks + 1)] for w, b in zip(widths[::-1], widths[-1:] + widths[:0:-1])]
+    return [
+        [2 * w if j else w + b for j in range(blocks + 1)] for w, b in zip(widths[::-1], widths[-1:] + widths[:0:-1])]
 
 
 def block(first="norm silu", shortcut="x", branch=True):
@@ -78,27 +90,37 @@ def block(first="norm silu", shortcut="x", branch=True):
 
 
 WRONG = {
-    "3.1": [(film(plus=0.0), "the +1 is missing"), (film(swap=True), "swapped"), (film(turns=True), "in turns"),
-            (film(order="norm last"), "normalise first"), (film(order="none"), "not normalised")],
-    "3.2": [(coarse_table, "half precision"), (fastest_wave, "fastest wave"), (slowest_wave, "slowest wave"),
-            (lambda waves: nearest(waves) + 1, "one too large"), (lambda waves: nearest(waves).float(), "whole numbers")],
-    "3.3": [(attention(scale=lambda c, d: c**-0.5), "all 24 channels"), (attention(scale=lambda c, d: 1.0), "not divided"),
-            (attention(scale=lambda c, d: 1 / d), "square root"), (attention(over=-2), "the softmax goes over the keys"),
-            (attention(cut="view"), "wrong numbers"), (attention(cut="every"), "every fourth"),
-            (attention(join="view"), "joined wrongly"), (attention(one=True), "single head")],
-    "3.4": [(lambda i, o, e: weights(i, o, e, bias=0), "biases"), (lambda i, o, e: weights(i, o, e, norm=0), "GroupNorms"),
-            (lambda i, o, e: weights(i, o, e, film=1), "scale and a shift"), (lambda i, o, e: weights(i, o, e, film=0), "reads the time"),
-            (lambda i, o, e: weights(i, o, e, shortcut=True), "a shortcut where there is none"),
-            (lambda i, o, e: weights(i, o, e, shortcut=False), "leave out the shortcut"),
-            (lambda i, o, e: weights(i, o, e, bias=0, norm=0), "biases and GroupNorms"),
-            (lambda i, o, e: weights(i, o, e, kernel=1), "both convolutions are 3x3"), (lambda i, o, e: float(weights(i, o, e)), "whole number")],
-    "3.5": [(lambda w, n: up(w, n, pop=0), "in the order they were stored"), (lambda w, n: up(w, n, first=False), "width of the stage below"),
-            (lambda w, n: up(w, n, extra=0), "one more than on the way down"), (lambda w, n: up(w, n, reverse=False), "innermost"),
-            (lambda w, n: up(w, n, join=False), "without what it joins"), (width_of_the_level, "width of the level above"),
-            (lambda w, n: up(w, n)[0], "list of lists")],
-    "3.6": [(block(shortcut="norm"), "normalised features"), (block(shortcut="silu"), "went through SiLU"),
-            (block(first="x"), "without norm and SiLU"), (block(first="norm"), "without SiLU"), (block(first="silu"), "without norm"),
-            (block(branch=False), "the branch is gone"), (block(shortcut="norm silu"), "nothing below -0.28")],
-}
+    "3.1": [
+        (film(plus=0.0), "the +1 is missing"), (film(swap=True), "swapped"), (film(turns=True), "in turns"),
+        (film(order="norm last"), "normalise first"), (film(order="none"), "not normalised")],
+    "3.2": [
+        (coarse_table, "half precision"), (fastest_wave, "fastest wave"), (slowest_wave, "slowest wave"),
+        (lambda waves: nearest(waves) + 1, "one too large"), (lambda waves: nearest(waves).float(), "whole numbers")],
+    "3.3": [
+        (attention(scale=lambda c, d: c**-0.5), "all 24 channels"), (attention(scale=lambda c, d: 1.0), "not divided"),
+        (attention(scale=lambda c, d: 1 / d), "square root"), (attention(over=-2), "the softmax goes over the keys"),
+        (attention(cut="view"), "wrong numbers"), (attention(cut="every"), "every fourth"),
+        (attention(join="view"), "joined wrongly"), (attention(one=True), "single head")],
+    "3.4": [
+        (lambda i, o, e: weights(i, o, e, bias=0), "biases"), (lambda i, o, e: weights(i, o, e, norm=0), "GroupNorms"),
+        (lambda i, o, e: weights(i, o, e, film=1), "scale and a shift"),
+        (lambda i, o, e: weights(i, o, e, film=0), "reads the time"),
+        (lambda i, o, e: weights(i, o, e, shortcut=True), "a shortcut where there is none"),
+        (lambda i, o, e: weights(i, o, e, shortcut=False), "leave out the shortcut"),
+        (lambda i, o, e: weights(i, o, e, bias=0, norm=0), "biases and GroupNorms"),
+        (lambda i, o, e: weights(i, o, e, kernel=1), "both convolutions are 3x3"),
+        (lambda i, o, e: float(weights(i, o, e)), "whole number")],
+    "3.5": [
+        (lambda w, n: up(w, n, pop=0), "in the order they were stored"),
+        (lambda w, n: up(w, n, first=False), "width of the stage below"),
+        (lambda w, n: up(w, n, extra=0), "one more than on the way down"),
+        (lambda w, n: up(w, n, reverse=False), "innermost"),
+        (lambda w, n: up(w, n, join=False), "without what it joins"), (width_of_the_level, "width of the level above"),
+        (lambda w, n: up(w, n)[0], "list of lists")],
+    "3.6": [
+        (block(shortcut="norm"), "normalised features"), (block(shortcut="silu"), "went through SiLU"),
+        (block(first="x"), "without norm and SiLU"), (block(first="norm"), "without SiLU"),
+        (block(first="silu"), "without norm"), (block(branch=False), "the branch is gone"),
+        (block(shortcut="norm silu"), "nothing below -0.28")]}
 
 test_form, test_stub, test_solution, test_wrong_answer = tests_of("03_unet", WRONG)

@@ -17,7 +17,8 @@ def one_call(labels, doubled=lambda x: cat([x, x]), split=lambda o: o.chunk(2)):
     return f
 
 
-def t_forgotten(model, x_t, t, y, null, w): return blend(*model(cat([x_t, x_t]), t, cat([null_of(y, null), y])).chunk(2), w)
+def t_forgotten(model, x_t, t, y, null, w):
+    return blend(*model(cat([x_t, x_t]), t, cat([null_of(y, null), y])).chunk(2), w)
 
 
 def twice(x): return x.repeat_interleave(2, 0)
@@ -61,49 +62,53 @@ def guided_with(labels, names="uc", formula=blend):
 WRONG = {
     "6.1": [
         (lambda u, c, w: (1 + w) * c - w * u, "the paper's convention"),
-        (lambda u, c, w: w * u + (1 - w) * c, "changed places"),
-        (lambda u, c, w: u + w * c, "multiply the difference"),
-        (lambda u, c, w: w * (c - u), "the direction only"),
-    ],
+        (lambda u, c, w: w * u + (1 - w) * c, "changed places"), (lambda u, c, w: u + w * c, "multiply the difference"),
+        (lambda u, c, w: w * (c - u), "the direction only")],
     "6.2": [
         (called_twice, "called the network 2 times"),
         (one_call(lambda y, null: cat([y, null_of(y, null)])), "changed places"),
         (one_call(lambda y, null: cat([0 * y, y])), "class 0"),
         (one_call(lambda y, null: torch.stack([null_of(y, null), y], 1).flatten(), twice), "chunk(2) expects"),
         (one_call(lambda y, null: cat([null_of(y, null), y]), twice), "different orders"),
-        (t_forgotten, "got 10 images and t of shape (5,)"),
-    ],
+        (t_forgotten, "got 10 images and t of shape (5,)")],
     "6.3": [
-        (lambda y, p, null, generator: null_of(y, null) if rand(1, generator=generator) < p else y.clone(), "one number for each image"),
-        (lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) > p, null), "the wrong way round"),
+        (
+            lambda y, p, null, generator: null_of(y, null) if rand(1, generator=generator) < p else y.clone(),
+            "one number for each image"),
+        (
+            lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) > p, null),
+            "the wrong way round"),
         (hidden_in_place, "work on a copy"),
-        (lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) < p, 0), "should become the null class"),
+        (
+            lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) < p, 0),
+            "should become the null class"),
         (lambda y, p, null, generator: y.masked_fill(rand(y.shape) < p, null), "generator=generator"),
         (exactly, "every batch hides exactly"),
-        (lambda y, p, null, generator: torch.where(rand(y.shape, generator=generator) < p, float(null), y), "int64"),
-    ],
+        (lambda y, p, null, generator: torch.where(rand(y.shape, generator=generator) < p, float(null), y), "int64")],
     "6.4": [
         (interval(inside, view=(-1,)), "view them as (B, 1, 1, 1)"),
         (interval(inside, outside=0.0), "you return uncond"),
         (interval(lambda t, low, high: inside(t, low, high).any().expand(len(t))), "one decision"),
         (interval(lambda t, low, high: (t > low) & (t < high)), "belong to the interval"),
         (interval(lambda t, low, high: (t >= low) & (t < high)), "the last timestep"),
-        (interval(lambda t, low, high: ~inside(t, low, high)), "inside and outside"),
-    ],
+        (interval(lambda t, low, high: ~inside(t, low, high)), "inside and outside")],
     "6.5": [
-        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, (1 - w) * vu + w * vc)), "1/variance that adds up"),
+        (
+            gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, (1 - w) * vu + w * vc)),
+            "1/variance that adds up"),
         (lambda mc, vc, mu, vu, w: gaussian(lambda *a: (a[6], 1 / a[5]))(mc, vc, mu, vu, w + 1), "w + 1"),
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision)), "is the precision"),
-        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision ** -0.5)), "standard deviation"),
-        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, 1 / precision)), "in proportion to its precision"),
-    ],
+        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision**-0.5)), "standard deviation"),
+        (
+            gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, 1 / precision)),
+            "in proportion to its precision")],
     "6.6": [
         (lambda model, y, w, null: lambda x_t, t: None, "no third argument"),
-            (guided_with(lambda y, null: cat([null_of(y, null), y]), "cu"), "still the old fault"),
+        (guided_with(lambda y, null: cat([null_of(y, null), y]), "cu"), "still the old fault"),
         (guided_with(lambda y, null: cat([y, y])), "one half needs the null class"),
         (guided_with(lambda y, null: cat([null_of(y, null)] * 2)), "the label counts for nothing"),
-        (guided_with(lambda y, null: cat([y, null_of(y, null)]), formula=lambda u, c, w: u - w * (c - u)), "the paper's convention"),
-    ],
-}
+        (
+            guided_with(lambda y, null: cat([y, null_of(y, null)]), formula=lambda u, c, w: u - w * (c - u)),
+            "the paper's convention")]}
 
 test_form, test_stub, test_solution, test_wrong_answer = tests_of("06_guide", WRONG)

@@ -19,12 +19,22 @@ def check_to_uint8(answer):
     x0 = (exact / 127.5 - 1).float()
     got, want = answer(x0), level.clamp(0, 255).to(torch.uint8)
     cut = exact.clamp(0, 255).long()
-    same(got, want, "the result", {
-        "values above 1 came out dark, or below -1 bright: a byte wraps around at 256, so clamp before you convert.": level % 256,
-        "values above 1 came out dark, or below -1 bright: a byte wraps around at 256, so clamp before you convert. And round, too.": exact.long() % 256,
-        "your pixels are half a level too dark on average: converting to uint8 cuts off the fraction, so round first.": cut,
-        "-1 should become 0, and 1 become 255: you treated x0 as if its range were [0, 1].": (x0 * 255).round().clamp(0, 255),
-        "1 should become 255, but yours is 256 at most, which is clamped: the factor is 127.5, not 128.": ((x0 + 1) * 128).round().clamp(0, 255)})
+    same(
+        got, want, "the result",
+        {
+            "values above 1 came out dark, or below -1 bright: a byte wraps around at 256, so clamp before you "
+            "convert.": level % 256,
+            "values above 1 came out dark, or below -1 bright: a byte wraps around at 256, so clamp before you "
+            "convert. And round, too.": exact.long() % 256,
+            "your pixels are half a level too dark on average: converting to uint8 cuts off the fraction, so "
+            "round first.": cut,
+            "-1 should become 0, and 1 become 255: you treated x0 as if its range were [0, 1].": (x0 * 255)
+            .round()
+            .clamp(0, 255),
+            "1 should become 255, but yours is 256 at most, which is clamped: the factor is 127.5, not 128.": (
+                (x0 + 1) * 128)
+            .round()
+            .clamp(0, 255)})
 
 # %% ../../../nbs/workshop/checks/01_data.ipynb #c009
 def _called(answer, seed, indices, shape, generator_state=True):
@@ -34,7 +44,8 @@ def _called(answer, seed, indices, shape, generator_state=True):
         raise Wrong("your function used PyTorch's global generator: whoever draws from it before or after changes your noise, or gets changed by it. "
                     "Pass a generator of your own to randn.")
     want = torch.zeros(len(indices), *shape)
-    if not torch.is_tensor(got) or got.shape != want.shape or not got.is_floating_point(): same(got, want, "the noise")
+    if not torch.is_tensor(got) or got.shape != want.shape or not got.is_floating_point():
+        same(got, want, "the noise")
     return got
 
 @exercise("1.2", "Noise with an address", minutes=10, level=2)
@@ -44,22 +55,30 @@ def check_addressed_noise(answer):
     shape, batch = (3, 16, 16), [k + 5, k, k + 9, k + 1]
     noise = _called(answer, seed, batch, shape)
     again = _called(answer, seed, batch, shape)
-    if not noise.equal(again): raise Wrong("the same call twice gave two different results: seed your generator from the arguments.")
-    if noise[0].equal(noise[1]): raise Wrong("every image got the same noise: the index of the image must be part of the address.")
+    if not noise.equal(again):
+        raise Wrong("the same call twice gave two different results: seed your generator from the arguments.")
+    if noise[0].equal(noise[1]):
+        raise Wrong("every image got the same noise: the index of the image must be part of the address.")
     alone = _called(answer, seed, [k], shape)
     if not alone[0].equal(noise[1]):
         raise Wrong("an image got one noise alone, and another as second of a batch: its noise depends on its companions. "
                     "Use a generator for each image, not one for the batch.")
-    if _called(answer, seed + 1, [k], shape).equal(alone): raise Wrong("two seeds gave the same noise: the seed must be part of the address.")
+    if _called(answer, seed + 1, [k], shape).equal(alone):
+        raise Wrong("two seeds gave the same noise: the seed must be part of the address.")
     far = [pair for e in range(7) for pair in ((seed + 1, k - 10**e), (seed + 10**e, k - 1))]
     for other_seed, other_k in ((seed - 1, k + 1), (k, seed), *far):
         if _called(answer, other_seed, [other_k], shape).equal(alone):
             raise Wrong(f"seed {seed} with image {k} gave the same noise as seed {other_seed} with image {other_k}: "
                         "seed and index were mixed into one number. Hash them as a pair instead.")
-    if _called(answer, 1, [23], shape).equal(_called(answer, 12, [3], shape)): raise Wrong("seed 1 with image 23 gave the same noise as seed 12 with image 3: put something between the digits, or hash the pair.")
+    if _called(answer, 1, [23], shape).equal(_called(answer, 12, [3], shape)):
+        raise Wrong(
+            "seed 1 with image 23 gave the same noise as seed 12 with image 3: put something between the "
+            "digits, or hash the pair.")
     many = _called(answer, seed, list(range(40)), shape)
     if abs(many.mean()) > 0.1 or abs(many.std() - 1) > 0.05:
-        raise Wrong(f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 were expected: is it `randn`?")
+        raise Wrong(
+            f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 "
+            "were expected: is it `randn`?")
 
 # %% ../../../nbs/workshop/checks/01_data.ipynb #c012
 @exercise("1.3", "A coin for each image", minutes=5, level=2)
@@ -67,36 +86,54 @@ def check_flip(answer):
     x0 = torch.rand(400, 3, 5, 6, generator=fresh()) * 2 - 1
     kept = x0.clone()
     got = answer(x0, fresh())
-    if not x0.equal(kept): raise Wrong("your function changed its input: return a new tensor instead.")
-    if not torch.is_tensor(got) or got.shape != x0.shape: same(got, x0, "the result")
+    if not x0.equal(kept):
+        raise Wrong("your function changed its input: return a new tensor instead.")
+    if not torch.is_tensor(got) or got.shape != x0.shape:
+        same(got, x0, "the result")
     mirror, upside_down = x0.flip(-1), x0.flip(-2)
     is_same, is_flipped, is_down = ((got == y).flatten(1).all(1) for y in (x0, mirror, upside_down))
     share = is_flipped.float().mean().item()
     if is_same.all() or is_flipped.all() or is_down.all():
         more = [answer(x0, fresh()) for _ in range(12)]
-        if all(m.equal(got) for m in more): raise Wrong("nothing is random in your result: draw a number for each image from the generator.")
+        if all(m.equal(got) for m in more):
+            raise Wrong("nothing is random in your result: draw a number for each image from the generator.")
         raise Wrong("all 400 images were treated alike: you threw one coin for the batch, not one for each image.")
-    if is_down.float().mean() > 0.2: raise Wrong("images are upside down: left and right are the last dimension, W, not H.")
+    if is_down.float().mean() > 0.2:
+        raise Wrong("images are upside down: left and right are the last dimension, W, not H.")
     if not (is_same | is_flipped).all():
-        channels = ((got == x0) | (got == mirror)).flatten(2).any(2).all() and ((got == x0).flatten(2).all(2) | (got == mirror).flatten(2).all(2)).all()
-        raise Wrong("the channels of an image went different ways: the random numbers need the shape (B, 1, 1, 1)." if channels else
-                    "some images are neither as they were nor mirrored: all pixels of an image must go the same way.")
-    if not 0.35 < share < 0.65: raise Wrong(f"{share:.0%} of the images were mirrored where about half was expected.")
+        channels = ((got == x0) | (got == mirror)).flatten(2).any(2).all() and (
+            (got == x0).flatten(2).all(2) | (got == mirror).flatten(2).all(2)).all()
+        raise Wrong(
+            "the channels of an image went different ways: the random numbers need the shape (B, 1, 1, 1)."
+            if channels
+            else "some images are neither as they were nor mirrored: all pixels of an image must go the same way.")
+    if not 0.35 < share < 0.65:
+        raise Wrong(f"{share:.0%} of the images were mirrored where about half was expected.")
     seeded = [answer(x0, torch.Generator().manual_seed(3)) for _ in range(2)]
-    if not seeded[0].equal(seeded[1]): raise Wrong("the same generator gave two different results: draw from the generator you were given.")
+    if not seeded[0].equal(seeded[1]):
+        raise Wrong("the same generator gave two different results: draw from the generator you were given.")
     before, one, few = torch.get_rng_state(), torch.Generator().manual_seed(3), x0[:16]
     flips = torch.stack([(answer(few, one) != few).flatten(1).any(1) for _ in range(60)]).double()
-    if not before.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator: draw from the one that is passed in, and from nowhere else.")
-    if flips.std(0).max() == 0: raise Wrong("sixty calls mirrored the same images each time: draw from the generator as it is, do not seed it or another one anew.")
+    if not before.equal(torch.get_rng_state()):
+        raise Wrong(
+            "your function uses PyTorch's global generator: draw from the one that is passed in, and from nowhere else."
+        )
+    if flips.std(0).max() == 0:
+        raise Wrong(
+            "sixty calls mirrored the same images each time: draw from the generator as it is, do not seed "
+            "it or another one anew.")
     if not ((0.2 < flips.mean(0)) & (flips.mean(0) < 0.8)).all() or not 0.35 < flips.sum(1).var() / 4 < 2.2:
-        raise Wrong(f"among 16 images {flips.sum(1).min():.0f} to {flips.sum(1).max():.0f} were mirrored in sixty calls, which is not what 16 coins do: each image needs a coin of its own.")
+        raise Wrong(
+            f"among 16 images {flips.sum(1).min():.0f} to {flips.sum(1).max():.0f} were mirrored in sixty "
+            "calls, which is not what 16 coins do: each image needs a coin of its own.")
 
 # %% ../../../nbs/workshop/checks/01_data.ipynb #c015
 def _blocks(images, k): # means over k x k blocks, one by one, float64
     a = images.numpy().astype(np.float64)
     out = np.empty((*a.shape[:2], a.shape[2] // k, a.shape[3] // k))
     for i in range(out.shape[2]):
-        for j in range(out.shape[3]): out[..., i, j] = a[..., i * k:i * k + k, j * k:j * k + k].mean((-2, -1))
+        for j in range(out.shape[3]):
+            out[..., i, j] = a[..., i * k:i * k + k, j * k:j * k + k].mean((-2, -1))
     return torch.from_numpy(out)
 
 @exercise("1.4", "Smaller, without lies", minutes=10, level=2)
@@ -105,23 +142,37 @@ def check_shrink(answer):
         images = torch.randint(60, 256, (2, 3, 4 * k, 2 * k), generator=fresh(), dtype=torch.uint8)
         mean, n = _blocks(images, k), k * k
         wrapped = (mean * n).round().long() % 256
-        same(answer(images, k), mean.round().to(torch.uint8), "the small image", {
-            "you picked one pixel out of each block and threw the others away: fine lines will vanish or turn into stripes (aliasing). Take the mean of the block.":
-                images[:, :, ::k, ::k],
-            "your pixels are half a level too dark on average: converting to uint8 cuts off the fraction, so round first.": mean.floor(),
-            "the sum of a block does not fit into a byte and wrapped around at 256: convert to float before you add.": wrapped // n,
-            "the sum of a block does not fit into a byte and wrapped around at 256: convert to float before you add. ": (wrapped / n).round(),
-            "you took the brightest pixel of each block, not its mean.": torch.nn.functional.max_pool2d(images.float(), k)})
+        same(
+            answer(images, k), mean.round().to(torch.uint8), "the small image",
+            {
+                "you picked one pixel out of each block and threw the others away: fine lines will vanish or "
+                "turn into stripes (aliasing). Take the mean of the block.": images[:, :, ::k, ::k],
+                "your pixels are half a level too dark on average: converting to uint8 cuts off the fraction, "
+                "so round first.": mean.floor(),
+                "the sum of a block does not fit into a byte and wrapped around at 256: convert to float "
+                "before you add.": wrapped // n,
+                "the sum of a block does not fit into a byte and wrapped around at 256: convert to float "
+                "before you add. ": (wrapped / n).round(),
+                "you took the brightest pixel of each block, not its mean.": torch.nn.functional.max_pool2d(
+                    images.float(), k)})
 
 # %% ../../../nbs/workshop/checks/01_data.ipynb #c018
 @exercise("1.5", "Debug this: a flower in pieces", minutes=10, level=2)
 def check_to_x0(answer):
     pixels = torch.randint(256, (2, 6, 6, 3), generator=fresh(), dtype=torch.uint8)
     want = torch.from_numpy(np.moveaxis(pixels.numpy(), 3, 1).astype(np.float64) / 127.5 - 1).float()
-    same(answer(pixels), want, "x0", {
-        "the shape is right, but each channel holds bits of all three: `view` and `reshape` cut the numbers in the order in which they lie in memory. Which function moves an axis?":
-            pixels.reshape(2, 3, 6, 6) / 127.5 - 1,
-        "the picture is mirrored along its diagonal: you swapped height and width on the way.": want.transpose(2, 3),
-        "red and blue have changed places.": want.flip(1),
-        "the axes are right now, but the range is not: 0 should become -1, and 255 become 1.": (want + 1) / 2,
-        "the axes are right now, but the values are still bytes: 0 should become -1, and 255 become 1.": (want + 1) * 127.5}, atol=1e-4)
+    same(
+        answer(pixels), want, "x0",
+        {
+            "the shape is right, but each channel holds bits of all three: `view` and `reshape` cut the "
+            "numbers in the order in which they lie in memory. Which function moves an axis?": pixels.reshape(
+                2, 3, 6, 6)
+            / 127.5
+            - 1,
+            "the picture is mirrored along its diagonal: you swapped height and width on the way.": want.transpose(
+                2, 3),
+            "red and blue have changed places.": want.flip(1),
+            "the axes are right now, but the range is not: 0 should become -1, and 255 become 1.": (want + 1) / 2,
+            "the axes are right now, but the values are still bytes: 0 should become -1, and 255 become 1.": (want + 1)
+            * 127.5},
+        atol=1e-4)

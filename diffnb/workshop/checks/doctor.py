@@ -14,11 +14,17 @@ from ..check import exercise, fresh, same, Wrong
 def _rng(): return np.random.default_rng(fresh().initial_seed() % 2 ** 63)
 
 def _kind_of(said): # "nothing", "well" or "problem"; both others must show a number
-    if said is None: return "nothing"
-    if isinstance(said, bool): raise Wrong(f"{said} is no finding: return None, a sentence with a number in it, or Problem(evidence, advice, effect).")
+    if said is None:
+        return "nothing"
+    if isinstance(said, bool):
+        raise Wrong(
+            f"{said} is no finding: return None, a sentence with a number in it, or Problem(evidence, advice, effect).")
     text = said if isinstance(said, str) else getattr(said, "evidence", None)
-    if not isinstance(text, str): raise Wrong(f"a {type(said).__name__} is no finding: return None, a sentence, or Problem(evidence, advice, effect).")
-    if not any(c.isdigit() for c in text): raise Wrong(f"{text!r} holds no number: a finding shows what was measured.")
+    if not isinstance(text, str):
+        raise Wrong(
+            f"a {type(said).__name__} is no finding: return None, a sentence, or Problem(evidence, advice, effect).")
+    if not any(c.isdigit() for c in text):
+        raise Wrong(f"{text!r} holds no number: a finding shows what was measured.")
     return "well" if isinstance(said, str) else "problem"
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c008
@@ -26,15 +32,23 @@ def _kind_of(said): # "nothing", "well" or "problem"; both others must show a nu
 def _seen(answer):
     rng = _rng()
     for _ in range(3):
-        steps, n, batch, accumulate, devices = int(rng.integers(1000, 9000)), int(rng.integers(1000, 50_000)), int(rng.choice([48, 64, 96])), int(rng.choice([2, 3])), int(rng.choice([4, 5]))
+        steps, n, batch, accumulate, devices = (
+            int(rng.integers(1000, 9000)), int(rng.integers(1000, 50_000)), int(rng.choice([48, 64, 96])),
+            int(rng.choice([2, 3])), int(rng.choice([4, 5])))
         got = answer(steps, batch, accumulate, devices, n)
-        if not isinstance(got, (tuple, list)) or len(got) != 2: raise Wrong("two numbers were expected: (images, epochs).")
-        images, epochs = (float(v) for v in got); want = steps * batch * accumulate * devices
-        same(images, float(want), "the number of images", {
-            "every device has a batch of its own: their images add up.": float(want / devices),
-            "gradient accumulation was forgotten: an optimiser step follows after that many batches.": float(want / accumulate),
-            "this counts one batch for each step; accumulation and devices multiply it.": float(steps * batch),
-            "accumulating gradients makes a step of more images, not of fewer.": float(want / accumulate ** 2)}, atol=0.5)
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            raise Wrong("two numbers were expected: (images, epochs).")
+        images, epochs = (float(v) for v in got)
+        want = steps * batch * accumulate * devices
+        same(
+            images, float(want), "the number of images",
+            {
+                "every device has a batch of its own: their images add up.": float(want / devices),
+                "gradient accumulation was forgotten: an optimiser step follows after that many batches.": float(
+                    want / accumulate),
+                "this counts one batch for each step; accumulation and devices multiply it.": float(steps * batch),
+                "accumulating gradients makes a step of more images, not of fewer.": float(want / accumulate**2)},
+            atol=0.5)
         same(epochs, want / n, "the number of epochs", {
             "epochs were rounded down; half an epoch is half an epoch.": float(want // n),
             "an epoch has as many images as the data set, not as many steps.": steps / n,
@@ -42,37 +56,64 @@ def _seen(answer):
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c011
 def _spiky():
-    rng = _rng(); y = 0.03 + 0.001 * rng.standard_normal(200)
-    places = rng.permutation(200); up, dip, border = np.sort(places[:20]), places[20], places[21]
-    y[up] += 0.05 * (1 + rng.random(20)); y[dip] -= 0.025
-    y[border] = 0.03; mad = np.median(np.abs(y - np.median(y)))
-    y[border] = np.median(y) + 9.5 * mad                                             # 8 scaled deviations are 11.9 raw ones
+    rng = _rng()
+    y = 0.03 + 0.001 * rng.standard_normal(200)
+    places = rng.permutation(200)
+    up, dip, border = np.sort(places[:20]), places[20], places[21]
+    y[up] += 0.05 * (1 + rng.random(20))
+    y[dip] -= 0.025
+    y[border] = 0.03
+    mad = np.median(np.abs(y - np.median(y)))
+    y[border] = np.median(y) + 9.5 * mad  # 8 scaled deviations are 11.9 raw ones
     return y, up, dip, border
 
 @exercise("8.2", "Spikes that hide each other", minutes=10, level=2)
 def _spikes(answer):
-    y, up, dip, border = _spiky(); got = answer(y.copy(), 8.0)
-    if got is None: raise Wrong("the positions are None: does your function end with `return`?")
+    y, up, dip, border = _spiky()
+    got = answer(y.copy(), 8.0)
+    if got is None:
+        raise Wrong("the positions are None: does your function end with `return`?")
     got = np.asarray(got).reshape(-1)
-    if got.dtype == bool: raise Wrong("this is a mask of the rows; np.flatnonzero makes positions of it.")
+    if got.dtype == bool:
+        raise Wrong("this is a mask of the rows; np.flatnonzero makes positions of it.")
     found, wanted = set(got.astype(int).tolist()), set(up.tolist())
-    if got.dtype.kind == "f" and len(got) and np.isin(got, y).all(): raise Wrong("these are the losses themselves; positions were wanted (np.flatnonzero).")
+    if got.dtype.kind == "f" and len(got) and np.isin(got, y).all():
+        raise Wrong("these are the losses themselves; positions were wanted (np.flatnonzero).")
     if not found & wanted:
         raise Wrong(f"you found none of the {len(up)} spikes: a standard deviation is inflated by the spikes themselves (here to {y.std():.3f}, while the usual wiggle is 0.001). "
                     "Use the median absolute deviation." if len(found) == 0 else "none of the positions is that of a spike.")
-    if len(found) > len(y) // 2: raise Wrong(f"{len(found)} of {len(y)} rows were called spikes: compare the distance from the median, not the loss itself, with the bound.")
-    if border in found and dip not in found: raise Wrong("a row at 6.4 usual deviations was called a spike: the median absolute deviation must be multiplied by 1.4826, to be comparable with a standard deviation.")
-    if dip in found: raise Wrong("a row far *below* the others was called a spike: a fall of the loss is no problem, so leave the difference its sign.")
-    if len(found) > len(up) + 2: raise Wrong(f"{len(found) - len(up)} healthy rows were called spikes.")
-    if found != wanted: raise Wrong(f"you found {len(found & wanted)} of {len(up)} spikes.")
-    if border not in set(np.asarray(answer(y.copy(), 5.0)).reshape(-1).tolist()): raise Wrong("with a bound of 5 deviations instead of 8, a row at 6.4 was not found: the bound is the argument `deviations`.")
+    if len(found) > len(y) // 2:
+        raise Wrong(
+            f"{len(found)} of {len(y)} rows were called spikes: compare the distance from the median, not "
+            "the loss itself, with the bound.")
+    if border in found and dip not in found:
+        raise Wrong(
+            "a row at 6.4 usual deviations was called a spike: the median absolute deviation must be "
+            "multiplied by 1.4826, to be comparable with a standard deviation.")
+    if dip in found:
+        raise Wrong(
+            "a row far *below* the others was called a spike: a fall of the loss is no problem, so leave "
+            "the difference its sign.")
+    if len(found) > len(up) + 2:
+        raise Wrong(f"{len(found) - len(up)} healthy rows were called spikes.")
+    if found != wanted:
+        raise Wrong(f"you found {len(found & wanted)} of {len(up)} spikes.")
+    if border not in set(np.asarray(answer(y.copy(), 5.0)).reshape(-1).tolist()):
+        raise Wrong(
+            "with a bound of 5 deviations instead of 8, a row at 6.4 was not found: the bound is the "
+            "argument `deviations`.")
     calm = 0.03 + 0.001 * _rng().standard_normal(200)
-    if len(np.asarray(answer(calm, 8.0)).reshape(-1)): raise Wrong("rows of a healthy curve were called spikes.")
+    if len(np.asarray(answer(calm, 8.0)).reshape(-1)):
+        raise Wrong("rows of a healthy curve were called spikes.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c013
-def _rates(total, done, end, warmup=0.05, peak=2e-4): # metrics of a run with a warm-up and a cosine down to `end` of the peak
-    step = np.r_[1, np.arange(10, done + 1, 10)]; x = step / total
-    lr = np.where(x < warmup, x / warmup, end + (1 - end) * 0.5 * (1 + np.cos(np.pi * np.clip((x - warmup) / (1 - warmup), 0, 1))))
+def _rates(total, done, end, warmup=0.05, peak=2e-4):
+    # metrics of a run with a warm-up and a cosine down to `end` of the peak
+    step = np.r_[1, np.arange(10, done + 1, 10)]
+    x = step / total
+    lr = np.where(
+        x < warmup, x / warmup, end + (1 - end) * 0.5 * (1 + np.cos(np.pi * np.clip((x - warmup) / (1 - warmup), 0, 1)))
+    )
     return {"step": step.astype(float), "lr": peak * lr}
 
 @exercise("8.3", "Did the learning rate decay?", minutes=10, level=2)
@@ -81,20 +122,34 @@ def _decayed(answer):
     peak = 10 ** float(-5 + 2 * torch.rand((), generator=fresh()))
     said = lambda done, end, total=total: _kind_of(answer(_rates(total, int(done), end, peak=peak), total))
     finished, constant, running = said(total, 0.0), said(total, 1.0), said(total / 2 // 10 * 10, 1.0)
-    if running == "problem": raise Wrong("a run in the middle of its plan was called a problem: its rate has no reason to have decayed yet. Return None.")
-    if running == "well": raise Wrong("nothing can be said of a run in the middle of its plan: return None until all steps are done.")
-    if (finished, constant) == ("problem", "well"): raise Wrong("the two answers have changed places: a rate that ends near zero is well.")
-    if constant != "problem": raise Wrong("a constant rate, all steps done, was not found to be a problem.")
-    if finished == "problem": raise Wrong("a rate that decayed to zero was called a problem.")
-    if finished == "nothing": raise Wrong("of a finished run whose rate decayed to zero you say nothing: return a sentence with the number.")
-    if said(total, 0.045) == "problem": raise Wrong("a rate that decayed to 4.5% of its peak was called a problem: compare the last row with the *highest* one; the first rows are warm-up, and small.")
-    if said(total + 10, 0.0) != "well": raise Wrong("the last row is of a step beyond `total`, and nothing was said: such a run is finished, too.")
-    if said(total, 0.06) != "problem": raise Wrong("a finished run whose rate ended at 6% of its peak was not found to be a problem; 5% is the bound.")
-    if said(total + 500, 0.0, total + 500) != "well": raise Wrong("a finished run of another length was judged differently: the plan's length is `total`.")
+    if running == "problem":
+        raise Wrong(
+            "a run in the middle of its plan was called a problem: its rate has no reason to have decayed "
+            "yet. Return None.")
+    if running == "well":
+        raise Wrong("nothing can be said of a run in the middle of its plan: return None until all steps are done.")
+    if (finished, constant) == ("problem", "well"):
+        raise Wrong("the two answers have changed places: a rate that ends near zero is well.")
+    if constant != "problem":
+        raise Wrong("a constant rate, all steps done, was not found to be a problem.")
+    if finished == "problem":
+        raise Wrong("a rate that decayed to zero was called a problem.")
+    if finished == "nothing":
+        raise Wrong("of a finished run whose rate decayed to zero you say nothing: return a sentence with the number.")
+    if said(total, 0.045) == "problem":
+        raise Wrong(
+            "a rate that decayed to 4.5% of its peak was called a problem: compare the last row with the "
+            "*highest* one; the first rows are warm-up, and small.")
+    if said(total + 10, 0.0) != "well":
+        raise Wrong("the last row is of a step beyond `total`, and nothing was said: such a run is finished, too.")
+    if said(total, 0.06) != "problem":
+        raise Wrong("a finished run whose rate ended at 6% of its peak was not found to be a problem; 5% is the bound.")
+    if said(total + 500, 0.0, total + 500) != "well":
+        raise Wrong("a finished run of another length was judged differently: the plan's length is `total`.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c015
 def _left(decay, steps, warmup):
-    average = 1.0                                                                    # the first weights are 1, all later ones 0
+    average = 1.0  # the first weights are 1, all later ones 0
     for step in range(steps):
         d = min(decay, (1 + step) / (10 + step)) if warmup else decay
         average = d * average + (1 - d) * 0.0
@@ -105,44 +160,71 @@ def _born(answer):
     r = torch.rand(1, generator=fresh()).item()
     for decay, steps in ((0.99, 40 + int(50 * r)), (0.999 + 0.0009 * r, 1200)):
         want = _left(decay, steps, False)
-        same(answer(decay, steps, False), want, f"the share left after {steps} steps at {decay:.4g}", {
-            "this is the share of everything after the beginning, which is 1 minus what was asked for.": 1 - want,
-            "each step takes a part of what is left, not of the whole: it is a power of the decay, not a multiple.": 1 - steps * (1 - decay),
-            "there is one factor too many: the steps are 0 … steps - 1.": _left(decay, steps + 1, False),
-            "there is one factor missing: the steps are 0 … steps - 1.": _left(decay, steps - 1, False),
-            "warm-up was used although `warmup` is False.": _left(decay, steps, True)}, atol=1e-4 * want)
-    cases = ((0.7, 25), (0.9, 10)); both = lambda of: [float(of(decay, steps)) for decay, steps in cases]
+        same(
+            answer(decay, steps, False), want, f"the share left after {steps} steps at {decay:.4g}",
+            {
+                "this is the share of everything after the beginning, which is 1 minus what was asked for.": 1 - want,
+                "each step takes a part of what is left, not of the whole: it is a power of the decay, not a "
+                "multiple.": 1 - steps * (1 - decay),
+                "there is one factor too many: the steps are 0 … steps - 1.": _left(decay, steps + 1, False),
+                "there is one factor missing: the steps are 0 … steps - 1.": _left(decay, steps - 1, False),
+                "warm-up was used although `warmup` is False.": _left(decay, steps, True)},
+            atol=1e-4 * want)
+    cases = ((0.7, 25), (0.9, 10))
+    both = lambda of: [float(of(decay, steps)) for decay, steps in cases]
     want, of_step = both(lambda d, n: _left(d, n, True)), lambda d, k: min(d, (1 + k) / (10 + k))
-    same(both(lambda d, n: answer(d, n, True)), want, "a list of shares left with warm-up, after 25 steps at 0.7 and 10 at 0.9,", {
-        "the warm-up is missing: the decay of step k is min(decay, (1 + k) / (10 + k)).": both(lambda d, n: d ** n),
-        "only the last step's decay was used; with warm-up it is different at each step, so multiply them all.": both(lambda d, n: of_step(d, n - 1) ** n),
-        "the warm-up begins at step 0 with a decay of 1/10: your product leaves it out.": both(lambda d, n: 10 * _left(d, n, True)),
-        "there is one factor too many: the steps are 0 … steps - 1.": both(lambda d, n: _left(d, n + 1, True)),
-        "the larger of both decays was taken; warm-up makes the decay smaller, so it is the min.":
-            both(lambda d, n: np.prod([max(d, (1 + k) / (10 + k)) for k in range(n)]))}, atol=1e-4 * min(want))
+    same(
+        both(lambda d, n: answer(d, n, True)), want,
+        "a list of shares left with warm-up, after 25 steps at 0.7 and 10 at 0.9,",
+        {
+            "the warm-up is missing: the decay of step k is min(decay, (1 + k) / (10 + k)).": both(lambda d, n: d**n),
+            "only the last step's decay was used; with warm-up it is different at each step, so multiply them "
+            "all.": both(lambda d, n: of_step(d, n - 1) ** n),
+            "the warm-up begins at step 0 with a decay of 1/10: your product leaves it out.": both(
+                lambda d, n: 10 * _left(d, n, True)),
+            "there is one factor too many: the steps are 0 … steps - 1.": both(lambda d, n: _left(d, n + 1, True)),
+            "the larger of both decays was taken; warm-up makes the decay smaller, so it is the min.": both(
+                lambda d, n: np.prod([max(d, (1 + k) / (10 + k)) for k in range(n)]))},
+        atol=1e-4 * min(want))
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c017
 def _near_floor(errors, n=40, floor=0.044): # -> losses
-    z = _rng().standard_normal(n); z = (z - z.mean()) / z.std(ddof=1)
-    scatter = 0.004; return floor + errors * scatter / np.sqrt(n) + scatter * z
+    z = _rng().standard_normal(n)
+    z = (z - z.mean()) / z.std(ddof=1)
+    scatter = 0.004
+    return floor + errors * scatter / np.sqrt(n) + scatter * z
 
 @exercise("8.5", "Above the floor, below it, or nobody knows", minutes=10, level=2)
 def _at_floor(answer):
     floor = 0.04 + 0.01 * torch.rand(1, generator=fresh()).item()
     said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor)) for e in (2.2, 1.8, -1.8, -2.2)}
-    if said[2.2] == "well" or said[-2.2] == "problem": raise Wrong("above and below have changed places: a loss above the floor is the problem.")
+    if said[2.2] == "well" or said[-2.2] == "problem":
+        raise Wrong("above and below have changed places: a loss above the floor is the problem.")
     if said[2.2] == "nothing" and said[-2.2] == "nothing":
-        raise Wrong("a mean 2.2 standard errors away from the floor was left undecided. The uncertainty of a mean is that of a row divided by √n.")
-    if said[2.2] == "nothing": raise Wrong("a mean 2.2 standard errors above the floor should be a Problem.")
-    if said[-2.2] == "nothing": raise Wrong("a mean 2.2 standard errors below the floor should be a sentence: that is good news, with a number.")
-    if said[1.8] == "problem": raise Wrong("a mean only 1.8 standard errors above the floor was called a problem: it lies within the 95% interval, 1.96 of them. Return None.")
-    if said[-1.8] == "well" or said[1.8] == "well": raise Wrong("a mean within 1.8 standard errors of the floor was called good: it may as well lie above. Return None.")
-    if _kind_of(answer(_near_floor(4, n=7, floor=floor), floor)) != "nothing": raise Wrong("a verdict was passed on seven rows: with fewer than 8, return None.")
-    if _kind_of(answer(_near_floor(4, n=8, floor=floor), floor)) == "nothing": raise Wrong("eight rows, four standard errors above the floor, were left undecided: 8 are enough.")
+        raise Wrong(
+            "a mean 2.2 standard errors away from the floor was left undecided. The uncertainty of a mean "
+            "is that of a row divided by √n.")
+    if said[2.2] == "nothing":
+        raise Wrong("a mean 2.2 standard errors above the floor should be a Problem.")
+    if said[-2.2] == "nothing":
+        raise Wrong(
+            "a mean 2.2 standard errors below the floor should be a sentence: that is good news, with a number.")
+    if said[1.8] == "problem":
+        raise Wrong(
+            "a mean only 1.8 standard errors above the floor was called a problem: it lies within the 95% "
+            "interval, 1.96 of them. Return None.")
+    if said[-1.8] == "well" or said[1.8] == "well":
+        raise Wrong(
+            "a mean within 1.8 standard errors of the floor was called good: it may as well lie above. Return None.")
+    if _kind_of(answer(_near_floor(4, n=7, floor=floor), floor)) != "nothing":
+        raise Wrong("a verdict was passed on seven rows: with fewer than 8, return None.")
+    if _kind_of(answer(_near_floor(4, n=8, floor=floor), floor)) == "nothing":
+        raise Wrong("eight rows, four standard errors above the floor, were left undecided: 8 are enough.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c019
 def _curve(rng, rise=0.0, wiggle=0.15, n=100):
-    x = np.arange(n); y = 0.03 * (1 + 4 * np.exp(-x / 5)) * np.exp(wiggle * rng.standard_normal(n))
+    x = np.arange(n)
+    y = 0.03 * (1 + 4 * np.exp(-x / 5)) * np.exp(wiggle * rng.standard_normal(n))
     return y * (1 + rise * np.clip((x - 2 * n / 3) / (n / 3), 0, 1))
 
 @exercise("8.6", "Debug this: the alarm that always rings", minutes=15, level=2)
@@ -150,11 +232,26 @@ def _always_rings(answer):
     rng, n = _rng(), 40
     rings = lambda curves: sum(_kind_of(answer(y.copy())) == "problem" for y in curves)
     quiet = [_curve(rng, wiggle=0.01) for _ in range(10)]
-    def twin(y, row, factor): y = y.copy(); y[row] *= factor; return y
-    before, low, high = (rings(curves) for curves in (quiet, [twin(y, 50, 0.5) for y in quiet], [twin(y, -1, 1.5) for y in quiet]))
-    if low > before + 5: raise Wrong("one low row in the middle of a healthy curve sets it off: the lowest of a hundred noisy rows lies far below the usual, by luck.")
-    if high > before + 5: raise Wrong("one high row at the end of a healthy curve sets it off: a single row is no trend.")
-    false = rings(_curve(rng) for _ in range(n)); ill = [_curve(rng, 1.2) for _ in range(n)]; true = rings(ill)
-    if false > n // 10: raise Wrong(f"it rings in {false} of {n} healthy runs: what it compares is still too noisy for its bound.")
-    if true == 0 and rings([np.where(np.arange(len(y)) < 25, 0.03, y) for y in ill]): raise Wrong("it no longer rings where the loss doubles: the first rows of any run are higher than all that follow, so do not compare with them.")
-    if true < 0.9 * n: raise Wrong(f"{n - true} of {n} curves that rose in the last third were let pass: now it is too deaf.")
+    def twin(y, row, factor):
+        y = y.copy()
+        y[row] *= factor
+        return y
+    before, low, high = (
+        rings(curves) for curves in (quiet, [twin(y, 50, 0.5) for y in quiet], [twin(y, -1, 1.5) for y in quiet]))
+    if low > before + 5:
+        raise Wrong(
+            "one low row in the middle of a healthy curve sets it off: the lowest of a hundred noisy rows "
+            "lies far below the usual, by luck.")
+    if high > before + 5:
+        raise Wrong("one high row at the end of a healthy curve sets it off: a single row is no trend.")
+    false = rings(_curve(rng) for _ in range(n))
+    ill = [_curve(rng, 1.2) for _ in range(n)]
+    true = rings(ill)
+    if false > n // 10:
+        raise Wrong(f"it rings in {false} of {n} healthy runs: what it compares is still too noisy for its bound.")
+    if true == 0 and rings([np.where(np.arange(len(y)) < 25, 0.03, y) for y in ill]):
+        raise Wrong(
+            "it no longer rings where the loss doubles: the first rows of any run are higher than all that "
+            "follow, so do not compare with them.")
+    if true < 0.9 * n:
+        raise Wrong(f"{n - true} of {n} curves that rose in the last third were let pass: now it is too deaf.")

@@ -12,19 +12,24 @@ from ..check import exercise, fresh, same, Wrong
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c005
 def _pair(got, what): # two numbers, as a list
-    if not isinstance(got, (tuple, list)) or len(got) != 2: raise Wrong(f"two numbers were expected: {what}.")
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise Wrong(f"two numbers were expected: {what}.")
     return [float(v) for v in got]
 
 def _number(got): # a float, of what can be one
     if isinstance(got, complex) or torch.is_tensor(got) and got.is_complex():
-        raise Wrong("your distance is a complex number. Take the eigenvalues of a symmetric matrix, or the real part of those of the product.")
-    if torch.is_tensor(got) and got.numel() != 1: raise Wrong(f"one number was expected, and a tensor of shape {tuple(got.shape)} came back.")
+        raise Wrong(
+            "your distance is a complex number. Take the eigenvalues of a symmetric matrix, or the real "
+            "part of those of the product.")
+    if torch.is_tensor(got) and got.numel() != 1:
+        raise Wrong(f"one number was expected, and a tensor of shape {tuple(got.shape)} came back.")
     return got.item() if torch.is_tensor(got) else got
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c007
 @exercise("7.1", "A loss of 0.03", minutes=10, level=2)
 def _floor(answer):
-    g = fresh(); v = torch.rand(40, generator=g, dtype=torch.float64) ** 4
+    g = fresh()
+    v = torch.rand(40, generator=g, dtype=torch.float64) ** 4
     a_bar = torch.linspace(0.999, 0.01, 50, dtype=torch.float64) ** (1 + torch.rand(1, generator=g).item())
     for prediction in ("eps", "x0", "v"):
         a, s = np.sqrt(a_bar.numpy())[:, None], np.sqrt(1 - a_bar.numpy())[:, None]
@@ -33,84 +38,134 @@ def _floor(answer):
             x0 = (1 - gain * a) ** 2 * v + (gain * s) ** 2
             return {"x0": x0, "eps": x0 * (a / s) ** 2, "v": x0 / s ** 2}[units]
         right, loss = floor(v.numpy()), 0.03
-        others = {"this is floor / loss: a loss below the floor should give a number below 1.": right.mean() / loss,
-                  "you averaged loss / floor over the timesteps; a reported loss is one number, so divide it by the mean of the floor.": (loss / right.mean(1)).mean(),
-                  "errors of all directions were added up; a loss is a mean over pixels, so take the mean over directions.": loss / right.sum(1).mean(),
-                  "variances are in `variances`: do not square them, nor take their root.": loss / floor(v.numpy() ** 2).mean(),
-                  "the root of the variances was taken: the formula wants the variances themselves.": loss / floor(np.sqrt(v.numpy())).mean(),
-                  "alpha_bar is the power of the signal, the square of its amplitude: it was squared once more.": loss / floor(v.numpy(), a=a ** 2, s=np.sqrt(1 - a ** 4)).mean(),
-                  "signal and noise have changed places: alpha_bar belongs to the variances, 1 - alpha_bar to the noise.": loss / floor(v.numpy(), a=s, s=a).mean()}
+        others = {
+            "this is floor / loss: a loss below the floor should give a number below 1.": right.mean() / loss,
+            "you averaged loss / floor over the timesteps; a reported loss is one number, so divide it by "
+            "the mean of the floor.": (loss / right.mean(1)).mean(),
+            "errors of all directions were added up; a loss is a mean over pixels, so take the mean over "
+            "directions.": loss / right.sum(1).mean(),
+            "variances are in `variances`: do not square them, nor take their root.": loss
+            / floor(v.numpy() ** 2).mean(),
+            "the root of the variances was taken: the formula wants the variances themselves.": loss
+            / floor(np.sqrt(v.numpy())).mean(),
+            "alpha_bar is the power of the signal, the square of its amplitude: it was squared once more.": loss
+            / floor(v.numpy(), a=a**2, s=np.sqrt(1 - a**4)).mean(),
+            "signal and noise have changed places: alpha_bar belongs to the variances, 1 - alpha_bar to "
+            "the noise.": loss / floor(v.numpy(), a=s, s=a).mean()}
         for name in ("eps", "x0", "v"):
-            if name != prediction: others[f"for a network that predicts {prediction} this is the floor of {name}."] = loss / floor(v.numpy(), name).mean()
-        same(_number(answer(loss, v, a_bar, prediction)), float(loss / right.mean()), f"the ratio for {prediction}", others, atol=1e-4 * loss / right.mean())
+            if name != prediction:
+                others[f"for a network that predicts {prediction} this is the floor of {name}."] = (
+                    loss / floor(v.numpy(), name).mean())
+        same(
+            _number(answer(loss, v, a_bar, prediction)), float(loss / right.mean()), f"the ratio for {prediction}",
+            others, atol=1e-4 * loss / right.mean())
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c009
-def _root(m): values, vectors = np.linalg.eigh(m); return vectors * np.sqrt(values.clip(0)) @ vectors.T
+def _root(m):
+    values, vectors = np.linalg.eigh(m)
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 def _frechet_np(mean_a, cov_a, mean_b, cov_b):
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum())
+    return float(
+        ((mean_a - mean_b) ** 2).sum()
+        + np.trace(cov_a + cov_b)
+        - 2 * np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum())
 
 @exercise("7.2", "Between two Gaussians", minutes=15, level=2)
 def _frechet(answer):
     g = fresh()
-    for _ in range(20):                                                              # until the product has a negative entry
-        (ma, mb), (ra, rb) = torch.randn(2, 4, generator=g, dtype=torch.float64), torch.randn(2, 4, 4, generator=g, dtype=torch.float64)
+    for _ in range(20):  # until the product has a negative entry
+        (ma, mb), (ra, rb) = (
+            torch.randn(2, 4, generator=g, dtype=torch.float64), torch.randn(2, 4, 4, generator=g, dtype=torch.float64))
         ca, cb = ra @ ra.T + 0.1 * torch.eye(4), rb @ rb.T + 0.1 * torch.eye(4)
-        if ((ca @ cb) < 0).any(): break
+        if ((ca @ cb) < 0).any():
+            break
     got, (na, A, nb, B) = _number(answer(ma, ca, mb, cb)), (x.numpy() for x in (ma, ca, mb, cb))
-    entries = "torch.sqrt takes the root of each entry; the root of a matrix M is the matrix whose product with itself is M. Its trace is the sum of the roots of M's eigenvalues."
-    if got is not None and got != got: raise Wrong(f"the distance is not a number: {entries}")
-    want, square = _frechet_np(na, A, nb, B), ((na - nb) ** 2).sum(); shared = (square + np.trace(A + B) - want) / 2
-    with np.errstate(invalid="ignore"): entrywise = np.trace(np.sqrt(A @ B))
-    same(got, want, "the squared distance", {
-        entries: square + np.trace(A + B) - 2 * entrywise,
-        "the root of a product is not the product of the roots, unless both matrices commute; these do not.": square + np.trace(A + B) - 2 * np.trace(_root(A) @ _root(B)),
-        "the difference of the roots of both matrices is another distance (Hellinger's); it agrees only where they commute.": square + ((_root(A) - _root(B)) ** 2).sum(),
-        "there is a factor of 2 before the root of the product.": square + np.trace(A + B) - shared,
-        "the distance of the means should be squared.": np.sqrt(square) + np.trace(A + B) - 2 * shared,
-        "the means are missing.": np.trace(A + B) - 2 * shared,
-        "the trace of the product was taken without the root.": square + np.trace(A + B) - 2 * np.trace(A @ B),
-        "this is the root of the distance: what is published as FID is the squared one.": np.sqrt(want)}, atol=1e-4)
+    entries = (
+        "torch.sqrt takes the root of each entry; the root of a matrix M is the matrix whose product with "
+        "itself is M. Its trace is the sum of the roots of M's eigenvalues.")
+    if got is not None and got != got:
+        raise Wrong(f"the distance is not a number: {entries}")
+    want, square = _frechet_np(na, A, nb, B), ((na - nb) ** 2).sum()
+    shared = (square + np.trace(A + B) - want) / 2
+    with np.errstate(invalid="ignore"):
+        entrywise = np.trace(np.sqrt(A @ B))
+    same(
+        got, want, "the squared distance",
+        {
+            entries: square + np.trace(A + B) - 2 * entrywise,
+            "the root of a product is not the product of the roots, unless both matrices commute; these do not.": square
+            + np.trace(A + B)
+            - 2 * np.trace(_root(A) @ _root(B)),
+            "the difference of the roots of both matrices is another distance (Hellinger's); it agrees only "
+            "where they commute.": square + ((_root(A) - _root(B)) ** 2).sum(),
+            "there is a factor of 2 before the root of the product.": square + np.trace(A + B) - shared,
+            "the distance of the means should be squared.": np.sqrt(square) + np.trace(A + B) - 2 * shared,
+            "the means are missing.": np.trace(A + B) - 2 * shared,
+            "the trace of the product was taken without the root.": square + np.trace(A + B) - 2 * np.trace(A @ B),
+            "this is the root of the distance: what is published as FID is the squared one.": np.sqrt(want)},
+        atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c012
 def _line(x, y): # least squares -> (slope, value at 0)
-    x, y = np.asarray(x, float), np.asarray(y, float); slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     return slope, y.mean() - slope * x.mean()
 
 @exercise("7.3", "To infinitely many images", minutes=5, level=1)
 def _infinity(answer):
     r = torch.rand(8, generator=fresh()).tolist()
-    n = [500, 1000, 2000, 4000, 8000]; d = [5 + 10 * r[0] + (2000 + 3000 * r[1]) / k + 0.2 * (e - 0.5) for k, e in zip(n, r[2:])]
+    n = [500, 1000, 2000, 4000, 8000]
+    d = [5 + 10 * r[0] + (2000 + 3000 * r[1]) / k + 0.2 * (e - 0.5) for k, e in zip(n, r[2:])]
     slope, want = _line([1 / k for k in n], d)
-    same(_number(answer(n, d)), float(want), "the score at infinite n", {
-        "this line was drawn in n, and read off at n = 0. Draw it in 1/n, where infinitely many images are at 0.": _line(n, d)[1],
-        "this is the slope of the line; wanted is where it meets 1/n = 0.": slope,
-        "this is the score at the largest n, which is still too high: draw the line on to 1/n = 0.": d[-1],
-        "the line goes through the two largest n only; least squares through all points averages their noise.": _line([1 / k for k in n[-2:]], d[-2:])[1],
-        "the line goes through the first point and the last only; least squares through all points averages their noise.": _line([1 / k for k in (n[0], n[-1])], [d[0], d[-1]])[1],
-        "the bias falls like 1/n, not like 1/√n: it comes from the covariance, whose error enters squared.": _line([k ** -0.5 for k in n], d)[1],
-        "the mean of the scores is too high at every n: they are all biased in the same direction.": float(np.mean(d))}, atol=1e-4)
+    same(
+        _number(answer(n, d)), float(want), "the score at infinite n",
+        {
+            "this line was drawn in n, and read off at n = 0. Draw it in 1/n, where infinitely many images are "
+            "at 0.": _line(n, d)[1], "this is the slope of the line; wanted is where it meets 1/n = 0.": slope,
+            "this is the score at the largest n, which is still too high: draw the line on to 1/n = 0.": d[-1],
+            "the line goes through the two largest n only; least squares through all points averages their "
+            "noise.": _line([1 / k for k in n[-2:]], d[-2:])[1],
+            "the line goes through the first point and the last only; least squares through all points "
+            "averages their noise.": _line([1 / k for k in (n[0], n[-1])], [d[0], d[-1]])[1],
+            "the bias falls like 1/n, not like 1/√n: it comes from the covariance, whose error enters squared.": _line(
+                [k**-0.5 for k in n], d)[1],
+            "the mean of the scores is too high at every n: they are all biased in the same direction.": float(
+                np.mean(d))},
+        atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c014
 @exercise("7.4", "A distance without bias", minutes=15, level=2)
 def _kid(answer):
-    g = fresh(); x, y = torch.randn(7, 3, generator=g, dtype=torch.float64), 0.5 + 1.5 * torch.randn(5, 3, generator=g, dtype=torch.float64)
+    g = fresh()
+    x, y = (
+        torch.randn(7, 3, generator=g, dtype=torch.float64),
+        0.5 + 1.5 * torch.randn(5, 3, generator=g, dtype=torch.float64))
     def value(x, y, scale=3, diagonal=False, over=None, factor=2):
         k = lambda a, b: (float(a @ b) / scale + 1) ** 3
         def within(z):
             n, pairs = len(z), [(i, j) for i in range(len(z)) for j in range(len(z)) if diagonal or i != j]
             return sum(k(z[i], z[j]) for i, j in pairs) / (len(pairs) if over is None else over(n))
         return within(x) + within(y) - factor * sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
-    a, b = x.numpy(), y.numpy(); want = value(a, b)
-    same(_number(answer(x, y)), want, "the kernel distance", {
-        "each image was compared with itself too, which makes the distance too high, and the more so the fewer images there are: leave out the diagonal.": value(a, b, diagonal=True),
-        "the diagonal is left out of the sum but not of the count: there are n·(n-1) pairs, not n².": value(a, b, over=lambda n: n * n),
-        "the true value lies below 0, as it may by chance: do not cut it off there.": max(0.0, want),
-        "the product of features was not divided by their dimension D.": value(a, b, scale=1),
-        "the similarity between the sets counts twice: once for each of them.": value(a, b, factor=1),
-        "the product was divided by √D, as in attention; this kernel divides by D.": value(a, b, scale=3 ** 0.5),
-        "each pair was counted once in the sum, but the count is of n·(n-1) ordered pairs.": value(a, b, over=lambda n: 2 * n * (n - 1))}, atol=1e-4)
-    same(_number(answer(x, x.clone())), value(a, a), "the distance of a set to itself", {"the true value lies below 0, as it may by chance: do not cut it off there.": 0.0}, atol=1e-4)
+    a, b = x.numpy(), y.numpy()
+    want = value(a, b)
+    same(
+        _number(answer(x, y)), want, "the kernel distance",
+        {
+            "each image was compared with itself too, which makes the distance too high, and the more so the "
+            "fewer images there are: leave out the diagonal.": value(a, b, diagonal=True),
+            "the diagonal is left out of the sum but not of the count: there are n·(n-1) pairs, not n².": value(
+                a, b, over=lambda n: n * n),
+            "the true value lies below 0, as it may by chance: do not cut it off there.": max(0.0, want),
+            "the product of features was not divided by their dimension D.": value(a, b, scale=1),
+            "the similarity between the sets counts twice: once for each of them.": value(a, b, factor=1),
+            "the product was divided by √D, as in attention; this kernel divides by D.": value(a, b, scale=3**0.5),
+            "each pair was counted once in the sum, but the count is of n·(n-1) ordered pairs.": value(
+                a, b, over=lambda n: 2 * n * (n - 1))},
+        atol=1e-4)
+    same(
+        _number(answer(x, x.clone())), value(a, a), "the distance of a set to itself",
+        {"the true value lies below 0, as it may by chance: do not cut it off there.": 0.0}, atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c016
 @exercise("7.5", "In whose realm?", minutes=15, level=3)
@@ -119,50 +174,76 @@ def _precision_recall(answer):
     def inside(a, realm, k=k, kind=""):
         far = lambda a, b: np.sqrt(((a[:, None].numpy() - b[None].numpy()) ** 2).sum(-1))
         d, reach = far(a, realm), np.sort(far(realm, realm), 1)[:, k]
-        if kind == "mean": reach = reach.mean()
-        if kind == "own": reach = np.sort(far(a, a), 1)[:, k][:, None]
-        if kind == "nearest": return float((d.min(1) <= reach[d.argmin(1)]).mean())
+        if kind == "mean":
+            reach = reach.mean()
+        if kind == "own":
+            reach = np.sort(far(a, a), 1)[:, k][:, None]
+        if kind == "nearest":
+            return float((d.min(1) <= reach[d.argmin(1)]).mean())
         return float((d <= reach).any(1).mean())
     for _ in range(3):
-        x, y = torch.randn(2, 120, 3, generator=g, dtype=torch.float64); x = 0.8 + 0.6 * x
-        draws.append((x, y)); got += _pair(answer(x, y, k), "(precision, recall)")
+        x, y = torch.randn(2, 120, 3, generator=g, dtype=torch.float64)
+        x = 0.8 + 0.6 * x
+        draws.append((x, y))
+        got += _pair(answer(x, y, k), "(precision, recall)")
     def both(**settings): return [v for x, y in draws for v in (inside(x, y, **settings), inside(y, x, **settings))]
     want = both()
-    same(got, want, "a list of precision and recall for three pairs of sets", {
-        "precision and recall have changed places: precision asks about generated images, in the realm of the real ones.": [v for i in range(0, 6, 2) for v in want[i:i + 2][::-1]],
-        "the balls reach to neighbour k - 1 only: the first neighbour of an image among its own set is the image itself, at distance 0.": both(k=k - 1),
-        "the balls reach one neighbour too far: of the sorted distances, the one at index k is neighbour k, as index 0 is the image itself.": both(k=k + 1),
-        "the balls belong to the images of the realm, not to those that are tried: compare each distance with the reach of the image in the realm.": both(kind="own"),
-        "all balls have the same size here: each image reaches to its own k-th neighbour.": both(kind="mean"),
-        "only the ball of the nearest image was tried: a larger ball farther away may contain the image too.": both(kind="nearest")}, atol=1e-6)
+    same(
+        got, want, "a list of precision and recall for three pairs of sets",
+        {
+            "precision and recall have changed places: precision asks about generated images, in the realm of "
+            "the real ones.": [v for i in range(0, 6, 2) for v in want[i : i + 2][::-1]],
+            "the balls reach to neighbour k - 1 only: the first neighbour of an image among its own set is the "
+            "image itself, at distance 0.": both(k=k - 1),
+            "the balls reach one neighbour too far: of the sorted distances, the one at index k is neighbour "
+            "k, as index 0 is the image itself.": both(k=k + 1),
+            "the balls belong to the images of the realm, not to those that are tried: compare each distance "
+            "with the reach of the image in the realm.": both(kind="own"),
+            "all balls have the same size here: each image reaches to its own k-th neighbour.": both(kind="mean"),
+            "only the ball of the nearest image was tried: a larger ball farther away may contain the image too.": both(
+                kind="nearest")},
+        atol=1e-6)
     on_edge = [torch.tensor(v, dtype=torch.float64)[:, None] for v in ([-2, 6, 1, 30], [0, 2, 4, 10])]
-    same(_pair(answer(*on_edge, 1), "(precision, recall)"), [0.75, 1.0], "the pair for images on a line, three of which lie on the edge of a ball (that is inside),")
+    same(
+        _pair(answer(*on_edge, 1), "(precision, recall)"), [0.75, 1.0],
+        "the pair for images on a line, three of which lie on the edge of a ball (that is inside),")
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c018
 @exercise("7.6", "Learned by heart", minutes=10, level=1)
 def _copied(answer):
-    g = fresh(); draw = lambda n: 10 * torch.randn(n, 6, generator=g, dtype=torch.float64)
+    g = fresh()
+    draw = lambda n: 10 * torch.randn(n, 6, generator=g, dtype=torch.float64)
     train, new = draw(400), draw(201)
     made = torch.cat([train[:120] + 0.02 * draw(120), new[:20] + 0.02 * draw(20), draw(600)])
     near = lambda a, b: np.sqrt(((a[:, None].numpy() - b[None].numpy()) ** 2).sum(-1)).min(1)
     d, limit = near(made, train), np.quantile(near(new, train), 0.05)
-    same(_number(answer(made, train, new)), float((d < limit).mean()), "the share of copies", {
-        "this is the share of images that are no copies: count those below the limit.": float((d >= limit).mean()),
-        "the limit is the median of the real images' distances, so half of all innocent images count as copies: take the quantile 0.05.": float((d < np.median(near(new, train))).mean()),
-        "the limit is the quantile 0.95: 95% of innocent images count as copies. Take 0.05.": float((d < np.quantile(near(new, train), 0.95)).mean()),
-        "no image is nearer than that: are training images compared with themselves, at distance 0? The limit comes from the held-out images.": 0.0,
-        "distances were measured to the held-out images; copies are copies of training images.": float((near(made, new) < limit).mean()),
-        "this is the limit, a distance: wanted is the share of generated images below it.": float(limit)}, atol=6e-3)
+    same(
+        _number(answer(made, train, new)), float((d < limit).mean()), "the share of copies",
+        {
+            "this is the share of images that are no copies: count those below the limit.": float((d >= limit).mean()),
+            "the limit is the median of the real images' distances, so half of all innocent images count as "
+            "copies: take the quantile 0.05.": float((d < np.median(near(new, train))).mean()),
+            "the limit is the quantile 0.95: 95% of innocent images count as copies. Take 0.05.": float(
+                (d < np.quantile(near(new, train), 0.95)).mean()),
+            "no image is nearer than that: are training images compared with themselves, at distance 0? The "
+            "limit comes from the held-out images.": 0.0,
+            "distances were measured to the held-out images; copies are copies of training images.": float(
+                (near(made, new) < limit).mean()),
+            "this is the limit, a distance: wanted is the share of generated images below it.": float(limit)},
+        atol=6e-3)
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c020
 @exercise("7.7", "Debug this: the score that never moves", minutes=10, level=2)
 def _never_moves(answer):
-    g, seen = fresh(), []; w = torch.randn(48, 4, generator=g)
+    g, seen = fresh(), []
+    w = torch.randn(48, 4, generator=g)
     def network(images): # notes the range of what it is shown
-        if images.ndim != 4: raise Wrong(f"the network got images of shape {tuple(images.shape)}; (N, C, H, W) was expected.")
+        if images.ndim != 4:
+            raise Wrong(f"the network got images of shape {tuple(images.shape)}; (N, C, H, W) was expected.")
         seen.append((images.min().item(), images.max().item(), (images.float() == images.float().round()).all().item()))
         return torch.tanh((images.float() / 127.5 - 1).flatten(1) @ w / 4)
-    x0 = 0.2 + 0.5 * torch.randn(300, 3, 4, 4, generator=g); real = torch.randint(256, (300, 3, 4, 4), generator=g).to(torch.uint8)
+    x0 = 0.2 + 0.5 * torch.randn(300, 3, 4, 4, generator=g)
+    real = torch.randint(256, (300, 3, 4, 4), generator=g).to(torch.uint8)
     def distance(a, b):
         a, b = (network(v).double().numpy() for v in (a, b))
         return _frechet_np(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
@@ -170,10 +251,23 @@ def _never_moves(answer):
     want, wrapped, seen = *(distance(v, real) for v in (levels.clamp(0, 255).round(), levels.byte())), []
     got, dark = _number(answer(x0, real, network)), [(low, high) for low, high, _ in seen if high < 30]
     span = "[-1, 1]" if dark and dark[0][0] < -0.9 else "[0, 1]"
-    if len(dark) == 1: raise Wrong(f"the network gets generated images in {span} and real ones in 0 … 255: to it, all of the generated ones look nearly black.")
-    if dark: raise Wrong(f"both sets are in {span} now, but this network expects 0 … 255, and to it all of them look nearly black.")
+    if len(dark) == 1:
+        raise Wrong(
+            f"the network gets generated images in {span} and real ones in 0 … 255: to it, all of the "
+            "generated ones look nearly black.")
+    if dark:
+        raise Wrong(
+            f"both sets are in {span} now, but this network expects 0 … 255, and to it all of them look nearly black.")
     if any(low < 0 or high > 255 for low, high, _ in seen):
-        raise Wrong("pixels outside of [-1, 1] are scored as they are, though no image file can hold them: clamp them, as to_uint8 does.")
-    if not all(whole for *_, whole in seen): raise Wrong("the network sees fractions of a grey level, which no image file can hold: round, as to_uint8 does.")
-    same(got, want, "the distance", {
-        "pixels outside of [-1, 1] wrap around in .byte(): -3 becomes 253, white for black. Clamp and round first, as to_uint8 does.": wrapped}, atol=2e-3 * want)
+        raise Wrong(
+            "pixels outside of [-1, 1] are scored as they are, though no image file can hold them: clamp "
+            "them, as to_uint8 does.")
+    if not all(whole for *_, whole in seen):
+        raise Wrong(
+            "the network sees fractions of a grey level, which no image file can hold: round, as to_uint8 does.")
+    same(
+        got, want, "the distance",
+        {
+            "pixels outside of [-1, 1] wrap around in .byte(): -3 becomes 253, white for black. Clamp and "
+            "round first, as to_uint8 does.": wrapped},
+        atol=2e-3 * want)

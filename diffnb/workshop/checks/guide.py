@@ -15,20 +15,27 @@ from ..check import exercise, fresh, same, Wrong
 def _blend(answer):
     u, c = torch.randn(2, 3, 2, 4, 4, generator=fresh())
     for w in (2.5, 0.4, 0.0, 1.0):
-        same(answer(u.clone(), c.clone(), w), (1 - w) * u + w * c, f"the guided answer at w = {w}", {
-            "(1+w)·cond - w·uncond is the paper's convention, where 0 means plain conditional; here w = 1 does. Our w is theirs plus one.": (1 + w) * c - w * u,
-            "uncond and cond have changed places: the higher your w, the less the label counts.": c + w * (u - c),
-            "w multiplies all of cond; it should multiply the difference, cond - uncond.": u + w * c,
-            "this is the direction only, w·(cond - uncond): add it to uncond, where it starts from.": w * (c - u)})
+        same(
+            answer(u.clone(), c.clone(), w), (1 - w) * u + w * c, f"the guided answer at w = {w}",
+            {
+                "(1+w)·cond - w·uncond is the paper's convention, where 0 means plain conditional; here w = 1 "
+                "does. Our w is theirs plus one.": (1 + w) * c - w * u,
+                "uncond and cond have changed places: the higher your w, the less the label counts.": c + w * (u - c),
+                "w multiplies all of cond; it should multiply the difference, cond - uncond.": u + w * c,
+                "this is the direction only, w·(cond - uncond): add it to uncond, where it starts from.": w * (c - u)})
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c009
 class _Network: # answers from (image, timestep, label) alone, and counts
     def __init__(self): self.asked = []
     def __call__(self, x_t, t, y=None):
         n = len(x_t)
-        if y is None: raise Wrong("the network was called without labels: give it the null class where the label is withheld.")
+        if y is None:
+            raise Wrong("the network was called without labels: give it the null class where the label is withheld.")
         for name, v in (("t", t), ("y", y)):
-            if v.shape != (n,): raise Wrong(f"the network got {n} images and {name} of shape {tuple(v.shape)}: one entry for each image was expected.")
+            if v.shape != (n,):
+                raise Wrong(
+                    f"the network got {n} images and {name} of shape {tuple(v.shape)}: one entry for each "
+                    "image was expected.")
         self.asked.append(y)
         return self.of(x_t, t, y)
     def of(self, x_t, t, y):
@@ -37,7 +44,9 @@ class _Network: # answers from (image, timestep, label) alone, and counts
 
 def _question(null=10, n=5): # (x_t, t, y), all images at their own timestep
     g = fresh()
-    return torch.randn(n, 1, 4, 4, generator=g), torch.randperm(1000, generator=g)[:n], torch.randperm(null, generator=g)[:n]
+    return (
+        torch.randn(n, 1, 4, 4, generator=g), torch.randperm(1000, generator=g)[:n],
+        torch.randperm(null, generator=g)[:n])
 
 def _guided_by(net, x_t, t, y, null, w): # brute force: image by image
     one = lambda i, label: net.of(x_t[i:i + 1], t[i:i + 1], torch.tensor([int(label)]))
@@ -49,68 +58,113 @@ def _one_call(answer):
     (x_t, t, y), null, w, net = _question(), 10, 3.0, _Network()
     n, got = len(y), answer(net, x_t, t, y, null, w)
     if len(net.asked) != 1:
-        raise Wrong(f"your function called the network {len(net.asked)} times: put both halves into one batch of 2·B images.")
-    if len(net.asked[0]) != 2 * n: raise Wrong(f"the network was asked about {len(net.asked[0])} images, where 2·B = {2 * n} were expected.")
+        raise Wrong(
+            f"your function called the network {len(net.asked)} times: put both halves into one batch of 2·B images.")
+    if len(net.asked[0]) != 2 * n:
+        raise Wrong(f"the network was asked about {len(net.asked[0])} images, where 2·B = {2 * n} were expected.")
     want, nulls = _guided_by(net, x_t, t, y, null, w), torch.full_like(y, null)
-    x2, t2 = (v.repeat_interleave(2, 0) for v in (x_t, t)); mixed = torch.stack([nulls, y], 1).flatten()
+    x2, t2 = (v.repeat_interleave(2, 0) for v in (x_t, t))
+    mixed = torch.stack([nulls, y], 1).flatten()
     u, c = net.of(x2, t2, mixed).chunk(2)
     u2, c2 = net.of(x2, t2, torch.cat([nulls, y])).chunk(2)
-    same(got, want, "the guided answer", {
-        "the halves have changed places: the one called uncond holds the answers for y.": _guided_by(net, x_t, t, y, null, 1 - w),
-        "the withheld half carries class 0, which is a class like any other: use null.": net.of(x_t, t, 0 * y) + w * (net.of(x_t, t, y) - net.of(x_t, t, 0 * y)),
-        "repeat_interleave gives image 0, 0, 1, 1, … but chunk(2) expects 0, 1, … and again 0, 1, …: halves of different images are compared.": u + w * (c - u),
-        "images and labels of the batch are in different orders: repeat gives 0, 1, …, 0, 1, …, repeat_interleave 0, 0, 1, 1, …": u2 + w * (c2 - u2)})
+    same(
+        got, want, "the guided answer",
+        {
+            "the halves have changed places: the one called uncond holds the answers for y.": _guided_by(
+                net, x_t, t, y, null, 1 - w),
+            "the withheld half carries class 0, which is a class like any other: use null.": net.of(x_t, t, 0 * y)
+            + w * (net.of(x_t, t, y) - net.of(x_t, t, 0 * y)),
+            "repeat_interleave gives image 0, 0, 1, 1, … but chunk(2) expects 0, 1, … and again 0, 1, …: "
+            "halves of different images are compared.": u + w * (c - u),
+            "images and labels of the batch are in different orders: repeat gives 0, 1, …, 0, 1, …, "
+            "repeat_interleave 0, 0, 1, 1, …": u2 + w * (c2 - u2)})
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c012
 @exercise("6.3", "Hide labels, image by image", minutes=10, level=2)
 def _hide(answer):
     g, null, n, batches = fresh(), 7, 64, 300
     p = 0.15 + 0.2 * torch.rand(1, generator=g).item()
-    y = torch.randint(null, (n,), generator=g); before, hidden = y.clone(), []
+    y = torch.randint(null, (n,), generator=g)
+    before, hidden = y.clone(), []
     a, b = (answer(y.clone(), p, null, torch.Generator().manual_seed(5)) for _ in range(2))
     for _ in range(batches):
         got = answer(y, p, null, g)
-        if not y.equal(before): raise Wrong("the labels you were given have changed: work on a copy (torch.where makes one), or they stay hidden for good.")
-        if not torch.is_tensor(got) or got.shape != y.shape: raise Wrong(f"labels of shape {tuple(y.shape)} were expected, and {getattr(got, 'shape', type(got).__name__)} came back.")
-        if got.dtype != y.dtype: raise Wrong(f"the labels came back as {got.dtype}; the rows of a table are counted in int64.".replace("torch.", ""))
+        if not y.equal(before):
+            raise Wrong(
+                "the labels you were given have changed: work on a copy (torch.where makes one), or they "
+                "stay hidden for good.")
+        if not torch.is_tensor(got) or got.shape != y.shape:
+            raise Wrong(
+                f"labels of shape {tuple(y.shape)} were expected, and "
+                f"{getattr(got, 'shape', type(got).__name__)} came back.")
+        if got.dtype != y.dtype:
+            raise Wrong(
+                f"the labels came back as {got.dtype}; the rows of a table are counted in int64.".replace("torch.", ""))
         changed = got != y
         if (got[changed] != null).any():
-            raise Wrong(f"a hidden label became {int(got[changed & (got != null)][0])}: it should become the null class, {null}, which no real class shares.")
+            raise Wrong(
+                f"a hidden label became {int(got[changed & (got != null)][0])}: it should become the null "
+                f"class, {null}, which no real class shares.")
         hidden.append(changed)
-    h = torch.stack(hidden).double(); counts, share, off = h.sum(1), h.mean().item(), 5 * (p * (1 - p) / (n * batches)) ** 0.5
-    if counts.unique().tolist() in ([0, n], [n]): raise Wrong("each batch was hidden whole or not at all: draw one number for each image, not one for the batch.")
-    if abs(share - (1 - p)) < off: raise Wrong(f"you hid {share:.0%} of the labels where {p:.0%} was expected: is the comparison the wrong way round?")
-    if counts.unique().numel() == 1: raise Wrong(f"every batch hides exactly {int(counts[0])} of {n}: give each label its own chance, or the images of a batch depend on each other.")
-    if abs(share - p) > off: raise Wrong(f"you hid {share:.1%} of the labels where {p:.1%} was expected.")
-    if h.mean(0).max() > 0.9: raise Wrong("it is always the same images that are hidden: draw anew in each call.")
-    if not a.equal(b): raise Wrong("two generators with the same seed gave different labels: draw with generator=generator, so that a run can be repeated.")
+    h = torch.stack(hidden).double()
+    counts, share, off = h.sum(1), h.mean().item(), 5 * (p * (1 - p) / (n * batches)) ** 0.5
+    if counts.unique().tolist() in ([0, n], [n]):
+        raise Wrong("each batch was hidden whole or not at all: draw one number for each image, not one for the batch.")
+    if abs(share - (1 - p)) < off:
+        raise Wrong(
+            f"you hid {share:.0%} of the labels where {p:.0%} was expected: is the comparison the wrong way round?")
+    if counts.unique().numel() == 1:
+        raise Wrong(
+            f"every batch hides exactly {int(counts[0])} of {n}: give each label its own chance, or the "
+            "images of a batch depend on each other.")
+    if abs(share - p) > off:
+        raise Wrong(f"you hid {share:.1%} of the labels where {p:.1%} was expected.")
+    if h.mean(0).max() > 0.9:
+        raise Wrong("it is always the same images that are hidden: draw anew in each call.")
+    if not a.equal(b):
+        raise Wrong(
+            "two generators with the same seed gave different labels: draw with generator=generator, so "
+            "that a run can be repeated.")
     ratio = counts.var().item() / (n * p * (1 - p))
-    if not 0.6 < ratio < 1.6: raise Wrong(f"the number of hidden labels varies {ratio:.1f} times as much as independent draws would: give each label its own chance.")
+    if not 0.6 < ratio < 1.6:
+        raise Wrong(
+            f"the number of hidden labels varies {ratio:.1f} times as much as independent draws would: "
+            "give each label its own chance.")
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c014
 @exercise("6.4", "Guidance between two timesteps", minutes=10, level=2)
 def _between(answer):
-    g = fresh(); w, low, high = 2.5, int(torch.randint(150, 250, (), generator=g)), int(torch.randint(600, 800, (), generator=g))
-    u, c = torch.randn(2, 4, 2, 4, 4, generator=g); t = torch.tensor([low, low - 1, high, high + 1])
+    g = fresh()
+    w, low, high = 2.5, int(torch.randint(150, 250, (), generator=g)), int(torch.randint(600, 800, (), generator=g))
+    u, c = torch.randn(2, 4, 2, 4, 4, generator=g)
+    t = torch.tensor([low, low - 1, high, high + 1])
     mix = lambda weights: (1 - weights) * u + weights * c
     per = lambda values: torch.tensor(values).view(-1, 1, 1, 1)
     call = lambda t: answer(u.clone(), c.clone(), t, w, low, high)
-    same(call(t), mix(per([w, 1, w, 1])), "the guided answer", {
-        "the weights, of shape (B,), were spread along the width of the images, which happens to be B here: view them as (B, 1, 1, 1).": mix(torch.tensor([w, 1, w, 1])),
-        "outside the interval you return uncond; there the plain conditional answer is wanted, which is w = 1.": mix(per([w, 0, w, 0])),
-        "one decision was taken for the whole batch: each image has its own timestep.": mix(torch.tensor(w)),
-        "no image was guided: timesteps low and high themselves belong to the interval.": c,
-        "the last timestep, high, belongs to the interval as well.": mix(per([w, 1, 1, 1])),
-        "the first timestep, low, belongs to the interval as well.": mix(per([1, 1, w, 1])),
-        "inside and outside have changed places.": mix(per([1, w, 1, w]))})
+    same(
+        call(t), mix(per([w, 1, w, 1])), "the guided answer",
+        {
+            "the weights, of shape (B,), were spread along the width of the images, which happens to be B "
+            "here: view them as (B, 1, 1, 1).": mix(torch.tensor([w, 1, w, 1])),
+            "outside the interval you return uncond; there the plain conditional answer is wanted, which is w "
+            "= 1.": mix(per([w, 0, w, 0])),
+            "one decision was taken for the whole batch: each image has its own timestep.": mix(torch.tensor(w)),
+            "no image was guided: timesteps low and high themselves belong to the interval.": c,
+            "the last timestep, high, belongs to the interval as well.": mix(per([w, 1, 1, 1])),
+            "the first timestep, low, belongs to the interval as well.": mix(per([1, 1, w, 1])),
+            "inside and outside have changed places.": mix(per([1, w, 1, w]))})
     t = torch.full((4,), 450)
     same(call(t), mix(torch.tensor(w)), "the guided answer, with all timesteps inside,")
-    same(call(torch.tensor([10, 450, 990, 500])), mix(per([1, w, 1, w])), "the guided answer, well inside and well outside,")
+    same(
+        call(torch.tensor([10, 450, 990, 500])), mix(per([1, w, 1, w])),
+        "the guided answer, well inside and well outside,")
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c016
 def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
-    x = np.linspace(-60, 60, 120_001); log_p = -w * (x - mean_c) ** 2 / (2 * var_c) - (1 - w) * (x - mean_u) ** 2 / (2 * var_u)
-    p = np.exp(log_p - log_p.max()); p /= p.sum()
+    x = np.linspace(-60, 60, 120_001)
+    log_p = -w * (x - mean_c) ** 2 / (2 * var_c) - (1 - w) * (x - mean_u) ** 2 / (2 * var_u)
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
     mean = (p * x).sum()
     return mean, (p * (x - mean) ** 2).sum()
 
@@ -118,20 +172,31 @@ def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
 def _gaussian(answer):
     g = fresh()
     for w in (3.0, 1.0, 0.0, 1.7):
-        r = torch.rand(4, generator=g).tolist(); mean_c, var_c, mean_u, var_u = 1 + 2 * r[0], 0.5 + r[1], -r[2], 4 + 2 * r[3]
+        r = torch.rand(4, generator=g).tolist()
+        mean_c, var_c, mean_u, var_u = 1 + 2 * r[0], 0.5 + r[1], -r[2], 4 + 2 * r[3]
         got, want = answer(mean_c, var_c, mean_u, var_u, w), _on_a_grid(mean_c, var_c, mean_u, var_u, w)
-        if not isinstance(got, (tuple, list)) or len(got) != 2: raise Wrong("two numbers were expected: (mean, variance).")
-        got = [float(v) for v in got]; precision = w / var_c + (1 - w) / var_u
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            raise Wrong("two numbers were expected: (mean, variance).")
+        got = [float(v) for v in got]
+        precision = w / var_c + (1 - w) / var_u
         line = (1 - w) * mean_u + w * mean_c
         paper = _on_a_grid(mean_c, var_c, mean_u, var_u, w + 1)
         close = lambda a, b: abs(a - b) < 1e-4 * (1 + abs(b))
-        if all(map(close, got, paper)) and w != 0: raise Wrong("these are mean and variance at w + 1: the exponents are w and 1 - w, so that w = 1 gives the class as it is.")
+        if all(map(close, got, paper)) and w != 0:
+            raise Wrong(
+                "these are mean and variance at w + 1: the exponents are w and 1 - w, so that w = 1 gives "
+                "the class as it is.")
         if close(got[1], (1 - w) * var_u + w * var_c) and not close(got[1], want[1]):
-            raise Wrong(f"variances were added in the proportion 1-w to w, which gives {got[1]:.3g} at w = {w}: when densities are multiplied, it is 1/variance that adds up.")
-        if close(got[1], precision) and not close(got[1], want[1]): raise Wrong("the second number is the precision, 1/variance.")
-        if close(got[1], want[1] ** 0.5) and not close(got[1], want[1]): raise Wrong("the second number is the standard deviation; the variance is its square.")
+            raise Wrong(
+                f"variances were added in the proportion 1-w to w, which gives {got[1]:.3g} at w = {w}: "
+                "when densities are multiplied, it is 1/variance that adds up.")
+        if close(got[1], precision) and not close(got[1], want[1]):
+            raise Wrong("the second number is the precision, 1/variance.")
+        if close(got[1], want[1] ** 0.5) and not close(got[1], want[1]):
+            raise Wrong("the second number is the standard deviation; the variance is its square.")
         if close(got[0], line) and not close(got[0], want[0]):
-            raise Wrong("the means were weighed by w and 1-w alone: each counts in proportion to its precision as well.")
+            raise Wrong(
+                "the means were weighed by w and 1-w alone: each counts in proportion to its precision as well.")
         same(got, list(want), f"(mean, variance) at w = {w}", atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c018
@@ -140,14 +205,24 @@ def _swapped(answer):
     (x_t, t, y), null, net = _question(), 10, _Network()
     for w in (3.0, 0.0, 1.0):
         got = answer(net, y, w, null)
-        if not callable(got): raise Wrong("faulty_guided should return a model: a function of (x_t, t).")
+        if not callable(got):
+            raise Wrong("faulty_guided should return a model: a function of (x_t, t).")
         before = len(net.asked)
-        try: got(x_t, t, None)
-        except TypeError: raise Wrong("your model takes no third argument: samplers hand over y=None as well, as the stub says.") from None
-        del net.asked[before:]; got, by = got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
-        same(got, by(w), f"the guided answer at w = {w}", {
-            "still the old fault: w = 0 gives the conditional answer. Which half of the network's output belongs to which half of the labels?": by(1 - w),
-            "both halves carry the labels, so there is nothing to compare: one half needs the null class.": by(1),
-            "both halves carry the null class, so the label counts for nothing.": by(0),
-            "now w = 0 is conditional and a higher w guides: that is the paper's convention. Mend the order of the halves, not the sign.": by(1 + w)})
-    if len(net.asked) != 3 or any(len(y2) != 2 * len(y) for y2 in net.asked): raise Wrong("one call of the network on 2·B images for each answer was expected.")
+        try:
+            got(x_t, t, None)
+        except TypeError:
+            raise Wrong(
+                "your model takes no third argument: samplers hand over y=None as well, as the stub says.") from None
+        del net.asked[before:]
+        got, by = got(x_t, t), lambda w: _guided_by(net, x_t, t, y, null, w)
+        same(
+            got, by(w), f"the guided answer at w = {w}",
+            {
+                "still the old fault: w = 0 gives the conditional answer. Which half of the network's output "
+                "belongs to which half of the labels?": by(1 - w),
+                "both halves carry the labels, so there is nothing to compare: one half needs the null class.": by(1),
+                "both halves carry the null class, so the label counts for nothing.": by(0),
+                "now w = 0 is conditional and a higher w guides: that is the paper's convention. Mend the "
+                "order of the halves, not the sign.": by(1 + w)})
+    if len(net.asked) != 3 or any(len(y2) != 2 * len(y) for y2 in net.asked):
+        raise Wrong("one call of the network on 2·B images for each answer was expected.")

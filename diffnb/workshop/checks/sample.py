@@ -20,120 +20,200 @@ def _levels(g): # alpha_bar at t and at the less noisy t_next
 
 @exercise("5.1", "One step of DDIM", minutes=10, level=1)
 def one_step(answer):
-    g = fresh(); (now, then), (x_t, eps) = _levels(g), torch.randn(2, 2, 1, 4, 4, generator=g)
+    g = fresh()
+    (now, then), (x_t, eps) = _levels(g), torch.randn(2, 2, 1, 4, 4, generator=g)
     x, e, root = x_t.double(), eps.double(), math.sqrt
     x0 = (x - root(1 - now) * e) / root(now)
     bounded = x0.clamp(-1, 1)
     def mix(x0, a, b): return (a * x0 + b * e).float()
-    same(answer(x_t.clone(), eps.clone(), now, then), mix(x0, root(then), root(1 - then)), "x_next", others={
-        "you put the pieces together with the old proportions, which gives x_t again: the new ones are those of t_next.": x_t,
-        "you use the variances ᾱ and 1 - ᾱ as factors: they are square roots.": mix((x - (1 - now) * e) / now, then, 1 - then),
-        "you use `now` and `then` as √ᾱ, which the code above calls a and a2: they are ᾱ itself.":
-            mix((x - root(1 - now ** 2) * e) / now, then, root(1 - then ** 2)),
-        "the factors of x0 lack the square root, √ᾱ; those of the noise are right.": mix((x - root(1 - now) * e) / now, then, root(1 - then)),
-        "the factors at t_next lack the square root.": mix(x0, then, 1 - then),
-        "the noise is put back with the proportion of t, √(1-ᾱ): it must be that of t_next.": mix(x0, root(then), root(1 - now)),
-        "your estimate of x0 is clipped: not here, that is exercise 5.2.": mix(bounded, root(then), root(1 - then)),
-        "your estimate of x0 is clipped, and eps derived again: well done, but that is exercise 5.2.":
-            (root(then) * bounded + root(1 - then) * (x - root(now) * bounded) / root(1 - now)).float(),
-        "the noise taken out of x_t lacks the square root: its factor is √(1-ᾱ), a standard deviation.": mix((x - (1 - now) * e) / root(now), root(then), root(1 - then)),
-        "the two timesteps are swapped: x_t is taken apart at t and put together at t_next.":
-            mix((x - root(1 - then) * e) / root(then), root(now), root(1 - now)),
-        "your estimate of x0 is not divided by √ᾱ.": mix(x0 * root(now), root(then), root(1 - then)),
-        "the noise is not put back: the next x needs its share of eps.": mix(x0, root(then), 0),
-        "that is the estimate of the clean image: put eps back in, with the proportions of t_next.": x0.float()})
+    same(
+        answer(x_t.clone(), eps.clone(), now, then), mix(x0, root(then), root(1 - then)), "x_next",
+        others={
+            "you put the pieces together with the old proportions, which gives x_t again: the new ones are "
+            "those of t_next.": x_t,
+            "you use the variances ᾱ and 1 - ᾱ as factors: they are square roots.": mix(
+                (x - (1 - now) * e) / now, then, 1 - then),
+            "you use `now` and `then` as √ᾱ, which the code above calls a and a2: they are ᾱ itself.": mix(
+                (x - root(1 - now**2) * e) / now, then, root(1 - then**2)),
+            "the factors of x0 lack the square root, √ᾱ; those of the noise are right.": mix(
+                (x - root(1 - now) * e) / now, then, root(1 - then)),
+            "the factors at t_next lack the square root.": mix(x0, then, 1 - then),
+            "the noise is put back with the proportion of t, √(1-ᾱ): it must be that of t_next.": mix(
+                x0, root(then), root(1 - now)),
+            "your estimate of x0 is clipped: not here, that is exercise 5.2.": mix(bounded, root(then), root(1 - then)),
+            "your estimate of x0 is clipped, and eps derived again: well done, but that is exercise 5.2.": (
+                root(then) * bounded + root(1 - then) * (x - root(now) * bounded) / root(1 - now)).float(),
+            "the noise taken out of x_t lacks the square root: its factor is √(1-ᾱ), a standard deviation.": mix(
+                (x - (1 - now) * e) / root(now), root(then), root(1 - then)),
+            "the two timesteps are swapped: x_t is taken apart at t and put together at t_next.": mix(
+                (x - root(1 - then) * e) / root(then), root(now), root(1 - now)),
+            "your estimate of x0 is not divided by √ᾱ.": mix(x0 * root(now), root(then), root(1 - then)),
+            "the noise is not put back: the next x needs its share of eps.": mix(x0, root(then), 0),
+            "that is the estimate of the clean image: put eps back in, with the proportions of t_next.": x0.float()})
 
 # %% ../../../nbs/workshop/checks/05_sample.ipynb #c008
 @exercise("5.2", "An estimate out of bounds", minutes=10, level=1)
 def clipped(answer):
-    g = fresh(); now, (x_t, eps) = _levels(g)[0], torch.randn(2, 2, 1, 6, 6, generator=g)
+    g = fresh()
+    now, (x_t, eps) = _levels(g)[0], torch.randn(2, 2, 1, 6, 6, generator=g)
     a, s, x = math.sqrt(now), math.sqrt(1 - now), x_t.double()
-    wild = (x - s * eps.double()) / a; x0 = wild.clamp(-1, 1); again = (x - a * x0) / s
+    wild = (x - s * eps.double()) / a
+    x0 = wild.clamp(-1, 1)
+    again = (x - a * x0) / s
     got = answer(x_t.clone(), eps.clone(), now)
-    if not isinstance(got, (tuple, list)) or len(got) != 2: raise Wrong("return the pair (x0, eps).")
-    same(got[0], x0.float(), "x0", others={
-        "the pair is the wrong way round: x0 comes first, then eps.": again.float(),
-        "x0 is not clipped.": wild.float(),
-        "the network's eps is clipped before x0 is estimated: only x0 has bounds.": ((x - s * eps.double().clamp(-1, 1)) / a).clamp(-1, 1).float(),
-        "x_t is clipped instead of the estimate: noisy images may be as large as they like.": ((x.clamp(-1, 1) - s * eps) / a).float(),
-        "x0 is clipped to [0, 1]: images live in [-1, 1].": wild.clamp(0, 1).float(),
-        "x0 is rescaled, not clipped: values inside [-1, 1] stay as they are.": (wild / wild.abs().max()).float()})
-    same(got[1], again.float(), "eps", others={
-        "eps is still the network's: where x0 was clipped it no longer belongs to it, so that √ᾱ·x0 + √(1-ᾱ)·eps is not x_t.": eps,
-        "that is the network's eps, clipped: only x0 is clipped, and eps is worked out from x_t and the clipped x0.": eps.clamp(-1, 1),
-        "eps is derived again, and then clipped as well: only x0 has bounds, noise may be as large as it likes.": again.clamp(-1, 1).float(),
-        "eps lacks the square root: divide by √(1-ᾱ).": ((x - a * x0) / (1 - now)).float()})
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise Wrong("return the pair (x0, eps).")
+    same(
+        got[0], x0.float(), "x0",
+        others={
+            "the pair is the wrong way round: x0 comes first, then eps.": again.float(),
+            "x0 is not clipped.": wild.float(),
+            "the network's eps is clipped before x0 is estimated: only x0 has bounds.": (
+                (x - s * eps.double().clamp(-1, 1)) / a)
+            .clamp(-1, 1)
+            .float(),
+            "x_t is clipped instead of the estimate: noisy images may be as large as they like.": (
+                (x.clamp(-1, 1) - s * eps) / a).float(),
+            "x0 is clipped to [0, 1]: images live in [-1, 1].": wild.clamp(0, 1).float(),
+            "x0 is rescaled, not clipped: values inside [-1, 1] stay as they are.": (wild / wild.abs().max()).float()})
+    same(
+        got[1], again.float(), "eps",
+        others={
+            "eps is still the network's: where x0 was clipped it no longer belongs to it, so that √ᾱ·x0 + "
+            "√(1-ᾱ)·eps is not x_t.": eps,
+            "that is the network's eps, clipped: only x0 is clipped, and eps is worked out from x_t and the "
+            "clipped x0.": eps.clamp(-1, 1),
+            "eps is derived again, and then clipped as well: only x0 has bounds, noise may be as large as it "
+            "likes.": again.clamp(-1, 1).float(),
+            "eps lacks the square root: divide by √(1-ᾱ).": ((x - a * x0) / (1 - now)).float()})
 
 # %% ../../../nbs/workshop/checks/05_sample.ipynb #c011
 @exercise("5.3", "The list of pairs", minutes=15, level=2)
 def pairs(answer):
-    for T, S in ((1000, 50), (1000, 30), (1000, 300), (1000, 1), (1000, 1000), (997, int(torch.randint(400, 600, (), generator=fresh())))):
+    for T, S in (
+        (1000, 50), (1000, 30), (1000, 300), (1000, 1), (1000, 1000),
+        (997, int(torch.randint(400, 600, (), generator=fresh())))):
         got, case = answer(T, S), f"for T = {T} and {S} steps"
-        try: got = [(t, n) for t, n in got]
-        except (TypeError, ValueError) as e: raise Wrong("return a list of pairs (t, t_next).") from e
+        try:
+            got = [(t, n) for t, n in got]
+        except (TypeError, ValueError) as e:
+            raise Wrong("return a list of pairs (t, t_next).") from e
         other = next((i for pair in got for i in pair if not isinstance(i, int)), None)
-        if isinstance(other, float): raise Wrong(f"{case} there is a {other}, of type float: timesteps are whole numbers, make them ints.")
-        if other is not None: raise Wrong(f"{case} timesteps are of type {getattr(other, 'dtype', type(other).__name__)} where Python's int was expected: an array or tensor turns into a list of them with .tolist().")
-        if len(got) != S: raise Wrong(f"{case} there are {len(got)} pairs: does range with a stride of T // S make the list, or is a timestep lost or doubled?" if S > 1
-                                      else f"{case} there are {len(got)} pairs.")
-        if got[0][0] != T - 1: raise Wrong(f"{case} the walk begins at {got[0][0]}: it starts from pure noise, so the first timestep must be T - 1 = {T - 1}.")
-        if got[-1][1] != -1: raise Wrong(f"{case} the walk ends at {got[-1][1]}: the last pair must end at the clean image, -1, where ᾱ is 1.")
+        if isinstance(other, float):
+            raise Wrong(f"{case} there is a {other}, of type float: timesteps are whole numbers, make them ints.")
+        if other is not None:
+            raise Wrong(
+                f"{case} timesteps are of type {getattr(other, 'dtype', type(other).__name__)} where "
+                "Python's int was expected: an array or tensor turns into a list of them with .tolist().")
+        if len(got) != S:
+            raise Wrong(
+                f"{case} there are {len(got)} pairs: does range with a stride of T // S make the list, or "
+                "is a timestep lost or doubled?"
+                if S > 1
+                else f"{case} there are {len(got)} pairs.")
+        if got[0][0] != T - 1:
+            raise Wrong(
+                f"{case} the walk begins at {got[0][0]}: it starts from pure noise, so the first timestep "
+                f"must be T - 1 = {T - 1}.")
+        if got[-1][1] != -1:
+            raise Wrong(
+                f"{case} the walk ends at {got[-1][1]}: the last pair must end at the clean image, -1, where ᾱ is 1.")
         broken = [(a, b) for a, b in zip(got, got[1:]) if a[1] != b[0]]
-        if broken: raise Wrong(f"{case} the pair {broken[0][0]} is followed by {broken[0][1]}: each t_next must be the t of the next pair, so take it from the list.")
+        if broken:
+            raise Wrong(
+                f"{case} the pair {broken[0][0]} is followed by {broken[0][1]}: each t_next must be the t "
+                "of the next pair, so take it from the list.")
         gaps = [t - n for t, n in got]
-        if min(gaps) < 1: raise Wrong(f"{case} the pair {got[gaps.index(min(gaps))]} does not go down.")
-        if max(gaps) - min(gaps) > 1: raise Wrong(f"{case} some strides are {min(gaps)} and some {max(gaps)}: even ones differ by 1 at most.")
+        if min(gaps) < 1:
+            raise Wrong(f"{case} the pair {got[gaps.index(min(gaps))]} does not go down.")
+        if max(gaps) - min(gaps) > 1:
+            raise Wrong(f"{case} some strides are {min(gaps)} and some {max(gaps)}: even ones differ by 1 at most.")
 
 # %% ../../../nbs/workshop/checks/05_sample.ipynb #c014
 @exercise("5.4", "The random step of DDPM", minutes=20, level=3)
 def posterior(answer):
-    g = fresh(); (now, then), (x0, x_t) = _levels(g), torch.randn(2, 2, 1, 4, 4, generator=g)
-    kept = now / then                                                     # x_t = sqrt(kept) x_next + sqrt(1 - kept) noise
+    g = fresh()
+    (now, then), (x0, x_t) = _levels(g), torch.randn(2, 2, 1, 4, 4, generator=g)
+    kept = now / then  # x_t = sqrt(kept) x_next + sqrt(1 - kept) noise
     prior, seen = 1 / (1 - then), kept / (1 - kept)                       # precisions: from x0, and from x_t
-    mean, var = (prior * math.sqrt(then) * x0.double() + seen * x_t.double() / math.sqrt(kept)) / (prior + seen), 1 / (prior + seen)
+    mean, var = (
+        (prior * math.sqrt(then) * x0.double() + seen * x_t.double() / math.sqrt(kept)) / (prior + seen),
+        1 / (prior + seen))
     got, twice = (answer(x0.clone(), x_t.clone(), now, then) for _ in range(2))
     first, second = (r[0] if isinstance(r, (tuple, list)) and r else r for r in (got, twice))
-    if torch.is_tensor(first) and torch.is_tensor(second) and first.shape == second.shape and not torch.equal(first, second):
-        raise Wrong("the same inputs give something else each time: return the mean and the standard deviation, and leave the draw to the sampler.")
-    if not isinstance(got, (tuple, list)) or len(got) != 2: raise Wrong("return the pair (mean, std): a tensor and a number.")
-    if torch.is_tensor(got[1]) and got[1].numel() == 1: got = got[0], got[1].item()
-    back = (math.sqrt(then) * x0.double() + math.sqrt(1 - then) * (x_t.double() - math.sqrt(now) * x0.double()) / math.sqrt(1 - now)).float()
-    same(got[1], math.sqrt(var), "the standard deviation", others={
-        f"your std is {var:.3g} where {math.sqrt(var):.3g} was expected: that is the variance.": var,
-        "your std is √β, that of the step from t_next to t: knowing x0 as well makes the posterior narrower.": math.sqrt(1 - kept),
-        "your std is β, the variance of the step from t_next to t: knowing x0 makes it narrower, and a root is missing.": 1 - kept,
-        "your std is √(1-ᾱ_next), that of x_next given x0 alone: knowing x_t as well makes it narrower. If you have an α, it is ᾱ_t/ᾱ_next, not ᾱ_t.": math.sqrt(1 - then),
-        "you use ᾱ_t for α: it is what one step keeps, α = ᾱ_t/ᾱ_next.": 1 / math.sqrt(prior + now / (1 - now)),
-        "your std has t and t_next swapped in the fraction (1-ᾱ_next)/(1-ᾱ_t).": math.sqrt((1 - now) / (1 - then) * (1 - kept))})
-    same(got[0], mean.float(), "the mean", others={
-        "that mean is DDIM's next x: it would keep all of the noise in x_t, and then fresh noise comes on top.": back,
-        "the two factors are swapped: the larger one, for small steps, belongs to x_t.": (
-            (math.sqrt(then) * (1 - kept) * x_t + math.sqrt(kept) * (1 - then) * x0) / (1 - now)).float(),
-        "the mean is not divided by 1-ᾱ_t.": (mean * (1 - now)).float(),
-        "the factor of x0 lacks its square root: √ᾱ_next.": ((then * (1 - kept) * x0 + math.sqrt(kept) * (1 - then) * x_t) / (1 - now)).float(),
-        "the factor of x_t lacks its square root: √(ᾱ_t/ᾱ_next).": ((math.sqrt(then) * (1 - kept) * x0 + kept * (1 - then) * x_t) / (1 - now)).float()})
+    if (
+        torch.is_tensor(first)
+        and torch.is_tensor(second)
+        and first.shape == second.shape
+        and not torch.equal(first, second)):
+        raise Wrong(
+            "the same inputs give something else each time: return the mean and the standard deviation, "
+            "and leave the draw to the sampler.")
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise Wrong("return the pair (mean, std): a tensor and a number.")
+    if torch.is_tensor(got[1]) and got[1].numel() == 1:
+        got = got[0], got[1].item()
+    back = (
+        math.sqrt(then) * x0.double()
+        + math.sqrt(1 - then) * (x_t.double() - math.sqrt(now) * x0.double()) / math.sqrt(1 - now)).float()
+    same(
+        got[1], math.sqrt(var), "the standard deviation",
+        others={
+            f"your std is {var:.3g} where {math.sqrt(var):.3g} was expected: that is the variance.": var,
+            "your std is √β, that of the step from t_next to t: knowing x0 as well makes the posterior "
+            "narrower.": math.sqrt(1 - kept),
+            "your std is β, the variance of the step from t_next to t: knowing x0 makes it narrower, and a "
+            "root is missing.": 1 - kept,
+            "your std is √(1-ᾱ_next), that of x_next given x0 alone: knowing x_t as well makes it narrower. If "
+            "you have an α, it is ᾱ_t/ᾱ_next, not ᾱ_t.": math.sqrt(1 - then),
+            "you use ᾱ_t for α: it is what one step keeps, α = ᾱ_t/ᾱ_next.": 1 / math.sqrt(prior + now / (1 - now)),
+            "your std has t and t_next swapped in the fraction (1-ᾱ_next)/(1-ᾱ_t).": math.sqrt(
+                (1 - now) / (1 - then) * (1 - kept))})
+    same(
+        got[0], mean.float(), "the mean",
+        others={
+            "that mean is DDIM's next x: it would keep all of the noise in x_t, and then fresh noise comes on "
+            "top.": back,
+            "the two factors are swapped: the larger one, for small steps, belongs to x_t.": (
+                (math.sqrt(then) * (1 - kept) * x_t + math.sqrt(kept) * (1 - then) * x0) / (1 - now)).float(),
+            "the mean is not divided by 1-ᾱ_t.": (mean * (1 - now)).float(),
+            "the factor of x0 lacks its square root: √ᾱ_next.": (
+                (then * (1 - kept) * x0 + math.sqrt(kept) * (1 - then) * x_t) / (1 - now)).float(),
+            "the factor of x_t lacks its square root: √(ᾱ_t/ᾱ_next).": (
+                (math.sqrt(then) * (1 - kept) * x0 + kept * (1 - then) * x_t) / (1 - now)).float()})
 
 # %% ../../../nbs/workshop/checks/05_sample.ipynb #c017
 @exercise("5.5", "Mixing noises", minutes=10, level=2)
 def mixing(answer):
-    g = fresh(); noises, w = torch.randn(3, 4, 1, 5, 5, generator=g), 0.2 + torch.rand(3, generator=g)
+    g = fresh()
+    noises, w = torch.randn(3, 4, 1, 5, 5, generator=g), 0.2 + torch.rand(3, generator=g)
     total = (w.double().view(3, 1, 1, 1, 1) * noises.double()).sum(0)
     each = total.flatten(1).std(1).view(4, 1, 1, 1)
-    same(answer(noises.clone(), w.clone()), (total / w.double().square().sum().sqrt()).float(), "the mixture", others={
-        f"you divide by the sum of the weights: this mixture has standard deviation {w.norm() / w.sum():.2f} and gives grey mush.": (total / w.sum()).float(),
-        f"the weighted sum is not scaled: its standard deviation is {w.norm():.2f} where 1 was expected.": total.float(),
-        "you divide by the variance of the sum, Σw²: divide by its root, the standard deviation.": (total / w.double().square().sum()).float(),
-        "you divide by the root of Σw: the variances that add up are w².": (total / w.double().sum().sqrt()).float(),
-        "each image is divided by its own deviation, which takes away chance that belongs to it: use the formula.": (total / each).float(),
-        "all images are divided by their common measured deviation: use the formula, which does not depend on the batch.": (total / total.std()).float(),
-        "that is standard normal, but not the weighted sum: the noises must enter in proportion to w, not to √w.":
-            ((w.double() / w.double().sum()).sqrt().view(3, 1, 1, 1, 1) * noises.double()).sum(0).float(),
-        "the weights are not used.": (noises.double().sum(0) / math.sqrt(3)).float()})
+    same(
+        answer(noises.clone(), w.clone()), (total / w.double().square().sum().sqrt()).float(), "the mixture",
+        others={
+            "you divide by the sum of the weights: this mixture has standard deviation "
+            f"{w.norm() / w.sum():.2f} and gives grey mush.": (total / w.sum()).float(),
+            f"the weighted sum is not scaled: its standard deviation is {w.norm():.2f} where 1 was expected.": total.float(),
+            "you divide by the variance of the sum, Σw²: divide by its root, the standard deviation.": (
+                total / w.double().square().sum()).float(),
+            "you divide by the root of Σw: the variances that add up are w².": (
+                total / w.double().sum().sqrt()).float(),
+            "each image is divided by its own deviation, which takes away chance that belongs to it: use the "
+            "formula.": (total / each).float(),
+            "all images are divided by their common measured deviation: use the formula, which does not depend "
+            "on the batch.": (total / total.std()).float(),
+            "that is standard normal, but not the weighted sum: the noises must enter in proportion to w, not to √w.": (
+                (w.double() / w.double().sum()).sqrt().view(3, 1, 1, 1, 1) * noises.double())
+            .sum(0)
+            .float(),
+            "the weights are not used.": (noises.double().sum(0) / math.sqrt(3)).float()})
 
 # %% ../../../nbs/workshop/checks/05_sample.ipynb #c020
 def _perfect(schedule, var, asked=None): # the best denoiser of N(0, var), noting which timesteps it is asked for
     def model(x_t, t, y=None):
-        if asked is not None: asked.append(int(t.flatten()[0]))
+        if asked is not None:
+            asked.append(int(t.flatten()[0]))
         a, s = schedule.signal_noise(t, x_t.ndim)
         return s / (a ** 2 * var + s ** 2) * x_t
     return model
@@ -151,15 +231,30 @@ def _walk(schedule, x, pairs, var, end=1.0):
 @exercise("5.6", "Debug this: more steps, worse pictures", minutes=15, level=2)
 def worse(answer):
     var = 0.04
-    for schedule, S in ((linear_schedule(), 50), (linear_schedule(), 600), (cosine_schedule(), 300), (linear_schedule(), 7)): # at 600, T/S rounded is not T // S
+    # at 600, T/S rounded is not T // S
+    for schedule, S in (
+        (linear_schedule(), 50), (linear_schedule(), 600), (cosine_schedule(), 300), (linear_schedule(), 7)):
         x_T, ts, asked = torch.randn(3, 1, 2, 2, generator=fresh()), schedule.timesteps(S), []
         got, T, pairs = answer(_perfect(schedule, var, asked), schedule, x_T.clone(), S), schedule.T, schedule.pairs(S)
-        if asked[:1] != [T - 1]: raise Wrong(f"in {S} steps the walk begins at timestep {asked[0] if asked else None}: x is pure noise there, so it must be T - 1.")
-        if len(asked) != S: raise Wrong(f"in {S} steps the network was asked {len(asked)} times: once for each timestep of schedule.timesteps(steps).")
+        if asked[:1] != [T - 1]:
+            raise Wrong(
+                f"in {S} steps the walk begins at timestep {asked[0] if asked else None}: x is pure noise "
+                "there, so it must be T - 1.")
+        if len(asked) != S:
+            raise Wrong(
+                f"in {S} steps the network was asked {len(asked)} times: once for each timestep of "
+                "schedule.timesteps(steps).")
         def strides(d): return [(t, max(t - d, -1)) for t in ts]
-        others = {f"not repaired yet: right for 50 steps, but after {S} the values are spread too widely, as in the figure.": _walk(schedule, x_T, strides(T // S), var)}
+        others = {
+            f"not repaired yet: right for 50 steps, but after {S} the values are spread too widely, as in "
+            "the figure.": _walk(schedule, x_T, strides(T // S), var)}
         for d in {round(T / S), math.ceil(T / S)} - {T // S}:
             (t, n), look = next((pair, after) for pair, after in zip(strides(d), ts[1:]) if pair[1] != after)
-            others[f"in {S} steps, one step of yours goes from {t} to {n}, but the next looks at timestep {look}: no single stride fits them all."] = _walk(schedule, x_T, strides(d), var)
-        others |= {"the walk now ends at timestep 0, and a trace of noise stays: the last step ends at the clean end, -1.": _walk(schedule, x_T, pairs[:-1] + [(ts[-1], 0)], var)}
+            others[
+                f"in {S} steps, one step of yours goes from {t} to {n}, but the next looks at timestep "
+                f"{look}: no single stride fits them all."
+            ] = _walk(schedule, x_T, strides(d), var)
+        others |= {
+            "the walk now ends at timestep 0, and a trace of noise stays: the last step ends at the clean "
+            "end, -1.": _walk(schedule, x_T, pairs[:-1] + [(ts[-1], 0)], var)}
         same(got, _walk(schedule, x_T, pairs, var), f"the end of {S} steps", others=others, atol=1e-4)

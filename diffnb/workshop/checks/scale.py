@@ -21,12 +21,17 @@ def check_conv_flops(answer):
             torch.nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)(torch.zeros(1, c_in, size, size))
         right = counter.get_total_flops()
         got = answer(c_in, c_out, kernel, size, stride)
-        same(int(got) if isinstance(got, float) and got.is_integer() else got, right, f"the work for {c_in} to {c_out} channels, kernel {kernel}, size {size}, stride {stride},", {
-            "half the work is missing: each product is also added to a sum, and both count.": right // 2,
-            "the kernel is a square: its side counts twice.": right // kernel,
-            "stride 2 halves the output in both directions, so a quarter of the positions is left.": right * stride,
-            "the stride was left out: the convolution skips positions, and what is skipped costs nothing.": right * stride ** 2,
-            "each output channel needs a sum over the input channels, so both numbers are factors.": right // c_in}, atol=0.5)
+        same(
+            int(got) if isinstance(got, float) and got.is_integer() else got, right,
+            f"the work for {c_in} to {c_out} channels, kernel {kernel}, size {size}, stride {stride},",
+            {
+                "half the work is missing: each product is also added to a sum, and both count.": right // 2,
+                "the kernel is a square: its side counts twice.": right // kernel,
+                "stride 2 halves the output in both directions, so a quarter of the positions is left.": right * stride,
+                "the stride was left out: the convolution skips positions, and what is skipped costs nothing.": right
+                * stride**2,
+                "each output channel needs a sum over the input channels, so both numbers are factors.": right // c_in},
+            atol=0.5)
 
 # %% ../../../nbs/workshop/checks/13_scale.ipynb #c009
 @exercise("13.2", "Will it fit?", minutes=10, level=2)
@@ -34,26 +39,36 @@ def check_memory(answer):
     p, kept, grad_accum_steps = _draw(10**6, 10**7), _draw(10**5, 10**6), _draw(2, 4)
     batch = grad_accum_steps * _draw(3, 9)
     at_work = batch // grad_accum_steps * kept
-    same(float(answer(p, kept, batch, grad_accum_steps)), 20.0 * p + at_work, "the memory", {
-        "one set is missing: weights, gradients, EMA, and two moments of Adam are five.": 16.0 * p + at_work,
-        "two sets are missing: weights, gradients, EMA, and two moments of Adam are five.": 12.0 * p + at_work,
-        "a float32 number takes four bytes, and you counted one for each.": 5.0 * p + at_work,
-        "the whole batch is held at once in your answer; the parts are worked on one after the other.": 20.0 * p + batch * kept,
-        "the weights are not divided by grad_accum_steps: only the images at work are.": (20.0 * p + batch * kept) / grad_accum_steps,
-        "what is put aside is counted for one image only.": 20.0 * p + kept}, atol=1)
+    same(
+        float(answer(p, kept, batch, grad_accum_steps)), 20.0 * p + at_work, "the memory",
+        {
+            "one set is missing: weights, gradients, EMA, and two moments of Adam are five.": 16.0 * p + at_work,
+            "two sets are missing: weights, gradients, EMA, and two moments of Adam are five.": 12.0 * p + at_work,
+            "a float32 number takes four bytes, and you counted one for each.": 5.0 * p + at_work,
+            "the whole batch is held at once in your answer; the parts are worked on one after the other.": 20.0 * p
+            + batch * kept,
+            "the weights are not divided by grad_accum_steps: only the images at work are.": (20.0 * p + batch * kept)
+            / grad_accum_steps, "what is put aside is counted for one image only.": 20.0 * p + kept},
+        atol=1)
 
 # %% ../../../nbs/workshop/checks/13_scale.ipynb #c012
 @exercise("13.3", "Ranks of unequal size", minutes=10, level=2)
 def check_mean_gradient(answer):
     sizes = torch.tensor([13, 7, 11, 3])[torch.randperm(4, generator=fresh())]
-    images = torch.randn(int(sizes.sum()), 6, generator=fresh(), dtype=torch.float64)          # the gradient of each image
+    images = torch.randn(int(sizes.sum()), 6, generator=fresh(), dtype=torch.float64)  # the gradient of each image
     parts = torch.stack([part.mean(0) for part in images.split(sizes.tolist())])
-    same(answer(parts, sizes), images.mean(0), "the gradient", {
-        "you took the mean over ranks: an image on a small rank then counts more than one on a large rank.": parts.mean(0),
-        "you added the ranks' gradients: each is a mean already, so the sum is too large.": parts.sum(0),
-        "the sums are right, but then divide by the number of images, not by the number of ranks.": (sizes[:, None] * parts).sum(0) / 4,
-        "these are sums over all images; the mean is asked for.": (sizes[:, None] * parts).sum(0),
-        "the weights are the wrong way round: a rank with more images should count more.": (parts / sizes[:, None]).sum(0) / (1 / sizes).sum()})
+    same(
+        answer(parts, sizes), images.mean(0), "the gradient",
+        {
+            "you took the mean over ranks: an image on a small rank then counts more than one on a large rank.": parts.mean(
+                0),
+            "you added the ranks' gradients: each is a mean already, so the sum is too large.": parts.sum(0),
+            "the sums are right, but then divide by the number of images, not by the number of ranks.": (
+                sizes[:, None] * parts).sum(0)
+            / 4, "these are sums over all images; the mean is asked for.": (sizes[:, None] * parts).sum(0),
+            "the weights are the wrong way round: a rank with more images should count more.": (
+                parts / sizes[:, None]).sum(0)
+            / (1 / sizes).sum()})
 
 # %% ../../../nbs/workshop/checks/13_scale.ipynb #c014
 @exercise("13.4", "Debug this: four ranks, one noise", minutes=15, level=2)
@@ -61,22 +76,45 @@ def check_share(answer):
     x0, seed, step = torch.randn(12, 1, 3, 3, generator=fresh()), _draw(0, 10**6), _draw(0, 10**6)
     alone, noise = answer(x0, seed, step, 0, 1)
     same(alone, x0, "the images of a single rank")
-    if noise.equal(answer(x0, seed, step + 1, 0, 1)[1]): raise Wrong("two steps get the same noise: it must depend on (seed, step).")
-    if noise.equal(answer(x0, seed + 1, step, 0, 1)[1]): raise Wrong("two seeds give the same noise: it must depend on (seed, step).")
-    if any(noise.equal(answer(x0, *other, 0, 1)[1]) for other in ((seed + 1, step - 1), (seed - 1, step + 1), (step, seed))): raise Wrong("another seed at another step gives the same noise: seed and step were mixed into one number. Hash them as a pair.")
+    if noise.equal(answer(x0, seed, step + 1, 0, 1)[1]):
+        raise Wrong("two steps get the same noise: it must depend on (seed, step).")
+    if noise.equal(answer(x0, seed + 1, step, 0, 1)[1]):
+        raise Wrong("two seeds give the same noise: it must depend on (seed, step).")
+    if any(
+        noise.equal(answer(x0, *other, 0, 1)[1]) for other in ((seed + 1, step - 1), (seed - 1, step + 1), (step, seed))
+    ):
+        raise Wrong(
+            "another seed at another step gives the same noise: seed and step were mixed into one number. "
+            "Hash them as a pair.")
     state = torch.get_rng_state()
-    if not noise.equal(answer(x0, seed, step, 0, 1)[1]): raise Wrong("the same step asked for twice gives two noises: a resumed run would not repeat itself.")
-    if not state.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator: give randn one of its own, from (seed, step).")
+    if not noise.equal(answer(x0, seed, step, 0, 1)[1]):
+        raise Wrong("the same step asked for twice gives two noises: a resumed run would not repeat itself.")
+    if not state.equal(torch.get_rng_state()):
+        raise Wrong("your function uses PyTorch's global generator: give randn one of its own, from (seed, step).")
     many = answer(torch.zeros(4000, 1, 3, 3), seed, step, 0, 1)[1]
-    if abs(many.mean()) > 0.05 or abs(many.std() - 1) > 0.05: raise Wrong(f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 were expected: is it `randn`?")
+    if abs(many.mean()) > 0.05 or abs(many.std() - 1) > 0.05:
+        raise Wrong(
+            f"the noise has mean {many.mean():.2f} and standard deviation {many.std():.2f} where 0 and 1 "
+            "were expected: is it `randn`?")
     for world in (2, 4):
         images, noises = zip(*(answer(x0, seed, step, rank, world) for rank in range(world)))
         if any(a.shape[0] * world != 12 for a in (*images, *noises)):
-            raise Wrong(f"with {world} ranks and 12 images each should get {12 // world}; one got {images[0].shape[0]} images and {noises[0].shape[0]} noises.")
+            raise Wrong(
+                f"with {world} ranks and 12 images each should get {12 // world}; one got "
+                f"{images[0].shape[0]} images and {noises[0].shape[0]} noises.")
         if all(n.equal(noises[0]) for n in noises):
-            raise Wrong(f"all {world} ranks use the same noise: what they learn from it, one of them would have learned.")
+            raise Wrong(
+                f"all {world} ranks use the same noise: what they learn from it, one of them would have learned.")
         same(torch.cat(images), x0, f"the images of {world} ranks, one after the other,")
         got = torch.cat(noises)
-        if got.shape == noise.shape and sorted(got.flatten().tolist()) == sorted(noise.flatten().tolist()) and not got.equal(noise):
-            raise Wrong("the noise is that of a single rank in another order: image and noise must be taken from the same places.")
-        if not got.equal(noise): raise Wrong(f"{world} ranks use other noise than one rank alone: then the result depends on how many GPUs you have.")
+        if (
+            got.shape == noise.shape
+            and sorted(got.flatten().tolist()) == sorted(noise.flatten().tolist())
+            and not got.equal(noise)):
+            raise Wrong(
+                "the noise is that of a single rank in another order: image and noise must be taken from "
+                "the same places.")
+        if not got.equal(noise):
+            raise Wrong(
+                f"{world} ranks use other noise than one rank alone: then the result depends on how many GPUs you have."
+            )

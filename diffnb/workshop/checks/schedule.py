@@ -19,16 +19,24 @@ from ..check import exercise, fresh, same, Wrong
 def check_add_noise(answer):
     got = answer(torch.zeros(32, 1, 32, 32), torch.randn(32, 1, 32, 32, generator=fresh()), torch.full((32,), 0.75))
     if torch.is_tensor(got) and got.shape == (32, 1, 32, 32) and abs(got.std() - 0.25) < 0.02:
-        raise Wrong(f"on grey images your noise has standard deviation {got.std():.2f} where 0.50 was expected: did you use the variance, 1 - alpha_bar?")
+        raise Wrong(
+            f"on grey images your noise has standard deviation {got.std():.2f} where 0.50 was expected: "
+            "did you use the variance, 1 - alpha_bar?")
     x0, noise = torch.rand(6, 3, 6, 6, generator=fresh()) * 2 - 1, torch.randn(6, 3, 6, 6, generator=fresh())
     alpha_bar = 0.1 + 0.8 * torch.rand(6, generator=fresh())
     x, n, ab = x0.double(), noise.double(), alpha_bar.double().view(-1, 1, 1, 1)
     wide = ab.view(1, 1, 1, -1)
-    same(answer(x0, noise, alpha_bar), ab ** 0.5 * x + (1 - ab) ** 0.5 * n, "x_t", {
-        "your image is too dark: alpha_bar is a power, and its square root is the amplitude.": ab * x + (1 - ab) ** 0.5 * n,
-        "image and noise have changed places: alpha_bar is how much of the image is left.": (1 - ab) ** 0.5 * x + ab ** 0.5 * n,
-        "your noise is too weak: 1 - sqrt(alpha_bar) keeps the amplitudes' sum at 1, but it is the powers that add up to 1.": ab ** 0.5 * x + (1 - ab ** 0.5) * n,
-        "each column of pixels got a noise level of its own, where each image should have one: alpha_bar needs the shape (B, 1, 1, 1).": wide ** 0.5 * x + (1 - wide) ** 0.5 * n})
+    same(
+        answer(x0, noise, alpha_bar), ab**0.5 * x + (1 - ab) ** 0.5 * n, "x_t",
+        {
+            "your image is too dark: alpha_bar is a power, and its square root is the amplitude.": ab * x
+            + (1 - ab) ** 0.5 * n,
+            "image and noise have changed places: alpha_bar is how much of the image is left.": (1 - ab) ** 0.5 * x
+            + ab**0.5 * n,
+            "your noise is too weak: 1 - sqrt(alpha_bar) keeps the amplitudes' sum at 1, but it is the powers "
+            "that add up to 1.": ab**0.5 * x + (1 - ab**0.5) * n,
+            "each column of pixels got a noise level of its own, where each image should have one: alpha_bar "
+            "needs the shape (B, 1, 1, 1).": wide**0.5 * x + (1 - wide) ** 0.5 * n})
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c009
 def _posterior(x0, x_t, before, now): # E(x_{t-1} | x_t, x0), with the power before and after the step
@@ -48,17 +56,26 @@ def check_posterior_mean(answer):
         alpha = now / before
         wrapped = ab[-1].item()
         others = {
-            "you stepped to x0 alone: x_t knows something about x_{t-1} too, and needs a coefficient of its own.": before ** 0.5 * x,
+            "you stepped to x0 alone: x_t knows something about x_{t-1} too, and needs a coefficient of "
+            "its own.": before**0.5 * x,
             "the coefficients of x0 and x_t have changed places.": _posterior(y, x, before, now),
-            "a square root of alpha_bar where alpha was needed: alpha = alpha_bar[t] / alpha_bar[t-1] belongs to this one step, alpha_bar to all steps so far.":
-                (before ** 0.5 * (1 - alpha) * x + now ** 0.5 * (1 - before) * y) / (1 - now),
-            "the coefficient of x0 needs the square root of alpha_bar of the step before, t-1, not of t.":
-                (now ** 0.5 * (1 - alpha) * x + alpha ** 0.5 * (1 - before) * y) / (1 - now),
-            "square roots are missing: the coefficients multiply amplitudes.": (before * (1 - alpha) * x + alpha * (1 - before) * y) / (1 - now)}
-        if t == 0: others = {
-            "at t=0 you used alpha_bar[-1], which in Python is the last entry, not the one before the first: there alpha_bar is 1, and the mean is x0.":
-                (wrapped ** 0.5 * (1 - now / wrapped) * x + (now / wrapped) ** 0.5 * (1 - wrapped) * y) / (1 - now),
-            "at t=0 you returned x_t: the step before the first is the clean image itself.": y}
+            "a square root of alpha_bar where alpha was needed: alpha = alpha_bar[t] / alpha_bar[t-1] "
+            "belongs to this one step, alpha_bar to all steps so far.": (
+                before**0.5 * (1 - alpha) * x + now**0.5 * (1 - before) * y)
+            / (1 - now),
+            "the coefficient of x0 needs the square root of alpha_bar of the step before, t-1, not of t.": (
+                now**0.5 * (1 - alpha) * x + alpha**0.5 * (1 - before) * y)
+            / (1 - now),
+            "square roots are missing: the coefficients multiply amplitudes.": (
+                before * (1 - alpha) * x + alpha * (1 - before) * y)
+            / (1 - now)}
+        if t == 0:
+            others = {
+                "at t=0 you used alpha_bar[-1], which in Python is the last entry, not the one before the "
+                "first: there alpha_bar is 1, and the mean is x0.": (
+                    wrapped**0.5 * (1 - now / wrapped) * x + (now / wrapped) ** 0.5 * (1 - wrapped) * y)
+                / (1 - now),
+                "at t=0 you returned x_t: the step before the first is the clean image itself.": y}
         same(answer(x0, x_t, t, ab), _posterior(x, y, before, now), f"the mean at t={t}", others)
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c012
@@ -69,15 +86,20 @@ def check_eps_to_v(answer):
     a, s = (p.sqrt().view(-1, 1, 1, 1) for p in (alpha_bar, 1 - alpha_bar))
     x_t = a * x0 + s * eps
     got = answer(x_t.float(), eps.float(), alpha_bar.float())
-    same(got, (a * eps - s * x0).float(), "v", {
-        "that is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_t: the formula of v has the clean image in it, not x_t.": a * eps - s * x_t,
-        "the sign is turned: v is the noise at the clean end, and the negative image at the noisy one.": s * x0 - a * eps,
-        "that is x0, a station on the way: v still has to be put together from it.": x0,
-        "noise and image have changed places: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.": a * x0 - s * eps,
-        "a plus where a minus belongs: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.": a * eps + s * x0,
-        "each column of pixels got a noise level of its own, where each image should have one: alpha_bar needs the shape (B, 1, 1, 1).":
-            (eps - s.view(-1) * x_t) / a.view(-1),
-        "alpha_bar without its square root: it is a power, and amplitudes are needed.": a * a * eps - s * s * (x_t - s * s * eps) / (a * a)}, atol=1e-4)
+    same(
+        got, (a * eps - s * x0).float(), "v",
+        {
+            "that is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_t: the formula of v has the clean image in "
+            "it, not x_t.": a * eps - s * x_t,
+            "the sign is turned: v is the noise at the clean end, and the negative image at the noisy one.": s * x0
+            - a * eps, "that is x0, a station on the way: v still has to be put together from it.": x0,
+            "noise and image have changed places: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.": a * x0 - s * eps,
+            "a plus where a minus belongs: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.": a * eps + s * x0,
+            "each column of pixels got a noise level of its own, where each image should have one: alpha_bar "
+            "needs the shape (B, 1, 1, 1).": (eps - s.view(-1) * x_t) / a.view(-1),
+            "alpha_bar without its square root: it is a power, and amplitudes are needed.": a * a * eps
+            - s * s * (x_t - s * s * eps) / (a * a)},
+        atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c015
 @exercise("2.4", "A sampler's timesteps", minutes=10, level=2)
@@ -85,24 +107,41 @@ def check_trailing(answer):
     some = torch.randint(3, 300, (4,), generator=fresh()).tolist()
     for T, S in ((1000, 10), (1000, 30), (1000, 61), (10, 10), (1000, 1), *((1000, s) for s in some)):
         got = answer(T, S)
-        if got is None: raise Wrong("the result is None: does your function end with `return`?")
+        if got is None:
+            raise Wrong("the result is None: does your function end with `return`?")
         got = got.tolist() if hasattr(got, "tolist") else list(got)
         call = f"T={T}, steps={S}"
-        if not got: raise Wrong(f"{call}: the list is empty.")
-        if any(int(t) != t for t in got): raise Wrong(f"{call}: {got[0]} ... are no integers.")
+        if not got:
+            raise Wrong(f"{call}: the list is empty.")
+        if any(int(t) != t for t in got):
+            raise Wrong(f"{call}: {got[0]} ... are no integers.")
         if got == list(range(0, T, T // S))[::-1][:len(got)] and got[:1] != [T - 1]:
-            raise Wrong(f"{call}: this is leading spacing. It starts at {got[0]}, where the network expects some image left, and gets pure noise.")
-        if len(got) != S: raise Wrong(f"{call}: {len(got)} timesteps where {S} were expected. T / steps need not be a whole number: do not round it, and count the steps, not the distance.")
-        if got[::-1] == sorted(got[::-1], reverse=True) and S > 1: raise Wrong(f"{call}: the list rises, but a sampler goes from noise to image: begin with {T - 1}.")
-        if got[0] == T: raise Wrong(f"{call}: your list starts at {T}, but the timesteps are 0 to {T - 1}.")
-        if got[-1] < 0: raise Wrong(f"{call}: your list ends at {got[-1]}; 0 is the lowest timestep. The clean end is where the last step goes to, not one more timestep.")
+            raise Wrong(
+                f"{call}: this is leading spacing. It starts at {got[0]}, where the network expects some "
+                "image left, and gets pure noise.")
+        if len(got) != S:
+            raise Wrong(
+                f"{call}: {len(got)} timesteps where {S} were expected. T / steps need not be a whole "
+                "number: do not round it, and count the steps, not the distance.")
+        if got[::-1] == sorted(got[::-1], reverse=True) and S > 1:
+            raise Wrong(f"{call}: the list rises, but a sampler goes from noise to image: begin with {T - 1}.")
+        if got[0] == T:
+            raise Wrong(f"{call}: your list starts at {T}, but the timesteps are 0 to {T - 1}.")
+        if got[-1] < 0:
+            raise Wrong(
+                f"{call}: your list ends at {got[-1]}; 0 is the lowest timestep. The clean end is where "
+                "the last step goes to, not one more timestep.")
         if S > 1 and got == [round((T - 1) * Fraction(j, S - 1)) for j in reversed(range(S))] and S != T:
-            raise Wrong(f"{call}: this is linspace, from {T - 1} to 0 with both ends. Trailing keeps the distance T / steps, and so ends above 0.")
+            raise Wrong(
+                f"{call}: this is linspace, from {T - 1} to 0 with both ends. Trailing keeps the distance "
+                "T / steps, and so ends above 0.")
         off = [(i, t) for i, t in enumerate(got) if abs(t + 1 - Fraction(T * (S - i), S)) > Fraction(1, 2)]
         if off:
             i, t = off[0]
             if all(t == T * (S - i) // S - 1 for i, t in off):
-                raise Wrong(f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, was expected: you cut off the fraction.")
+                raise Wrong(
+                    f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, "
+                    "was expected: you cut off the fraction.")
             raise Wrong(f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, was expected; {len(off)} of {S} are off. "
                         "Round each place on its own: steps of a rounded distance drift away.")
 
@@ -113,16 +152,25 @@ def check_shift(answer):
     for scale in (4.0, 0.5):
         shifted = lambda change: torch.sigmoid(torch.log(ab / (1 - ab)) + change)         # a sigmoid undoes log SNR
         log = float(np.log(scale))
-        same(answer(ab.clone(), scale), shifted(-2 * log), "the new alpha_bar", {
-            "you divided the SNR by the scale: twice the side is four times the pixels, so it is the square.": shifted(-log),
-            "you multiplied the SNR: larger images can be averaged over more pixels and look clearer, so they need *more* noise.": shifted(2 * log),
-            "you divided alpha_bar itself: it is the ratio alpha_bar / (1 - alpha_bar) that is divided, and then turned back into an alpha_bar.": ab / scale ** 2,
-            "that is the new SNR: turn it back into an alpha_bar, which lies between 0 and 1.": ab / (1 - ab) / scale ** 2}, atol=1e-7)
+        same(
+            answer(ab.clone(), scale), shifted(-2 * log), "the new alpha_bar",
+            {
+                "you divided the SNR by the scale: twice the side is four times the pixels, so it is the "
+                "square.": shifted(-log),
+                "you multiplied the SNR: larger images can be averaged over more pixels and look clearer, so "
+                "they need *more* noise.": shifted(2 * log),
+                "you divided alpha_bar itself: it is the ratio alpha_bar / (1 - alpha_bar) that is divided, "
+                "and then turned back into an alpha_bar.": ab / scale**2,
+                "that is the new SNR: turn it back into an alpha_bar, which lies between 0 and 1.": ab
+                / (1 - ab)
+                / scale**2},
+            atol=1e-7)
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c021
 def _wiener_error(C, ab): # error per pixel of the best linear estimate of the noise, for covariance C
     a2, s2 = ab, 1 - ab
-    left = C - a2 * C @ torch.linalg.solve(a2 * C + s2 * torch.eye(len(C), dtype=C.dtype), C)     # covariance of x0 given x_t
+    # covariance of x0 given x_t
+    left = C - a2 * C @ torch.linalg.solve(a2 * C + s2 * torch.eye(len(C), dtype=C.dtype), C)
     return (a2 / s2 * left.trace() / len(C)).item()
 
 def _floors(): # images, alpha_bar, the right floor, and what known mistakes would give
@@ -132,51 +180,80 @@ def _floors(): # images, alpha_bar, the right floor, and what known mistakes wou
     C, raw = x.T @ x / len(x), images.T @ images / len(images)
     of = lambda variance: (ab * variance / (ab * variance + 1 - ab)).mean().item()
     lam = torch.linalg.eigvalsh(C)
-    return images, ab, _wiener_error(C, ab), {
-        "you forgot to subtract the mean image: its size is no variance.": of(torch.linalg.eigvalsh(raw)),
-        "you took the variance of each pixel: pixels that vary together help each other, so the variances along the principal directions are needed, the eigenvalues of the covariance.": of(C.diagonal()),
-        "you took the covariance between images, (N, N), where that between pixels was needed, (D, D): transpose, because torch.cov wants a row for each pixel.":
-            of(torch.linalg.eigvalsh(torch.cov(images)).clamp(min=0)),
-        "you took the error of x0; in eps it is alpha_bar / (1 - alpha_bar) times that.": ((1 - ab) * lam / (ab * lam + 1 - ab)).mean().item(),
-        "you took the error of v, which has no alpha_bar above the line.": (lam / (ab * lam + 1 - ab)).mean().item(),
-        "you summed over the directions: the loss is a mean per pixel.": of(lam) * len(lam),
-        "your variances are too large: singular values of the images, squared, still have to be divided by their number.": of(lam * len(x)),
-        "you used standard deviations: eigenvalues of the covariance are variances already.": of(lam.clamp(min=0).sqrt())}
+    return (
+        images, ab, _wiener_error(C, ab),
+        {
+            "you forgot to subtract the mean image: its size is no variance.": of(torch.linalg.eigvalsh(raw)),
+            "you took the variance of each pixel: pixels that vary together help each other, so the variances "
+            "along the principal directions are needed, the eigenvalues of the covariance.": of(C.diagonal()),
+            "you took the covariance between images, (N, N), where that between pixels was needed, (D, D): "
+            "transpose, because torch.cov wants a row for each pixel.": of(
+                torch.linalg.eigvalsh(torch.cov(images)).clamp(min=0)),
+            "you took the error of x0; in eps it is alpha_bar / (1 - alpha_bar) times that.": (
+                (1 - ab) * lam / (ab * lam + 1 - ab))
+            .mean()
+            .item(),
+            "you took the error of v, which has no alpha_bar above the line.": (lam / (ab * lam + 1 - ab))
+            .mean()
+            .item(), "you summed over the directions: the loss is a mean per pixel.": of(lam) * len(lam),
+            "your variances are too large: singular values of the images, squared, still have to be divided by "
+            "their number.": of(lam * len(x)),
+            "you used standard deviations: eigenvalues of the covariance are variances already.": of(
+                lam.clamp(min=0).sqrt())})
 
 @exercise("2.6", "How low can the loss go?", minutes=15, level=3)
 def check_floor(answer):
     for _ in range(1000):                       # until no two of the numbers lie close together
         images, ab, want, others = _floors()
         values = np.sort([want, *others.values()])
-        if (values[1:] / values[:-1]).min() > 1.03: break
+        if (values[1:] / values[:-1]).min() > 1.03:
+            break
     got = answer(images, ab)
-    if torch.is_tensor(got) and got.numel() == 1: got = got.item()
+    if torch.is_tensor(got) and got.numel() == 1:
+        got = got.item()
     if isinstance(got, (int, float, np.number)):
         close = lambda value: abs(got / value - 1) < 0.01       # the covariance divided by N or by N - 1
-        if close(want): return
+        if close(want):
+            return
         for message, value in others.items():
-            if close(value): raise Wrong(message)
+            if close(value):
+                raise Wrong(message)
     same(got, want, "the floor")
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c024
 @exercise("2.7", "Debug this: the digit that would not go away", minutes=10, level=2)
 def check_short_schedule(answer):
-    power = lambda u: np.exp(-(1e-4 * 1000 * u + 0.0199 * 1000 * u ** 2 / 2))        # of the linear schedule, u of its way
+    power = lambda u: np.exp(-(1e-4 * 1000 * u + 0.0199 * 1000 * u ** 2 / 2))  # of the linear schedule, u of its way
     for T in (1000, 100, 50, 300, 700):
         got = answer(T)
-        if not torch.is_tensor(got) or got.shape != (T,): same(got, torch.zeros(T, dtype=torch.float64), f"alpha_bar for T={T}")
+        if not torch.is_tensor(got) or got.shape != (T,):
+            same(got, torch.zeros(T, dtype=torch.float64), f"alpha_bar for T={T}")
         got = got.double()
         if not (got.diff() < 0).all() or got.min() < 0 or got.max() >= 1:
-            raise Wrong(f"T={T}: alpha_bar should fall from step to step, between 1 and 0; yours runs from {got[0]:.3g} to {got[-1]:.3g}.")
+            raise Wrong(
+                f"T={T}: alpha_bar should fall from step to step, between 1 and 0; yours runs from "
+                f"{got[0]:.3g} to {got[-1]:.3g}.")
         end = got[-1].item()
         if T == 1000 and end > 0.01:
-            raise Wrong(f"for T=1000 the schedule was right as it stood, and now {end ** 0.5:.0%} of the amplitude is left at the end"
-                        + (": you lost the product over all steps so far." if end > 0.9 else "."))
-        if end > 0.5: raise Wrong(f"T={T}: now {end ** 0.5:.0%} of the digit's amplitude is left at the end, more than before: fewer steps must each take *more*.")
+            raise Wrong(
+                (
+                    f"for T=1000 the schedule was right as it stood, and now {end**0.5:.0%} of the amplitude "
+                    "is left at the end")
+                + (": you lost the product over all steps so far." if end > 0.9 else "."))
+        if end > 0.5:
+            raise Wrong(
+                f"T={T}: now {end**0.5:.0%} of the digit's amplitude is left at the end, more than "
+                "before: fewer steps must each take *more*.")
         if end > 0.01:
             raise Wrong(f"T={T}: at the end {end ** 0.5:.0%} of the digit's amplitude is still there, where a sampler begins with pure noise. "
                         "How large must each beta be if there are fewer of them?")
         half = got[T // 2 - 1].item()
         if abs(half - power(0.5)) > 0.04:
-            raise Wrong(f"T={T}: the digit does go away, but half-way {half:.2f} of its power is left where {power(0.5):.2f} was expected: the curve should be the same for every T, so all betas need the same factor.")
-        if T == 1000: same(got[::333], torch.tensor([power((i + 1) / 1000) for i in (0, 333, 666, 999)]), "alpha_bar for T=1000", atol=2e-3)
+            raise Wrong(
+                f"T={T}: the digit does go away, but half-way {half:.2f} of its power is left where "
+                f"{power(0.5):.2f} was expected: the curve should be the same for every T, so all betas "
+                "need the same factor.")
+        if T == 1000:
+            same(
+                got[::333], torch.tensor([power((i + 1) / 1000) for i in (0, 333, 666, 999)]), "alpha_bar for T=1000",
+                atol=2e-3)

@@ -20,27 +20,43 @@ def average(answer):
     cases = [(0, 0.9999), (3, 0.9999), (90, 0.99), (40, 0.5), (5000, 0.99)]
     old, new = ([[torch.randn(s, generator=g) for s in ((2, 3), (4,))] for _ in cases] for _ in range(2))
     def flat(tensors): return torch.cat([x.reshape(-1) for x in tensors])
-    def mix(decay): return torch.cat([d * flat(a).double() + (1 - d) * flat(w).double() for (n, top), a, w in zip(cases, old, new)
-                                      for d in [decay(n, top)]]).float()
+    def mix(decay):
+        return torch.cat([d * flat(a).double() + (1 - d) * flat(w).double() for (n, top), a, w in zip(cases, old, new)
+                          for d in [decay(n, top)]]).float()
     got = []
     for (n, top), a, w in zip(cases, old, new):
         a2, w2 = copy.deepcopy(a), copy.deepcopy(w)
         made = answer(a2, w2, n, top)
         if not isinstance(made, (list, tuple)) or len(made) != 2 or not all(torch.is_tensor(m) for m in made):
-            what = f"a {type(made).__name__}" + (f" of {len(made)}" if isinstance(made, (list, tuple)) else "") if made is not None else "nothing: is there a `return` at the end?"
-            raise Wrong(f"you returned {what}, where a list with a tensor for each of the 2 tensors of `average` was expected.")
-        for m, x in zip(made, a): same(m.detach(), m if m.shape == x.shape else x, "a tensor of the average")
-        if not flat(w2).equal(flat(w)): raise Wrong("your function changed the weights of the model: the average must leave them alone.")
-        if not flat(a2).equal(flat(a)): raise Wrong("your function changed `average` in place: make new tensors, as the task says.")
+            what = (
+                f"a {type(made).__name__}" + (f" of {len(made)}" if isinstance(made, (list, tuple)) else "")
+                if made is not None
+                else "nothing: is there a `return` at the end?")
+            raise Wrong(
+                f"you returned {what}, where a list with a tensor for each of the 2 tensors of `average` was expected.")
+        for m, x in zip(made, a):
+            same(m.detach(), m if m.shape == x.shape else x, "a tensor of the average")
+        if not flat(w2).equal(flat(w)):
+            raise Wrong("your function changed the weights of the model: the average must leave them alone.")
+        if not flat(a2).equal(flat(a)):
+            raise Wrong("your function changed `average` in place: make new tensors, as the task says.")
         got.append(flat(made))
     ramp = lambda n: (1 + n) / (10 + n)
-    same(torch.cat(got), mix(lambda n, top: min(top, ramp(n))), "the average", others={
-        "old and new are swapped: the average keeps the share `decay` of itself and takes the rest from the weights.": mix(lambda n, top: 1 - min(top, ramp(n))),
-        "your decay has no warm-up: in a short run this average is still the random start.": mix(lambda n, top: top),
-        "you take the larger of the two decays: the smaller one is the warm-up.": mix(lambda n, top: max(top, ramp(n))),
-        "your decay never stops at `decay`: take the smaller of decay and (1 + step) / (10 + step).": mix(lambda n, top: ramp(n)),
-        "your warm-up is one update ahead: in the first update step is 0 and the decay 1/10.": mix(lambda n, top: min(top, ramp(n + 1))),
-        "your warm-up begins with a decay of 0: it is (1 + step) / (10 + step), so 1/10 in the first update.": mix(lambda n, top: min(top, n / (10 + n)))})
+    same(
+        torch.cat(got), mix(lambda n, top: min(top, ramp(n))), "the average",
+        others={
+            "old and new are swapped: the average keeps the share `decay` of itself and takes the rest from "
+            "the weights.": mix(lambda n, top: 1 - min(top, ramp(n))),
+            "your decay has no warm-up: in a short run this average is still the random start.": mix(
+                lambda n, top: top),
+            "you take the larger of the two decays: the smaller one is the warm-up.": mix(
+                lambda n, top: max(top, ramp(n))),
+            "your decay never stops at `decay`: take the smaller of decay and (1 + step) / (10 + step).": mix(
+                lambda n, top: ramp(n)),
+            "your warm-up is one update ahead: in the first update step is 0 and the decay 1/10.": mix(
+                lambda n, top: min(top, ramp(n + 1))),
+            "your warm-up begins with a decay of 0: it is (1 + step) / (10 + step), so 1/10 in the first update.": mix(
+                lambda n, top: min(top, n / (10 + n)))})
 
 # %% ../../../nbs/workshop/checks/04_train.ipynb #c008
 @exercise("4.2", "A learning rate with a plateau", minutes=10, level=1)
@@ -52,46 +68,84 @@ def plateau(answer):
     up, down = lambda s: (s + 1) / warm, lambda s: (total - s) / cool
     start = total - cool
     rates = [answer(s, total, peak, warm, cool) for s in range(total)]
-    if None in rates: raise Wrong(f"you returned nothing in step {rates.index(None)} of {total} (warmup {warm}, cooldown {cool}): a `return` is missing.")
-    same(rates, curve(lambda s: min(1, up(s), down(s))), f"the curve of rates (total {total}, peak {peak:.3f}, warmup {warm}, cooldown {cool})", others={
-        "your rates do not depend on peak: multiply by it.": torch.tensor(curve(lambda s: min(1, up(s), down(s)))) / peak,
-        "you take the larger of rise and fall: the smaller one holds, and never more than the peak.": curve(lambda s: max(up(s), down(s))),
-        "you take the larger of rise and fall: the smaller one holds.": curve(lambda s: min(1, max(up(s), down(s)))),
-        "your rate goes beyond the peak: between warm-up and cooldown it stays there.": curve(lambda s: min(up(s), down(s))),
-        "your first step has learning rate 0 and is wasted: the rate in step 0 is peak / warmup.": curve(lambda s: min(1, s / warm, down(s))),
-        "your last step has learning rate 0 and is wasted: the rate in step total - 1 is peak / cooldown.": curve(lambda s: min(1, up(s), down(s + 1))),
-        "your first and last step have learning rate 0 and are wasted.": curve(lambda s: min(1, s / warm, down(s + 1))),
-        "your rate begins to fall right after the warm-up: it stays at the peak until the last `cooldown` steps.":
-            curve(lambda s: min(up(s), (total - s) / (total - warm)) if s >= warm else up(s)),
-        "your rate falls from step `cooldown` on: it should fall in the *last* `cooldown` steps.": curve(lambda s: min(1, up(s), max(0, 2 - s / cool))),
-        "your rate falls as a cosine: here it falls in a straight line.":
-            curve(lambda s: min(1, up(s)) if s < start else 0.5 * (1 + math.cos(math.pi * (s - start) / cool))),
-        "your rate does not fall at the end.": curve(lambda s: min(1, up(s))),
-        "your rate has no warm-up.": curve(lambda s: min(1, down(s)))})
+    if None in rates:
+        raise Wrong(
+            f"you returned nothing in step {rates.index(None)} of {total} (warmup {warm}, cooldown "
+            f"{cool}): a `return` is missing.")
+    same(
+        rates, curve(lambda s: min(1, up(s), down(s))),
+        f"the curve of rates (total {total}, peak {peak:.3f}, warmup {warm}, cooldown {cool})",
+        others={
+            "your rates do not depend on peak: multiply by it.": torch.tensor(curve(lambda s: min(1, up(s), down(s))))
+            / peak,
+            "you take the larger of rise and fall: the smaller one holds, and never more than the peak.": curve(
+                lambda s: max(up(s), down(s))),
+            "you take the larger of rise and fall: the smaller one holds.": curve(
+                lambda s: min(1, max(up(s), down(s)))),
+            "your rate goes beyond the peak: between warm-up and cooldown it stays there.": curve(
+                lambda s: min(up(s), down(s))),
+            "your first step has learning rate 0 and is wasted: the rate in step 0 is peak / warmup.": curve(
+                lambda s: min(1, s / warm, down(s))),
+            "your last step has learning rate 0 and is wasted: the rate in step total - 1 is peak / cooldown.": curve(
+                lambda s: min(1, up(s), down(s + 1))),
+            "your first and last step have learning rate 0 and are wasted.": curve(
+                lambda s: min(1, s / warm, down(s + 1))),
+            "your rate begins to fall right after the warm-up: it stays at the peak until the last `cooldown` "
+            "steps.": curve(lambda s: min(up(s), (total - s) / (total - warm)) if s >= warm else up(s)),
+            "your rate falls from step `cooldown` on: it should fall in the *last* `cooldown` steps.": curve(
+                lambda s: min(1, up(s), max(0, 2 - s / cool))),
+            "your rate falls as a cosine: here it falls in a straight line.": curve(
+                lambda s: min(1, up(s)) if s < start else 0.5 * (1 + math.cos(math.pi * (s - start) / cool))),
+            "your rate does not fall at the end.": curve(lambda s: min(1, up(s))),
+            "your rate has no warm-up.": curve(lambda s: min(1, down(s)))})
 
 # %% ../../../nbs/workshop/checks/04_train.ipynb #c011
 @exercise("4.3", "Forgetting labels", minutes=5, level=1)
 def forget(answer):
     y, p, seed = torch.randint(10, (5000,), generator=fresh()), 0.15, int(torch.randint(10**6, (), generator=fresh()))
     def call(seed, given): return answer(given, p, 10, torch.Generator().manual_seed(seed))
-    given = y.clone(); out = call(seed, given)
-    if not given.equal(y): raise Wrong("your function changed the labels it was given: return a new tensor, or the data itself forgets them.")
-    same(out, out if torch.is_tensor(out) and out.shape == y.shape and out.dtype == y.dtype else y, "the tensor of labels")
+    given = y.clone()
+    out = call(seed, given)
+    if not given.equal(y):
+        raise Wrong(
+            "your function changed the labels it was given: return a new tensor, or the data itself forgets them.")
+    same(
+        out, out if torch.is_tensor(out) and out.shape == y.shape and out.dtype == y.dtype else y,
+        "the tensor of labels")
     gone, other = (out == 10), (out != y) & (out != 10)
-    if other.any(): raise Wrong(f"a label {y[other][0]} became {out[other][0]}: each label stays as it is or becomes the null class, here 10.")
-    if not call(seed, y.clone()).equal(out): raise Wrong("two calls with the same seed gave different labels: draw from the generator that is passed in.")
+    if other.any():
+        raise Wrong(
+            f"a label {y[other][0]} became {out[other][0]}: each label stays as it is or becomes the null "
+            "class, here 10.")
+    if not call(seed, y.clone()).equal(out):
+        raise Wrong("two calls with the same seed gave different labels: draw from the generator that is passed in.")
     share, repeated = gone.float().mean().item(), call(seed + 1, y.clone()).equal(out)
     if share in (0, 1) and any(call(seed + i, y.clone()).eq(10).float().mean() != share for i in range(60)):
         raise Wrong("a batch loses all of its labels or none: throw the dice for each label, not once for the batch.")
-    if abs(share - (1 - p)) < 0.03: raise Wrong(f"{share:.0%} of the labels are forgotten, and {p:.0%} should be: is the comparison the wrong way round?")
-    if abs(share - p) > 0.026: raise Wrong(f"{share:.1%} of the labels are forgotten where p = {p:.0%} was asked for.")
-    if repeated: raise Wrong("two different seeds forget the same labels: which ones must be left to chance.")
+    if abs(share - (1 - p)) < 0.03:
+        raise Wrong(
+            f"{share:.0%} of the labels are forgotten, and {p:.0%} should be: is the comparison the wrong way round?")
+    if abs(share - p) > 0.026:
+        raise Wrong(f"{share:.1%} of the labels are forgotten where p = {p:.0%} was asked for.")
+    if repeated:
+        raise Wrong("two different seeds forget the same labels: which ones must be left to chance.")
     small, one = y[:20].remainder(10), torch.Generator().manual_seed(seed)
-    numbers = {int(answer(small.clone(), p, 10, torch.Generator().manual_seed(seed + i)).eq(10).sum()) for i in range(40)}
-    if len(numbers) == 1: raise Wrong(f"every batch of 20 loses exactly {numbers.pop()} labels: each label is forgotten or kept by dice of its own.")
-    before = torch.get_rng_state(); draws = [answer(y.clone(), p, 10, one) for _ in range(2)]
-    if not before.equal(torch.get_rng_state()): raise Wrong("your function uses PyTorch's global generator too: draw from the one that is passed in, and from nowhere else.")
-    if draws[0].equal(draws[1]): raise Wrong("two draws from one generator forget the same labels: draw from it as it is, do not seed it or another one anew.")
+    numbers = {
+        int(answer(small.clone(), p, 10, torch.Generator().manual_seed(seed + i)).eq(10).sum()) for i in range(40)}
+    if len(numbers) == 1:
+        raise Wrong(
+            f"every batch of 20 loses exactly {numbers.pop()} labels: each label is forgotten or kept by "
+            "dice of its own.")
+    before = torch.get_rng_state()
+    draws = [answer(y.clone(), p, 10, one) for _ in range(2)]
+    if not before.equal(torch.get_rng_state()):
+        raise Wrong(
+            "your function uses PyTorch's global generator too: draw from the one that is passed in, and "
+            "from nowhere else.")
+    if draws[0].equal(draws[1]):
+        raise Wrong(
+            "two draws from one generator forget the same labels: draw from it as it is, do not seed it or "
+            "another one anew.")
 
 # %% ../../../nbs/workshop/checks/04_train.ipynb #c014
 def _line(x, y, w): # per-row squared errors of x·w and their gradients, float64
@@ -100,62 +154,104 @@ def _line(x, y, w): # per-row squared errors of x·w and their gradients, float6
 
 @exercise("4.4", "A batch in parts", minutes=15, level=2)
 def parts(answer):
-    g = fresh(); x, y = torch.randn(12, 3, generator=g), torch.randn(12, generator=g)
+    g = fresh()
+    x, y = torch.randn(12, 3, generator=g), torch.randn(12, generator=g)
     pieces, log = list(zip(x.split([5, 5, 2]), y.split([5, 5, 2]))), []
-    model = torch.nn.Linear(3, 1, bias=False); torch.nn.init.normal_(model.weight, generator=g)
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.normal_(model.weight, generator=g)
     w, lr = model.weight.detach()[0].double().numpy().copy(), 0.05
     model.weight.grad = torch.full((1, 3), 7.0)                           # left over from the step before
     def losses_of(model, part):
-        if len(part[0]) > 5: raise Wrong(f"{len(part[0])} images are in memory at once: call losses_of for one part at a time, and backward before the next.")
+        if len(part[0]) > 5:
+            raise Wrong(
+                f"{len(part[0])} images are in memory at once: call losses_of for one part at a time, and "
+                "backward before the next.")
         losses = (model(part[0])[:, 0] - part[1]).square()
-        log.append("forward"); losses.register_hook(lambda _: log.append("backward"))
+        log.append("forward")
+        losses.register_hook(lambda _: log.append("backward"))
         return losses
     answer(model, torch.optim.SGD(model.parameters(), lr), losses_of, pieces)
     grads = [_line(a.double().numpy(), b.double().numpy(), w)[1] for a, b in pieces]
     def after(gradient): return torch.from_numpy(w - lr * gradient).float()
     def steps(scale): # one optimiser step a part
         v = w.copy()
-        for a, b in pieces: v -= lr * scale(_line(a.double().numpy(), b.double().numpy(), v)[1])
+        for a, b in pieces:
+            v -= lr * scale(_line(a.double().numpy(), b.double().numpy(), v)[1])
         return torch.from_numpy(v).float()
     total, means = sum(p.sum(0) for p in grads), [p.mean(0) for p in grads]
-    same(model.weight.detach()[0], after(total / 12), "the vector of weights after the step", others={
-        "you average the means of the parts, so that an image in a small part counts more: the last part has 2 images, the others 5.": after(sum(means) / 3),
-        "you add the means of the parts, so the step is about three times too long: divide by the whole batch.": after(sum(means)),
-        "you add the losses of all images: divide by the number of images in the whole batch.": after(total),
-        "only the last part counts: zero_grad between the parts wipes out the others.": after(grads[-1].sum(0) / 12),
-        "only the last part counts, by its own mean: zero_grad between the parts wipes out the others.": after(means[-1]),
-        "the gradients left over from the step before are still in: call zero_grad before the first part.": after(total / 12 + 7),
-        "you step after each part: add up the gradients of all parts, then step once.": steps(lambda p: p.sum(0) / 12),
-        "you step after each part, with its own mean: add up the gradients of all parts, then step once.": steps(lambda p: p.mean(0)),
-        "the weights have not moved: is optimizer.step() missing, or is zero_grad called just before it?": after(0)})
-    if log != ["forward", "backward"] * 3: raise Wrong("the gradient is right, but all parts are in memory at once: call backward for a part before the next one begins.")
+    same(
+        model.weight.detach()[0], after(total / 12), "the vector of weights after the step",
+        others={
+            "you average the means of the parts, so that an image in a small part counts more: the last part "
+            "has 2 images, the others 5.": after(sum(means) / 3),
+            "you add the means of the parts, so the step is about three times too long: divide by the whole "
+            "batch.": after(sum(means)),
+            "you add the losses of all images: divide by the number of images in the whole batch.": after(total),
+            "only the last part counts: zero_grad between the parts wipes out the others.": after(
+                grads[-1].sum(0) / 12),
+            "only the last part counts, by its own mean: zero_grad between the parts wipes out the others.": after(
+                means[-1]),
+            "the gradients left over from the step before are still in: call zero_grad before the first part.": after(
+                total / 12 + 7),
+            "you step after each part: add up the gradients of all parts, then step once.": steps(
+                lambda p: p.sum(0) / 12),
+            "you step after each part, with its own mean: add up the gradients of all parts, then step once.": steps(
+                lambda p: p.mean(0)),
+            "the weights have not moved: is optimizer.step() missing, or is zero_grad called just before it?": after(0),
+        })
+    if log != ["forward", "backward"] * 3:
+        raise Wrong(
+            "the gradient is right, but all parts are in memory at once: call backward for a part before "
+            "the next one begins.")
 
 # %% ../../../nbs/workshop/checks/04_train.ipynb #c017
 @exercise("4.5", "Loss by timestep", minutes=10, level=2)
 def by_bin(answer):
     g = fresh()
     T = int(torch.randint(93, 99, (), generator=g))
-    t = torch.cat([torch.randint(T, (200,), generator=g), torch.tensor([0, T - 1])]); t = t[(t * 10 // T != 7) & ((t == 0) | (t * 10 % T > 0))]   # borders come later
+    t = torch.cat([torch.randint(T, (200,), generator=g), torch.tensor([0, T - 1])])
+    t = t[(t * 10 // T != 7) & ((t == 0) | (t * 10 % T > 0))]   # borders come later
     losses, b = torch.rand(len(t), generator=g), t.numpy() * 10 // T
     def table(bins, reduce, empty=math.nan):
-        return torch.tensor([reduce(losses.double().numpy()[bins == i]) if (bins == i).any() else empty for i in range(10)], dtype=torch.float32)
+        return torch.tensor(
+            [reduce(losses.double().numpy()[bins == i]) if (bins == i).any() else empty for i in range(10)],
+            dtype=torch.float32)
     narrow = np.minimum(t.numpy() // (T // 10), 9)
-    same(answer(losses.clone(), t.clone(), T, 10), table(b, np.mean), "the loss per bin", others={
-        "you divide by the size of the whole batch: divide each bin's sum by the number of losses in that bin.": table(b, lambda v: v.sum() / len(t)),
-        "you divide by the size of the whole batch, and an empty bin is 0, which looks like a perfect score: it should be nan.": table(b, lambda v: v.sum() / len(t), 0.0),
-        "that is the sum in each bin: divide by the number of losses in it.": table(b, np.sum),
-        "that is the sum in each bin: divide by the number of losses in it (an empty bin then becomes nan).": table(b, np.sum, 0.0),
-        "an empty bin is 0, which looks like a perfect score: it should be nan.": table(b, np.mean, 0.0),
-        "your bins are T // bins wide, which fits only if T is a multiple of bins: use t * bins // T.": table(narrow, np.mean),
-        "you round t·bins/T to the nearest bin: round down, so that all bins are equally wide.": table(np.minimum(np.round(t.numpy() * 10 / T), 9), np.mean),
-        "your bins run from the noisy end to the clean one: bin 0 holds the smallest t.": table(b, np.mean).flip(0),
-        "only the last loss of each bin is left: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1]),
-        "only the last loss of each bin is added: out[where] += losses adds once for an index that occurs twice; index_add_ adds every time.": table(b, lambda v: v[-1] / len(v))})
-    few = torch.tensor([0, 14, 15, 30, 44, 45, 60, 60, 74])                # T = 90 and 6 bins: every border, and nothing in the last bin
-    losses = torch.rand(len(few), generator=g); made = answer(losses.clone(), few, 90, 6)
-    if not torch.is_tensor(made) or made.shape != (6,): raise Wrong(f"6 bins, the last of them empty, gave shape {tuple(getattr(made, 'shape', ()))}: there is an entry for each of the bins, also for empty ones at the end.")
+    same(
+        answer(losses.clone(), t.clone(), T, 10), table(b, np.mean), "the loss per bin",
+        others={
+            "you divide by the size of the whole batch: divide each bin's sum by the number of losses in that "
+            "bin.": table(b, lambda v: v.sum() / len(t)),
+            "you divide by the size of the whole batch, and an empty bin is 0, which looks like a perfect "
+            "score: it should be nan.": table(b, lambda v: v.sum() / len(t), 0.0),
+            "that is the sum in each bin: divide by the number of losses in it.": table(b, np.sum),
+            "that is the sum in each bin: divide by the number of losses in it (an empty bin then becomes nan).": table(
+                b, np.sum, 0.0),
+            "an empty bin is 0, which looks like a perfect score: it should be nan.": table(b, np.mean, 0.0),
+            "your bins are T // bins wide, which fits only if T is a multiple of bins: use t * bins // T.": table(
+                narrow, np.mean),
+            "you round t·bins/T to the nearest bin: round down, so that all bins are equally wide.": table(
+                np.minimum(np.round(t.numpy() * 10 / T), 9), np.mean),
+            "your bins run from the noisy end to the clean one: bin 0 holds the smallest t.": table(b, np.mean).flip(0),
+            "only the last loss of each bin is left: out[where] += losses adds once for an index that occurs "
+            "twice; index_add_ adds every time.": table(b, lambda v: v[-1]),
+            "only the last loss of each bin is added: out[where] += losses adds once for an index that occurs "
+            "twice; index_add_ adds every time.": table(b, lambda v: v[-1] / len(v))})
+    # T = 90 and 6 bins: every border, and nothing in the last bin
+    few = torch.tensor([0, 14, 15, 30, 44, 45, 60, 60, 74])
+    losses = torch.rand(len(few), generator=g)
+    made = answer(losses.clone(), few, 90, 6)
+    if not torch.is_tensor(made) or made.shape != (6,):
+        raise Wrong(
+            f"6 bins, the last of them empty, gave shape {tuple(getattr(made, 'shape', ()))}: there is an "
+            "entry for each of the bins, also for empty ones at the end.")
     b = few.numpy() // 15
-    same(made, torch.tensor([losses.double().numpy()[b == i].mean() if (b == i).any() else math.nan for i in range(6)], dtype=torch.float32), "the loss per bin for T = 90 in 6 bins, where some t lie on a border (it opens a bin),")
+    same(
+        made,
+        torch.tensor(
+            [losses.double().numpy()[b == i].mean() if (b == i).any() else math.nan for i in range(6)],
+            dtype=torch.float32),
+        "the loss per bin for T = 90 in 6 bins, where some t lie on a border (it opens a bin),")
 
 # %% ../../../nbs/workshop/checks/04_train.ipynb #c020
 def _descend(batches, w, lr, clip, mode):
@@ -166,22 +262,37 @@ def _descend(batches, w, lr, clip, mode):
         held = held + gradient if mode == "kept" else gradient * (mode != "wiped")
         norms.append(np.linalg.norm(held))
         clipped = held * min(1, clip / (norms[-1] + 1e-6))
-        if mode == "kept": held = clipped                                  # clipping is done in place
+        if mode == "kept":
+            held = clipped                                  # clipping is done in place
         w = w - lr * (held if mode == "late" else 0 if mode == "unused" else clipped)
     return torch.tensor([*w, *norms], dtype=torch.float32)
 
 @exercise("4.6", "Debug this: it learns, but badly", minutes=10, level=2)
 def learns(answer):
-    g = fresh(); batches = [(torch.randn(4, 3, generator=g), torch.randn(4, generator=g)) for _ in range(6)]
-    model = torch.nn.Linear(3, 1, bias=False); torch.nn.init.normal_(model.weight, generator=g)
+    g = fresh()
+    batches = [(torch.randn(4, 3, generator=g), torch.randn(4, generator=g)) for _ in range(6)]
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.normal_(model.weight, generator=g)
     w, lr, clip = model.weight.detach()[0].double().numpy(), 0.1, 0.5
     model.weight.grad = None
-    norms = answer(model, torch.optim.SGD(model.parameters(), lr), lambda m, b: (m(b[0])[:, 0] - b[1]).square().mean(), batches, clip)
-    if not isinstance(norms, list) or len(norms) != 6: raise Wrong("return the list of gradient norms, one for each batch, as the faulty loop does.")
-    got, r = torch.cat([model.weight.detach()[0], torch.tensor(norms, dtype=torch.float32)]), _descend(batches, w, lr, clip, "right")
-    same(got, r, "the list of the three final weights and the six norms", atol=1e-4, others={
-        "the first step is right, the second is not: work out the gradient of the second batch by itself, and compare.": _descend(batches, w, lr, clip, "kept"),
-        "all norms are 0: the gradients are wiped out between backward and clip_grad_norm_.": _descend(batches, w, lr, clip, "wiped"),
-        "the norms are right and the weights do not move: the gradients are wiped out before step.": _descend(batches, w, lr, clip, "unused"),
-        "the gradients are not clipped when step uses them: clip before step.": _descend(batches, w, lr, clip, "late"),
-        "the weights are right, but your norms are those after clipping: clip_grad_norm_ returns the norm from before.": torch.cat([r[:3], r[3:].clamp(max=clip)])})
+    norms = answer(
+        model, torch.optim.SGD(model.parameters(), lr), lambda m, b: (m(b[0])[:, 0] - b[1]).square().mean(), batches,
+        clip)
+    if not isinstance(norms, list) or len(norms) != 6:
+        raise Wrong("return the list of gradient norms, one for each batch, as the faulty loop does.")
+    got, r = (
+        torch.cat([model.weight.detach()[0], torch.tensor(norms, dtype=torch.float32)]),
+        _descend(batches, w, lr, clip, "right"))
+    same(
+        got, r, "the list of the three final weights and the six norms", atol=1e-4,
+        others={
+            "the first step is right, the second is not: work out the gradient of the second batch by itself, "
+            "and compare.": _descend(batches, w, lr, clip, "kept"),
+            "all norms are 0: the gradients are wiped out between backward and clip_grad_norm_.": _descend(
+                batches, w, lr, clip, "wiped"),
+            "the norms are right and the weights do not move: the gradients are wiped out before step.": _descend(
+                batches, w, lr, clip, "unused"),
+            "the gradients are not clipped when step uses them: clip before step.": _descend(
+                batches, w, lr, clip, "late"),
+            "the weights are right, but your norms are those after clipping: clip_grad_norm_ returns the norm "
+            "from before.": torch.cat([r[:3], r[3:].clamp(max=clip)])})

@@ -26,12 +26,16 @@ def film(answer):
     n, (scale, shift) = _normalised(h, 4), e.double()[..., None, None].chunk(2, 1)
     odd, even = e.double()[..., None, None].unflatten(1, (8, 2)).unbind(2)
     before = _normalised((h * (1 + scale) + shift), 4)
-    same(answer(h.clone(), e.clone(), 4), (n * (1 + scale) + shift).float(), "FiLM of h", atol=1e-4, others={
-        "the +1 is missing: with e = 0 your block erases its features instead of leaving them as they are.": (n * scale + shift).float(),
-        "scale and shift are swapped: the first C numbers of e are the scale.": (n * (1 + shift) + scale).float(),
-        "scale and shift are taken in turns: the first C numbers of e are the scale, the last C the shift.": (n * (odd + 1) + even).float(),
-        "you modulate before normalising, which takes most of it away again: normalise first.": before.float(),
-        "h is not normalised: call F.group_norm(h, groups) first.": (h * (1 + scale) + shift).float()})
+    same(
+        answer(h.clone(), e.clone(), 4), (n * (1 + scale) + shift).float(), "FiLM of h", atol=1e-4,
+        others={
+            "the +1 is missing: with e = 0 your block erases its features instead of leaving them as they are.": (
+                n * scale + shift).float(),
+            "scale and shift are swapped: the first C numbers of e are the scale.": (n * (1 + shift) + scale).float(),
+            "scale and shift are taken in turns: the first C numbers of e are the scale, the last C the shift.": (
+                n * (odd + 1) + even).float(),
+            "you modulate before normalising, which takes most of it away again: normalise first.": before.float(),
+            "h is not normalised: call F.group_norm(h, groups) first.": (h * (1 + scale) + shift).float()})
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c009
 def _clock(t, dim):
@@ -47,19 +51,27 @@ def clock(answer):
         fast = torch.atan2(waves[:, half].double(), waves[:, 0].double()) % turn
         slow = torch.atan2(waves[:, -1].double(), waves[:, half - 1].double()) * 10000.0 ** (1 - 1 / half)
         if torch.is_tensor(got) and got.shape == t.shape:
-            if got.is_floating_point(): raise Wrong(f"your timesteps are {got.dtype}: they should be whole numbers, dtype torch.int64.")
+            if got.is_floating_point():
+                raise Wrong(f"your timesteps are {got.dtype}: they should be whole numbers, dtype torch.int64.")
             off = (got - t).abs()
             if off[t <= 256].max() == 0 < off.max() <= 4 and not got.equal(slow.round().long()):
-                raise Wrong(f"right up to t = 256, later off by up to {off.max()}: is your table of timesteps made in half precision?")
-        same(got, t, "the timesteps", others={
-            "you read the fastest wave alone: it starts again every 2π timesteps, so it cannot tell 1 from 45.": fast.round().long(),
-            "you read the slowest wave alone: after rounding to bfloat16 it is too coarse to tell neighbours apart.": slow.round().long(),
-            "all of your answers are one too large: the first timestep is 0.": t + 1})
+                raise Wrong(
+                    f"right up to t = 256, later off by up to {off.max()}: is your table of timesteps made "
+                    "in half precision?")
+        same(
+            got, t, "the timesteps",
+            others={
+                "you read the fastest wave alone: it starts again every 2π timesteps, so it cannot tell 1 from "
+                "45.": fast.round().long(),
+                "you read the slowest wave alone: after rounding to bfloat16 it is too coarse to tell "
+                "neighbours apart.": slow.round().long(),
+                "all of your answers are one too large: the first timestep is 0.": t + 1})
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c012
 def _attention(q, k, v, heads):
     "softmax(q·k/√d)·v, one picture, head and position at a time."
-    q, k, v = (p.double().numpy() for p in (q, k, v)); out, d = np.zeros_like(q), q.shape[-1] // heads
+    q, k, v = (p.double().numpy() for p in (q, k, v))
+    out, d = np.zeros_like(q), q.shape[-1] // heads
     for b in range(len(q)):
         for own in (slice(i * d, i * d + d) for i in range(heads)):
             for n in range(q.shape[1]):
@@ -78,18 +90,23 @@ def attention(answer):
     q, k, v = torch.randn(3, 2, 10, 24, generator=fresh()).mul(1.5)
     d = 24 // 4
     cut = lambda p, h: p.reshape(len(p), h, p.shape[1], -1)
-    same(answer(q.clone(), k.clone(), v.clone(), 4), _attention(q, k, v, 4), "the attention", atol=1e-4, others={
-        f"you divide by the root of all 24 channels: each head compares only {d} of them.": _variant(q, k, v, 4, 24**-0.5),
-        "q·k is not divided by the root of the head's width.": _variant(q, k, v, 4, 1),
-        f"you divide by the head's width {d}, not by its square root.": _variant(q, k, v, 4, 1 / d),
-        "your weights add up to 1 over the questions: the softmax goes over the keys, the last axis.": _variant(q, k, v, 4, d**-0.5, -2),
-        "your heads are made of the wrong numbers: view as (B, N, heads, d) first, then swap N and heads.":
-            _variant(q, k, v, 4, d**-0.5, split=cut, join=lambda a: a.reshape(len(a), 10, 24)),
-        "your heads are cut rightly but joined wrongly: swap heads and N back before the reshape.":
-            _variant(q, k, v, 4, d**-0.5, join=lambda a: a.reshape(len(a), 10, 24)),
-        "your heads take every fourth channel: head 0 is the first six channels.": _variant(
-            q, k, v, 4, d**-0.5, split=lambda p, h: p.unflatten(-1, (-1, h)).permute(0, 3, 1, 2), join=lambda a: a.permute(0, 2, 3, 1).flatten(2)),
-        "this is attention with a single head: cut the channels into heads first.": _attention(q, k, v, 1)})
+    same(
+        answer(q.clone(), k.clone(), v.clone(), 4), _attention(q, k, v, 4), "the attention", atol=1e-4,
+        others={
+            f"you divide by the root of all 24 channels: each head compares only {d} of them.": _variant(
+                q, k, v, 4, 24**-0.5),
+            "q·k is not divided by the root of the head's width.": _variant(q, k, v, 4, 1),
+            f"you divide by the head's width {d}, not by its square root.": _variant(q, k, v, 4, 1 / d),
+            "your weights add up to 1 over the questions: the softmax goes over the keys, the last axis.": _variant(
+                q, k, v, 4, d**-0.5, -2),
+            "your heads are made of the wrong numbers: view as (B, N, heads, d) first, then swap N and heads.": _variant(
+                q, k, v, 4, d**-0.5, split=cut, join=lambda a: a.reshape(len(a), 10, 24)),
+            "your heads are cut rightly but joined wrongly: swap heads and N back before the reshape.": _variant(
+                q, k, v, 4, d**-0.5, join=lambda a: a.reshape(len(a), 10, 24)),
+            "your heads take every fourth channel: head 0 is the first six channels.": _variant(
+                q, k, v, 4, d**-0.5, split=lambda p, h: p.unflatten(-1, (-1, h)).permute(0, 3, 1, 2),
+                join=lambda a: a.permute(0, 2, 3, 1).flatten(2)),
+            "this is attention with a single head: cut the channels into heads first.": _attention(q, k, v, 1)})
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c016
 @exercise("3.4", "The weights of a block", minutes=10, level=1)
@@ -98,22 +115,31 @@ def weights(answer):
     a, b = (2 ** (4 + torch.randperm(5, generator=g)[:2])).tolist()     # sizes for which no two mistakes look alike
     e = 2 * int(torch.randint(51, 63, (), generator=g))
     for i, o in ((a, b), (b, b)):
-        with torch.device("meta"): want = sum(p.numel() for p in ResBlock(i, o, e).parameters())
+        with torch.device("meta"):
+            want = sum(p.numel() for p in ResBlock(i, o, e).parameters())
         got, case = answer(i, o, e), f"({i}, {o}, {e})"
         if not isinstance(got, (int, np.integer)) or isinstance(got, bool):
             raise Wrong(f"a count is a whole number, and yours is {got!r}: return an int.")
         biases = o + o + 2 * o + (o if i != o else 0)
         for message, n in {
-                f"you leave out the shortcut: from {i} to {o} channels it is a 1x1 convolution.": i * o + o if i != o else 0,
-                "you count a shortcut where there is none: with c_in = c_out it is the identity and has no weights.": -i * i - i if i == o else 0,
-                "you leave out the biases of convolutions and linear layer.": biases,
-                "you leave out the two GroupNorms: each has a weight and a bias per channel.": 2 * i + 2 * o,
-                "you leave out biases and GroupNorms.": biases + 2 * i + 2 * o,
-                "FiLM needs a scale and a shift: its linear layer makes 2·c_out numbers, not c_out.": e * o + o,
-                "both convolutions are 3x3, nine weights for each pair of channels.": 8 * (i * o + o * o),
-                "you leave out the linear layer that reads the time.": (e + 1) * 2 * o}.items():
-            if n and want - got == n: raise Wrong(f"{message} For {case} you count {got:,} instead of {want:,}.")
-        if got != want: raise Wrong(f"for {case} you count {got:,} where the block has {want:,}: {abs(want - got):,} too {'many' if got > want else 'few'}.")
+            f"you leave out the shortcut: from {i} to {o} channels it is a 1x1 convolution.": i * o + o
+            if i != o
+            else 0,
+            "you count a shortcut where there is none: with c_in = c_out it is the identity and has no weights.": -i * i
+            - i
+            if i == o
+            else 0, "you leave out the biases of convolutions and linear layer.": biases,
+            "you leave out the two GroupNorms: each has a weight and a bias per channel.": 2 * i + 2 * o,
+            "you leave out biases and GroupNorms.": biases + 2 * i + 2 * o,
+            "FiLM needs a scale and a shift: its linear layer makes 2·c_out numbers, not c_out.": e * o + o,
+            "both convolutions are 3x3, nine weights for each pair of channels.": 8 * (i * o + o * o),
+            "you leave out the linear layer that reads the time.": (e + 1) * 2 * o}.items():
+            if n and want - got == n:
+                raise Wrong(f"{message} For {case} you count {got:,} instead of {want:,}.")
+        if got != want:
+            raise Wrong(
+                f"for {case} you count {got:,} where the block has {want:,}: {abs(want - got):,} too "
+                f"{'many' if got > want else 'few'}.")
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c019
 def _up_inputs(widths, blocks, extra=None):
@@ -121,56 +147,83 @@ def _up_inputs(widths, blocks, extra=None):
     for i in reversed(range(len(widths))):
         w = widths[i]
         fed, kept = [below] + [w] * blocks, [w] * blocks + [widths[max(i - 1, 0)] if extra is None else w]
-        up.append([a + b for a, b in zip(fed, kept)]); below = w
+        up.append([a + b for a, b in zip(fed, kept)])
+        below = w
     return up
 
 def _queue(widths, blocks):
-    kept, up, below = widths[:1] + [w for i, w in enumerate(widths) for _ in range(blocks + (i < len(widths) - 1))], [], widths[-1]
+    kept, up, below = (
+        widths[:1] + [w for i, w in enumerate(widths) for _ in range(blocks + (i < len(widths) - 1))], [], widths[-1])
     for w in reversed(widths):
-        up.append([x + kept.pop(0) for x in [below] + [w] * blocks]); below = w
+        up.append([x + kept.pop(0) for x in [below] + [w] * blocks])
+        below = w
     return up
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c020
 @exercise("3.5", "What the skips bring", minutes=20, level=3)
 def skips(answer):
     g = fresh()
-    for widths, blocks in (((16 * (torch.randperm(9, generator=g)[:3] + 1)).tolist(), 2), ((8 * (torch.randperm(9, generator=g)[:4] + 1)).tolist(), 1)):
-        got, want, case = answer(list(widths), blocks), _up_inputs(widths, blocks), f"for widths {widths} and blocks={blocks}"
-        try: got = [[int(n) for n in stage] for stage in got]
-        except TypeError as e: raise Wrong("the answer should be a list of lists of ints, one list per stage.") from e
-        same_width = [[w if j else below for j in range(blocks + 1)] for w, below in zip(widths[::-1], widths[-1:] + widths[:0:-1])]
+    for widths, blocks in (
+        ((16 * (torch.randperm(9, generator=g)[:3] + 1)).tolist(), 2),
+        ((8 * (torch.randperm(9, generator=g)[:4] + 1)).tolist(), 1)):
+        got, want, case = (
+            answer(list(widths), blocks), _up_inputs(widths, blocks), f"for widths {widths} and blocks={blocks}")
+        try:
+            got = [[int(n) for n in stage] for stage in got]
+        except TypeError as e:
+            raise Wrong("the answer should be a list of lists of ints, one list per stage.") from e
+        same_width = [
+            [w if j else below for j in range(blocks + 1)]
+            for w, below in zip(widths[::-1], widths[-1:] + widths[:0:-1])]
         for message, other in {
-                "your stages are in the order of the way down: the way up begins with the innermost, smallest one.": want[::-1],
-                f"each stage on the way up has {blocks + 1} blocks, one more than on the way down: it takes what was kept for the stage above.": [s[:blocks] for s in want],
-                "you take the kept results in the order they were stored: the last one stored is the first one needed.": _queue(widths, blocks),
-                "the last block of a stage joins what the downsampling stored (or conv_in), which has the width of the level above.": _up_inputs(widths, blocks, True),
-                "the first block of a stage gets the width of the stage below it: the upsampling does not change it.":
-                    [[w + b - (f if j == 0 else w) for j, b in enumerate(s)] for w, f, s in zip(widths[::-1], widths[-1:] + widths[:0:-1], want)],
-                "that is what each block gets from below, without what it joins: cat adds the two widths.": same_width}.items():
-            if got == other != want: raise Wrong(message)
-        if got != want: raise Wrong(f"{case} expected {want}, found {got}.")
+            "your stages are in the order of the way down: the way up begins with the innermost, smallest one.": want[
+                ::-1],
+            f"each stage on the way up has {blocks + 1} blocks, one more than on the way down: it takes "
+            "what was kept for the stage above.": [s[:blocks] for s in want],
+            "you take the kept results in the order they were stored: the last one stored is the first one "
+            "needed.": _queue(widths, blocks),
+            "the last block of a stage joins what the downsampling stored (or conv_in), which has the "
+            "width of the level above.": _up_inputs(widths, blocks, True),
+            "the first block of a stage gets the width of the stage below it: the upsampling does not change it.": [
+                [w + b - (f if j == 0 else w) for j, b in enumerate(s)]
+                for w, f, s in zip(widths[::-1], widths[-1:] + widths[:0:-1], want)],
+            "that is what each block gets from below, without what it joins: cat adds the two widths.": same_width,
+        }.items():
+            if got == other != want:
+                raise Wrong(message)
+        if got != want:
+            raise Wrong(f"{case} expected {want}, found {got}.")
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c023
 def _block(x, emb, p, first=None, shortcut=None):
-    a = F.silu(F.group_norm(x, p.norm1.num_groups, p.norm1.weight, p.norm1.bias, p.norm1.eps)) if first is None else first
+    a = (
+        F.silu(F.group_norm(x, p.norm1.num_groups, p.norm1.weight, p.norm1.bias, p.norm1.eps))
+        if first is None
+        else first)
     h = F.conv2d(a, p.conv1.weight, p.conv1.bias, padding=1)
     scale, shift = F.linear(F.silu(emb), p.emb.weight, p.emb.bias)[..., None, None].chunk(2, 1)
     h = F.group_norm(h, p.norm2.num_groups, p.norm2.weight, p.norm2.bias, p.norm2.eps) * (1 + scale) + shift
-    return p.shortcut(x if shortcut is None else shortcut) + F.conv2d(F.silu(h), p.conv2.weight, p.conv2.bias, padding=1)
+    return p.shortcut(x if shortcut is None else shortcut) + F.conv2d(
+        F.silu(h), p.conv2.weight, p.conv2.bias, padding=1)
 
 @exercise("3.6", "Debug this: a block that will not stand still", minutes=10, level=2)
 def standing(answer):
     g = fresh()
     for c_out in (16, 32):
-        x, emb, block = torch.randn(2, 16, 6, 6, generator=g) + 1, torch.randn(2, 64, generator=g), ResBlock(16, c_out, 64, groups=4)
+        x, emb, block = (
+            torch.randn(2, 16, 6, 6, generator=g) + 1, torch.randn(2, 64, generator=g),
+            ResBlock(16, c_out, 64, groups=4))
         with torch.no_grad():
             n = block.norm1(x)
-            drowned = {"the shortcut still carries the normalised features: it must get x as it came in.": n,
-                       "a new block should hand x on, and yours lets nothing below -0.28 through: which layer does that?": F.silu(n),
-                       "the shortcut still carries features that went through SiLU: it must get x as it came in.": F.silu(x)}
+            drowned = {
+                "the shortcut still carries the normalised features: it must get x as it came in.": n,
+                "a new block should hand x on, and yours lets nothing below -0.28 through: which layer "
+                "does that?": F.silu(n),
+                "the shortcut still carries features that went through SiLU: it must get x as it came in.": F.silu(x)}
             same(answer(x.clone(), emb, block), block.shortcut(x), "a new block's output",
                  others={m: block.shortcut(s) for m, s in drowned.items()})
-            for p in block.parameters(): p.copy_(0.3 * torch.randn(p.shape, generator=g))
+            for p in block.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=g))
             n, raw = block.norm1(x), _block(x, emb, block, first=x)
             same(answer(x.clone(), emb, block), _block(x, emb, block), "a trained block's output", atol=1e-3, others={
                 "now the first convolution gets x without norm and SiLU: only the shortcut should.": raw,
