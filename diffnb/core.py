@@ -22,11 +22,11 @@ import safetensors
 (torch := late_import("torch"))
 
 # %% ../nbs/workshop/core.ipynb #c042x
-def to_device(x, device): # to the device; from pinned memory a GPU fetches it while the program goes on
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda" and not x.is_cuda
-        else x.to(device))
+def to_device(x, device) -> "torch.Tensor":
+    "x on the device. A GPU fetches it from pinned memory while the program goes on."
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/workshop/core.ipynb #c097x
 def _same_model(written, wanted, run):
@@ -91,7 +91,7 @@ def write_whole(path, # the file to appear
     return path
 
 # %% ../nbs/workshop/core.ipynb #c039
-def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device
+def pick_device(name="auto"): # "auto", "cpu", "cuda", "cuda:1", "mps" -> "torch.device"
     "The device asked for, or the best there is. Raises DiffnbError if it is not there."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -116,21 +116,55 @@ def has_native_bf16(device): # has it instructions for bf16? Where not, PyTorch 
 
 # %% ../nbs/workshop/core.ipynb #c045
 class SingleProcess:
-    "One process that trains by itself. `diffnb.scale.Ranks` answers the same questions for many."
-    # which one this is, of how many, what to add to addresses of its own, and whether the model is divided
-    rank, world_size, address, sharded = 0, 1, (), False
-    def shard(self, batch): return batch                 # this rank's images of a Batch
-    def sync_gradients(self, last):
-        pass                # before each part of a batch: only after the last are gradients exchanged
-    def sum(self, tensor): return tensor                # over the ranks
-    def any(self, flag): return bool(flag)              # has any rank a reason?
-    def wrap(self, state): return state.model         # copy or divide the model; what to call instead of it
-    def map(self, f, *tensors): return f(*tensors)      # work on a batch, each rank on its images; the whole result
-    def first(self, work): return work()                # done by rank 0, before the others do it too
-    def init_device(self, device): return device               # where the model is put together
-    def compile_targets(self, network): return [network]       # what torch.compile works on, each by itself
+    "Single-process backend of training, sampling and scoring; `diffnb.scale.Ranks` is the distributed one."
+    rank, world_size = 0, 1
+    address = ()                    # what this rank adds to addresses of its own
+    sharded = False                 # is the model divided over the ranks?
 
-def unsharded(tensor): # a tensor of which each rank holds a part, in full
+    def shard(self, batch):
+        "This rank's images of a Batch."
+        return batch
+
+    def backward(self, loss, # what this micro-batch adds to the mean loss of the rank's images
+                 last,       # is it the batch's last? Only then do ranks exchange their gradients
+                ) -> None:
+        "Add the gradient of `loss` to that of the batch, which after the last micro-batch is the mean over the ranks."
+        loss.backward()
+
+    def clip(self, parameters, max_norm) -> "torch.Tensor": # norm of the whole gradient before, float32 ()
+        "Scale the gradient down to `max_norm`; 0 leaves it as it is."
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+
+    def sum(self, tensor) -> "torch.Tensor":
+        "Sum over the ranks."
+        return tensor
+
+    def any(self, flag) -> bool:
+        "Logical OR over the ranks."
+        return bool(flag)
+
+    def wrap(self, state):
+        "Copy or divide the model of a TrainState; returns the network to call instead of it."
+        return state.model
+
+    def map(self, f, *tensors):
+        "f(*tensors), where each rank works on its images; every rank gets the whole result."
+        return f(*tensors)
+
+    def first(self, work):
+        "Call `work` on rank 0, then on the others; returns what it returns."
+        return work()
+
+    def init_device(self, device):
+        "Where the model is put together."
+        return device
+
+    def compile_targets(self, network) -> list:
+        "The modules that torch.compile works on, each by itself."
+        return [network]
+
+def unsharded(tensor) -> "torch.Tensor":
+    "A tensor of which each rank holds a shard, whole."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 # %% ../nbs/workshop/core.ipynb #c053

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/13_scale.ipynb #i2
-from .core import SingleProcess, DiffnbError, pick_device
+from .core import DiffnbError, pick_device, SingleProcess, unsharded
 from .train import Batch, make_optimizer
 from .unet import Attention, ResBlock, UNet
 
@@ -129,11 +129,14 @@ class Ranks(SingleProcess):
         torch._dynamo.config.recompile_limit = 64
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
-    def sync_gradients(self, last):
+    def backward(self, loss, last):
         if self.sharded:
             self.network.set_requires_gradient_sync(last)
         else:
             self.network.require_backward_grad_sync = last
+        loss.backward()
+
+    def clip(self, parameters, max_norm): return unsharded(super().clip(parameters, max_norm))
 
     @contextmanager
     def guard(self):

@@ -391,8 +391,8 @@ def test_places_that_cannot_be_written_are_refused_before_work(here, command, ca
     (here / "file").write_text("mine")
     before = left(here)
     def never(*_, **__): raise AssertionError("worked first")
-    for name in ("sample_batches", "sample_to", "examine", "save_diffusers"):
-        monkeypatch.setattr(f"diffnb.workshop.cli.{name}", never)
+    for name in ("generate.sample_batches", "generate.sample_to", "report.examine", "interchange.save_diffusers"):
+        monkeypatch.setattr(f"diffnb.workshop.{name}", never)
     for out, says in (
         ("file", "file is a file"), ("file/sub", "file is a file"), ("file/a/b", "file is a file"), ("", "empty"),
         ("  ", "empty name")):

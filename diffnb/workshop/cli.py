@@ -408,15 +408,22 @@ def _check_number(name, value):
     if not all(abs(v) < 2**63 for v in numbers):
         raise DiffnbError(f"--{name.replace('_', '-')} {value} is not possible: it must be a number below 2^63 in size")
 
+def _note(source, name):
+    "The comment beside a parameter, or on the lines above it."
+    if beside := re.search(rf"\b{name}: .*?# (.+)", source):
+        return beside[1]
+    above = re.search(rf"((?:^ *# .+\n)+) *{name}: ", source, re.M)
+    return above and " ".join(re.findall(r"# (.+)", above[1]))
+
 def _command(f):
     "The function as tyro shall see it: the comments beside its parameters as help."
-    source, signature = inspect.getsource(f), inspect.signature(f)
+    signature = inspect.signature(f)
     def command(**given):
         for name, value in given.items():
             _check_number(name, value)
         return f(**given)
-    notes = {name: re.search(rf"\b{name}: .*?# (.+)", source) for name in signature.parameters}
-    arguments = [f"    {name}: {note[1]}" for name, note in notes.items() if note]
+    notes = {name: _note(inspect.getsource(f), name) for name in signature.parameters}
+    arguments = [f"    {name}: {note}" for name, note in notes.items() if note]
     command.__doc__ = "\n".join([inspect.getdoc(f) or "", "", "Args:", *arguments])
     parameters = [p.replace(annotation=_free_text(p.annotation)) for p in signature.parameters.values()]
     command.__signature__ = signature.replace(parameters=parameters)

@@ -122,9 +122,6 @@ def read_config(run,        # a run folder
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
-# of settings that version 0.1 called otherwise
-_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
-
 def make_config(values: dict,   # as JSON gives it
                ) -> TrainConfig: # a new one
     """A TrainConfig from JSON: lists become tuples, old names new ones; unknown settings are refused. Raises
@@ -132,7 +129,6 @@ def make_config(values: dict,   # as JSON gives it
     if not isinstance(values, dict):
         raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {RENAMED.get(k, k) if RENAMED.get(k) not in values else k: v for k, v in values.items()}
-    values = {_new_names.get(k, k): v for k, v in values.items()}
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(map(str, set(values) - known)):
         raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")

@@ -314,7 +314,7 @@ def watch(run,        # the run folder that train will fill
 
 # %% ../../nbs/workshop/report.ipynb #c093
 def dashboard(facts # Facts with metrics
-             ) -> plt.Figure:
+             ) -> "plt.Figure":
     "Curves above; below them the verdict and up to six problems."
     fig, found = plot_metrics(facts.metrics, facts.floor_mean), findings(facts)
     problems = [f"{x.severity}: {x.title}. {x.evidence}" for x in found if x.severity != "good"]

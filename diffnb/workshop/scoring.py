@@ -31,7 +31,7 @@ from .settings import pick_precision
 
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation
-         ) -> plt.Figure:
+         ) -> "plt.Figure":
     """The honesty panel: score and floors, score against n, precision and recall, distance to the training images,
     closest pairs."""
     fig = plt.figure(figsize=(11, 5.4), layout="constrained")

@@ -137,7 +137,7 @@ def _range(value, kind): # the limits that `value` should keep and does not, in 
 
 def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
     if not name.strip():
-        return "there is nothing to read in it"
+        return "it is an empty name"
     if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
         surrogate = "\ud800" <= odd <= "\udfff"
         return f"{odd!a} in it cannot be " + (
