@@ -52,7 +52,7 @@ class Named:
     def __init__(self, name): self.name = name
     def __repr__(self): return self.name
 
-def signature(f):
+def signature(f, called=True):
     "As Python writes it, with functions and factories among the defaults by their names, without `self`."
     try:
         found = inspect.signature(f)
@@ -65,35 +65,37 @@ def signature(f):
             return p.replace(default=Named(f"{type(p.default).__name__}()"))
         return p.replace(default=Named("...")) if repr(p.default) == "<factory>" else p
     returns = inspect.Signature.empty if inspect.isclass(f) else found.return_annotation
+    if isinstance(returns, str):
+        returns = Named(returns)                                    # of a class, within it
     kept = [plain(p) for p in found.parameters.values() if p.name != "self"]
-    return str(found.replace(parameters=kept, return_annotation=returns))
+    text = str(found.replace(parameters=kept, return_annotation=returns))
+    return text if called else text.removeprefix("()")
 
 def details(f):
     "A line for each parameter that has a comment, and one for what is returned."
     for name, p in docments(f, full=True, returns=True).items():
         if name == "return":
-            kind = getattr(p.anno, "__name__", str(p.anno))
-            if not inspect.isclass(f) and p.anno not in (None, inspect.Parameter.empty):
-                yield f"\nReturns `{kind}`" + (f": {prose(p.docment)}" if p.docment else "")
+            if p.docment and not inspect.isclass(f):
+                yield f"\nReturns: {prose(p.docment)}"
         elif p.docment:
             yield f"- `{name}`: {prose(p.docment)}"
 
 def members(cls):
-    "The public methods and properties of a class that have docstrings."
+    "The public methods and properties of a class that have docstrings: name, function, and whether one calls it."
     for key, member in vars(cls).items():
-        f = getattr(member, "__func__", None) or getattr(member, "fget", None) or getattr(member, "func", None) or member
+        f = next((getattr(member, k) for k in ("__func__", "fget", "func") if hasattr(member, k)), member)
         if not key.startswith("_") and inspect.isfunction(f) and f.__doc__:
-            yield key, f
+            yield key, f, f is member or hasattr(member, "__func__")
 
-def entry(name, f, level=2):
+def entry(name, f, level=2, called=True):
     "Signature, docstring, parameters, what is returned; for a class also its methods and properties."
     own = f.__doc__ or ""
     if inspect.isclass(f) and own.startswith(f"{f.__name__}("):
         own = ""                                                    # made by `dataclass`
-    head = f"{'#' * level} {name}\n\n```{{code-block}} python\n:class: signature\n{name}{signature(f)}\n```"
+    head = f"{'#' * level} {name}\n\n```{{code-block}} python\n:class: signature\n{name}{signature(f, called)}\n```"
     parts = [head, prose(own), "\n".join(details(f))]
     if inspect.isclass(f):
-        parts += [entry(f"{name}.{key}", member, level + 1) for key, member in members(f)]
+        parts += [entry(f"{name}.{key}", member, level + 1, called) for key, member, called in members(f)]
     return "\n\n".join(filter(None, parts))
 
 def api(notebook, module_name):
