@@ -37,6 +37,23 @@ def _fashion(split, **_):
     images = torch.from_numpy(images).mT[:, None].contiguous()        # stored column by column, which compresses better
     return images, torch.from_numpy(labels).long(), tuple(classes.tolist())
 
+# %% ../../nbs/workshop/datasets.ipynb #c024b
+@contextmanager
+def _alone(path):
+    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is making {shown(path)}: waiting for it")
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
 # %% ../../nbs/workshop/datasets.ipynb #c034
 def _torchvision_set(name, files, split, root, url):
     "Load one of torchvision's sets from `root`; download it there if it is missing."
@@ -74,23 +91,6 @@ def _fashion_mnist(split, root, url, **_):
     d = _torchvision_set("FashionMNIST", "FashionMNIST/raw with the unpacked files train-images-idx3-ubyte, "
                          "train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte", split, root, url)
     return d.data[:, None], d.targets, tuple(d.classes)
-
-# %% ../../nbs/workshop/datasets.ipynb #c024b
-@contextmanager
-def _alone(path):
-    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"another process is making {shown(path)}: waiting for it")
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        pass
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 # %% ../../nbs/workshop/datasets.ipynb #c043
 _reader = 2 # counts the changes of `decode` that change bytes: what an earlier one left in the cache is decoded again
