@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
 
-import diffnb.workshop.check, diffnb.workshop.cli as cli, diffnb.workshop.course, diffnb.data, diffnb.doctor, diffnb.evaluate, diffnb.guide
+import diffnb.workshop.check, diffnb.workshop.cli as cli, diffnb.workshop.course, diffnb.data, diffnb.doctor
+import diffnb.evaluate, diffnb.guide
 import diffnb.workshop.interchange, diffnb.sample, diffnb.scale, diffnb.schedule, diffnb.train, diffnb.unet
 import diffnb.workshop.widgets, diffnb.workshop.workbook
 from diffnb.core import addressed
