@@ -8,6 +8,7 @@ __all__ = ['filters', 'to_float', 'to_uint8', 'show_images', 'resize', 'tile', '
 import io
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 # %% ../nbs/01_data.ipynb #i1
 from einops import rearrange
@@ -22,12 +23,12 @@ from .core import addressed, write_whole
 
 # %% ../nbs/01_data.ipynb #c013
 def to_float(images, # uint8, any shape
-            ):       # float32 in [-1, 1], same shape
+            ) -> torch.Tensor: # float32 in [-1, 1], same shape
     "Bytes to the range of `x0`: 0 becomes -1, 255 becomes 1."
     return images.float() / 127.5 - 1
 
 def to_uint8(x0, # floats, [-1, 1] nominally; what lies outside is clamped
-            ):   # uint8, same shape
+            ) -> torch.Tensor: # uint8, same shape
     "The way back: rounded to the nearest level and clamped, so that `to_uint8(to_float(b)) == b` for every byte."
     return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -38,7 +39,7 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
                 size=1.0,    # side of one image, inches
                 title=None,  # one line above all
                 smooth=None, # draw pixels as a smooth surface, not as squares; None: below 16 pixels, to help the eye
-               ):            # the matplotlib Figure
+               ) -> plt.Figure:
     "Draw images as a grid. Values outside [-1, 1] are clamped, as a viewer would."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     cols = min(cols, len(images))
@@ -62,7 +63,7 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
 def resize(images, # uint8 or float (…, C, H, W)
            size,   # of a square's side, or [height, width]
            filter="bicubic", # or "bilinear", "nearest"
-          ):       # of the same dtype
+          ) -> torch.Tensor: # of the same dtype
     "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."
     batch = images.reshape(-1, *images.shape[-3:]).float()
     batch = F.interpolate(batch, size, mode=filter, **({} if filter == "nearest" else {"antialias": True}))
@@ -73,7 +74,7 @@ def resize(images, # uint8 or float (…, C, H, W)
 def tile(images,    # (N, C, H, W): uint8, or float in [-1, 1]
          cols=10,   # images in a row
          padding=1, # pixels of white between and around them
-        ):          # uint8 (C, H', W'), on the CPU
+        ) -> torch.Tensor: # uint8 (C, H', W'), on the CPU
     "Images side by side."
     cols = min(cols, len(images))
     cells = F.pad(
@@ -87,7 +88,7 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
               cols=10, # images in a row
               scale=1, # enlarge each image so many times, by bicubic interpolation
-             ):        # the path
+             ) -> Path: # the path
     "Save images as one PNG grid, two pixels of white between them."
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     if scale > 1:
@@ -117,14 +118,14 @@ class ImageData:
     def __len__(self): return len(self.images)
 
     def take(self, index # which images: a slice, or an int64 tensor
-            ):           # uint8 (B, C, size, size), on the device of `images`
+            ) -> torch.Tensor: # uint8 (B, C, size, size), on the device of `images`
         "Some images in the size asked for; resized here, per batch, with antialiasing, then rounded to bytes."
         images = self.images[index]
         if images.shape[-1] == self.size and images.shape[-2] == self.size:
             return images
         return resize(images, self.size, self.filter)
 
-    def to(self, device):
+    def to(self, device) -> "ImageData":
         "The same data with images and labels on another device."
         return replace(
             self, images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
@@ -134,7 +135,7 @@ def augment(x0,           # (B, C, H, W), in [-1, 1]
             generator,    # on the device of x0
             flip=False,   # mirror each image with probability 1/2
             jitter=0.0,   # brightness, contrast, saturation: each factor uniform in [1 - jitter, 1 + jitter]
-           ):             # (B, C, H, W), in [-1, 1]
+           ) -> torch.Tensor: # (B, C, H, W), in [-1, 1]
     "Random flips and colour jitter, drawn for each image on its own, on the device of `x0`."
     draw = partial(torch.rand, device=x0.device, generator=generator)
     if flip:
@@ -155,7 +156,7 @@ def batch_indices(n,          # images in the data set
                   batch_size,
                   seed,
                   step,       # 0, 1, 2, …
-                 ):           # int64 (batch_size,), on the CPU
+                 ) -> torch.Tensor: # int64 (batch_size,), on the CPU
     "The images of batch `step`: a function of its arguments alone, and every epoch visits every image exactly once."
     start, parts = step * batch_size, []
     while len(parts) == 0 or sum(map(len, parts)) < batch_size:

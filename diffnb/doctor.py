@@ -9,6 +9,7 @@ __all__ = ['LEAST_ROWS', 'SPIKE_MADS', 'SPIKE_RATIO', 'Problem', 'Check', 'CHECK
 # %% ../nbs/08_doctor.ipynb #i0
 import math, warnings
 from collections import namedtuple
+from collections.abc import Callable
 
 # %% ../nbs/08_doctor.ipynb #i1
 import numpy as np
@@ -32,8 +33,9 @@ LEAST_ROWS = 8  # fewer rows than this give no interval worth printing
 def trend(x,      # where: images seen, ascending, (n,)
           y,      # what: losses above 0, (n,)
           repeats=1000,
-         ):       # (change, low, high): relative change from the first x to the last with its 95% interval; None if there is too little
-    "Least-squares line through log y, with an interval from a bootstrap of pairs (Efron 1979)."
+         ) -> tuple | None: # (change, low, high); None for fewer than 8 rows
+    """Relative change from the first x to the last, with its 95% interval: a least-squares line through log y, and a
+    bootstrap of pairs (Efron 1979). Values that are not finite or not positive are left out."""
     keep = np.isfinite(y) & (y > 0)
     x, y = x[keep], np.log(y[keep])
     if len(x) < LEAST_ROWS or x[0] == x[-1]:
@@ -51,7 +53,8 @@ SPIKE_MADS, SPIKE_RATIO = 8, 1.5 # 8 scaled deviations: under 1e-14 for Gaussian
 def _running_median(y):
     return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(y, 5, mode="reflect"), 11), axis=1)
 
-def spikes(y): # losses, (n,) -> positions of the spikes, int array
+def spikes(y # losses, (n,)
+          ) -> np.ndarray: # positions of the spikes, int (k,)
     """Rows more than 8 scaled median absolute deviations, and more than a half, above the median of the 11 rows around
     them."""
     if len(y) < 2 * LEAST_ROWS:
@@ -74,7 +77,7 @@ def looks_for(id,   # short name, unique
               title,    # the problem in a few words
               lesson,   # where it is explained: "page: section"
               needs="metrics", # names of Facts that must be known
-             ):         # a decorator for look(facts) -> None, str or Problem
+             ) -> Callable: # a decorator for look(facts) -> None, str or Problem
     "Register a check."
     def register(look):
         CHECKS[id] = Check(id, severity, title, lesson, needs.split(), look)
@@ -83,7 +86,8 @@ def looks_for(id,   # short name, unique
 
 Finding = namedtuple("Finding", "id severity title lesson evidence advice effect figure", defaults=("", "", None))
 
-def findings(facts): # Facts -> list of Finding, the most severe first; severity "good" where all is well
+def findings(facts # Facts
+            ) -> list: # of Finding, the most severe first; severity "good" where all is well
     "Ask every check whose facts are known."
     found, order = [], ("critical", "moderate", "minor", "good")
     for c in CHECKS.values():
@@ -147,7 +151,9 @@ def _by_bin(facts, values): # float64 (T,) -> sums over each timestep bin, (BINS
     bins = torch.arange(facts.config.T) * BINS // facts.config.T
     return torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, values)
 
-def bin_floor(facts): # Facts -> the mean floor of what training draws from each bin, (BINS,); nan where it draws none
+def bin_floor(facts # Facts
+             ) -> np.ndarray: # float64 (BINS,); nan where training draws no timestep
+    "The mean floor of what training draws from each timestep bin."
     floor = torch.as_tensor(facts.floor, dtype=torch.float64)
     return (_by_bin(facts, facts.chances * floor) / _by_bin(facts, facts.chances)).numpy()
 
@@ -194,7 +200,7 @@ def _spikes(f):
         f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at "
         "the batches of those steps.", "Each spike costs the steps until the curve is back where it was.",
         "loss")
-@looks_for("not-finite", "critical", "Numbers that are not finite", "04_train: A run is a folder")
+@looks_for("not-finite", "critical", "Numbers that are not finite", "workshop/folder: The run folder")
 def _not_finite(f):
     rows = [int(s) for s, *v in zip(*(f.metrics[k] for k in ("step", "loss", "grad_norm"))) if not np.isfinite(v).all()]
     weights = [k for k, v in f.saved[0].items() if v.is_floating_point() and not v.isfinite().all()] if f.saved else []
@@ -254,7 +260,7 @@ def _lr_not_decayed(f):
                    "Weights that still jump settle; usually the last few per cent of the loss.", "lr")
 @looks_for(
     "lr-jump", "moderate", "The learning rate jumps up: a run extended or resumed with another length",
-    "04_train: Stop, resume, extend")
+    "workshop/run: Stop, resume, extend")
 def _lr_jump(f):
     rate, step = f.metrics["lr"], f.metrics["step"]
     up = np.flatnonzero((np.diff(rate) > 0.05 * f.config.lr) & (step[:-1] > min(f.config.warmup, f.total // 10)))
@@ -271,7 +277,7 @@ def _lr_jump(f):
         + "; what was trained after the jump needs its own decay to zero.",
         f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.",
         "lr")
-@looks_for("stopped-early", "moderate", "The run stands still before its end", "04_train: Stop, resume, extend")
+@looks_for("stopped-early", "moderate", "The run stands still before its end", "workshop/run: Stop, resume, extend")
 def _stopped_early(f):
     if f.step >= f.total:
         return None
@@ -425,10 +431,12 @@ def _overfitting(f):
 # accuracy lost on mirrored images; accuracy in telling them from real ones (0.5: guessing)
 MIRROR_LOSS, MIRROR_TOLD = 0.2, 0.55
 
-def mirror_test(images, labels=None, n=1500):
-    """(accuracy on real, on mirrored, in telling mirrored from real), of linear classifiers on held-out images; the
-    first two None without labels. `images`: uint8 (N, C, H, W), shrunk to at most 16 pixels a side. None for fewer than
-    200 images."""
+def mirror_test(images,      # uint8 (N, C, H, W)
+                labels=None, # int64 (N,)
+                n=1500,      # how many are used: half to learn from, half to be tested on
+               ) -> tuple | None: # (accuracy on real, on mirrored, in telling mirrored from real), each in 0 … 1
+    """Do mirrored images show something else, and can they be told from real ones? Linear classifiers answer, in grey
+    and at most 16 pixels a side. The first two numbers are None without labels; all are None for fewer than 200 images."""
     if len(images) < 200:
         return None
     from sklearn.exceptions import ConvergenceWarning
@@ -512,7 +520,7 @@ def _small_data(f):
 # %% ../nbs/08_doctor.ipynb #c057
 @looks_for(
     "size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images",
-    "04_train: A run is a folder", "config")
+    "workshop/folder: The run folder", "config")
 def _size_mismatch(f):
     sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
     if f.saved:
@@ -608,8 +616,10 @@ def _sampler_steps(f):
 # %% ../nbs/08_doctor.ipynb #c063
 COPY, COPIES = 0.5, 0.1 # nearer than half of the usual nearest distance; in a tenth of the pictures
 
-def picture_facts(made, real):
-    # uint8 (N, C, H, W) each -> (ratio of contrasts, correlation of neighbours made, and real)
+def picture_facts(made, # uint8 (N, C, H, W)
+                  real, # uint8 (M, C, H, W)
+                 ) -> tuple: # (made contrast / real contrast, correlation of neighbouring pixels made, and real)
+    "Two numbers that noise, grey and saturation change. Contrast is the standard deviation of all pixels."
     def neighbours(x):
         a, b = x[..., 1:].flatten(), x[..., :-1].flatten()
         return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num().item()
@@ -617,8 +627,9 @@ def picture_facts(made, real):
     grey = torch.tensor(1 / 127.5)  # the least contrast there is: one grey level
     return (made.std().maximum(grey) / real.std().maximum(grey)).item(), neighbours(made), neighbours(real)
 
-def copies(made, images):
-    # uint8 (N, C, H, W), ImageData -> (median nearest distance made, usual among training images, share of copies)
+def copies(made,   # uint8 (N, C, H, W)
+           images, # ImageData, of the training split
+          ) -> tuple: # (median distance of those made to the nearest, the same among training images, share of copies)
     """Distances from made pictures to the nearest of all training images. What is usual among these counts no copies,
     and is 0 if all are equal; within one grey level a picture is a copy in any case."""
     batches = lambda step=1: (
@@ -709,7 +720,7 @@ def _score_copying(f):
         else text)
 @looks_for(
     "damaged-checkpoint", "moderate", "A checkpoint is damaged",
-    "04_train: Checkpoints that know whether they are whole", "config")
+    "workshop/core: Checkpoints that know whether they are whole", "config")
 def _damaged_checkpoint(f):
     if not f.damaged:
         return None
@@ -734,7 +745,7 @@ def _slowing(f):
         f"{lost / 60:.0f} minutes lost.", "See what else runs there, and whether the device throttles.",
         "The first speed.",
         "speed")
-@looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "04_train: A run is a folder")
+@looks_for("overhead", "minor", "Grids and checkpoints take much of the time", "workshop/folder: The run folder")
 def _overhead(f):
     m = f.metrics
     n = len(m["step"])
@@ -750,7 +761,7 @@ def _overhead(f):
         f"{lost / spent.sum():.0%} of the time.", "Larger sample_every and checkpoint_every, or fewer sample_steps.",
         f"Up to {lost / spent.sum():.0%} of the time.",
         "speed")
-@looks_for("float32-on-gpu", "minor", "float32 on a GPU", "04_train: One configuration", "config")
+@looks_for("float32-on-gpu", "minor", "float32 on a GPU", "workshop/settings: One configuration", "config")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.precision != "float32":
         return None
@@ -849,7 +860,9 @@ def _no_metrics(f): # why
     why = next((m for m in f.missing if m.startswith("metrics: ")), "")
     return why.removeprefix("metrics: ") if "damaged" in why else "there are no metrics yet"
 
-def verdict(facts, found): # Facts, and findings(facts) -> list of sentences
+def verdict(facts, # Facts
+            found, # what findings(facts) returned
+           ) -> list: # of sentences
     "Is my loss good, may I stop? The first three sentences answer; more follow if pictures were scored."
     if facts.metrics is None:
         return [

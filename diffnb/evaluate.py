@@ -27,8 +27,9 @@ def loss_by_timestep(model, schedule,
                      prediction="eps", # what the model outputs
                      timesteps=None,   # which, ascending; None: 20 over the whole schedule
                      seed=0, batch_size=256,
-                    ):                 # (timesteps, a list; losses, float64 array of the same length)
-    "Mean squared error at each timestep, on noise that depends on `seed`, timestep and batch alone."
+                    ) -> tuple: # (timesteps, a list; losses, float64 array of the same length)
+    """Mean squared error at each timestep, on noise that depends on `seed`, timestep and batch alone. Raises
+    DiffnbError for a seed or batch size that cannot be."""
     check_sampling(batch_size=batch_size, seed=seed)
     timesteps = timesteps or torch.linspace(0, schedule.T - 1, 20).round().long().tolist()
     losses = np.zeros(len(timesteps))
@@ -48,13 +49,17 @@ class Moments:
         for x in [batches] if isinstance(batches, torch.Tensor) else batches:
             self.add(x)
 
-    def add(self, x): # (B, D)
+    def add(self, x # features, (B, D)
+           ) -> None:
         "Merge one batch in."
         x = x.to("cpu" if x.device.type == "mps" else x.device).double()       # MPS has no float64
         mean = x.mean(0)
         self.merge(len(x), mean, (x - mean).T @ (x - mean))
 
-    def merge(self, n, mean, scatter):
+    def merge(self, n,  # how many images
+              mean,     # of their features, (D,)
+              scatter,  # sum of the outer products of their deviations from that mean, (D, D)
+             ) -> None:
         "Merge the moments of `n` more; with n < 0 and minus the scatter, take them out again."
         if self.n == 0:
             self.n, self.mean, self.scatter = n, mean, scatter
@@ -63,16 +68,21 @@ class Moments:
         self.scatter = self.scatter + scatter + step.outer(step) * (self.n * n / total)
         self.mean, self.n, self._root = self.mean + step * (n / total), total, None
 
-    def without(self, other):  # Moments of a part of this one -> Moments of the rest
+    def without(self, other # Moments of a part of this one
+               ) -> "Moments":
+        "The moments of the rest."
         rest = Moments()
         rest.n, rest.mean, rest.scatter = self.n, self.mean, self.scatter
         rest.merge(-other.n, other.mean, -other.scatter)
         return rest
 
     @property
-    def cov(self): return self.scatter / (self.n - 1)
+    def cov(self) -> torch.Tensor: # float64 (D, D)
+        "The covariance, dividing by n - 1."
+        return self.scatter / (self.n - 1)
 
-    def root(self):            # symmetric square root of cov, (D, D); kept, because a reference is used many times
+    def root(self) -> torch.Tensor: # float64 (D, D)
+        "The symmetric square root of `cov`. It is kept, because a reference is used many times."
         if self._root is None:
             values, vectors = torch.linalg.eigh(self.cov)
             self._root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -87,9 +97,10 @@ def _frechet(a, b):
 
 def frechet_distance(a, # features (N, D), or Moments
                      b, # the reference, likewise
-                    ):  # float, at least 0 up to rounding
-    """Squared Fréchet distance between Gaussians fitted to two sets (Heusel et al. 2017). Warns if either set is
-    smaller than D + 1."""
+                    ) -> float: # at least 0, up to rounding
+    """Squared Fréchet distance between Gaussians fitted to two sets: |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½)
+    (Dowson & Landau 1982; as FID, Heusel et al. 2017, arXiv:1706.08500, eq. 6). Warns if either set is smaller than
+    D + 1. Raises DiffnbError if one has fewer than two images, or if their dimensions differ."""
     a, b = (m if isinstance(m, Moments) else Moments(m) for m in (a, b))
     if min(a.n, b.n) < 2:
         raise DiffnbError("a Fréchet distance needs at least two images on either side")
@@ -100,16 +111,17 @@ def frechet_distance(a, # features (N, D), or Moments
 
 def _warn_if_few(n, dim):
     if n <= dim:
-        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far too high, and can "
-                      f"only be compared at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)
+        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far "
+                      f"too high, and can only be compared at the same n. Use more than {dim} images, better {10 * dim}",
+                      stacklevel=3)
 
 # %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)
         subset_size=1000, # images of either set in each subset; at most N and M
         subsets=100, seed=0,
-       ):                 # (mean, standard deviation) over the subsets
-    """Kernel distance: unbiased squared MMD with the cubic polynomial kernel (Bińkowski et al. 2018, eq. 4 and section
-    4.1)."""
+       ) -> tuple: # (mean, standard deviation) over the subsets
+    """Kernel distance: unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv:1801.01401,
+    eq. 4 and section 4.1). Raises DiffnbError for fewer than two images on either side, or no subset."""
     size = min(subset_size, len(a), len(b))
     if size < 2 or subsets < 1:
         raise DiffnbError("a kernel distance needs at least two images on either side, and one subset")
@@ -144,9 +156,13 @@ def _realm(points, k, once=False):
     alone = first == torch.arange(len(points), device=first.device)
     return _realm(points[alone.to(points.device)], k) if once and not alone.all() else (points, reach)
 
-def precision_recall(generated, real, k=3): # features (N, D) and (N, D) -> (precision, recall), each in 0 … 1
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3); copies within `real` count once, so that its
-    balls do not vanish. Raises DiffnbError if there are not more than k images."""
+def precision_recall(generated, # features (N, D)
+                     real,      # features (M, D), best M = N
+                     k=3,       # how many neighbours span the ball around an image
+                    ) -> tuple: # (precision, recall), each in 0 … 1
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 1-3); copies
+    within `real` count once, so that its balls do not vanish. Raises DiffnbError unless both have more than k
+    images."""
     if not (isinstance(k, int) and k >= 1):
         raise DiffnbError(f"k={k!r} is not possible: a whole number of neighbours, at least 1")
     if min(len(generated), len(real)) <= k:
@@ -160,8 +176,8 @@ def nearest(x,              # features, (N, D)
             reference,      # features, (M, D)
             # x is a part of reference: the nearest one that is another picture, neither itself nor a copy
             skip_self=False
-           ):               # (distances, (N,), infinite where there is no other; indices into reference, (N,))
-    "Nearest neighbour of each row."
+           ) -> tuple: # (distances, (N,), infinite where there is no other; indices into reference, (N,))
+    "Nearest neighbour of each row, by Euclidean distance. Raises DiffnbError if the reference is empty."
     if not len(reference):
         raise DiffnbError("there is nothing in which to look for neighbours: the reference is empty")
     found = [(d.masked_fill(d == 0, math.inf) if skip_self else d).min(1) for d in _distances(x, reference)]
@@ -184,7 +200,7 @@ class Score:
     filter: str              # how it was resized
     error: float | None = None # standard error
 
-    def deviations(self): # list of str, empty for the standard protocol
+    def deviations(self) -> list: # of str, empty for the standard protocol
         "Where this differs from what is published as FID (Heusel et al. 2017)."
         return [
             text
@@ -200,7 +216,8 @@ class Score:
 
     def __str__(self): return self.text()
 
-    def text(self, deviations=True): # with or without the reasons why it is not FID
+    def text(self, deviations=True # with the reasons why it is not FID
+            ) -> str:
         "Metric, value with its 95% interval, and every condition."
         name = self.metric if self.deviations() else "FID"
         error = "" if self.error is None else f" ± {1.96 * self.error:.3g}"
@@ -212,15 +229,16 @@ class Score:
             f"; not FID: {'; '.join(self.deviations())}"
             if deviations and self.metric == "Fréchet distance" and self.deviations()
             else "")
-        return (f"{name} {self.value:.4g}{error} ({self.network}, {self.dim}-d; n = {self.n:,} against {self.n_reference:,} of "
-                f"{' '.join(filter(None, (self.reference, self.split)))}; {size}{note})")
+        return (f"{name} {self.value:.4g}{error} ({self.network}, {self.dim}-d; n = {self.n:,} against "
+                f"{self.n_reference:,} of {' '.join(filter(None, (self.reference, self.split)))}; {size}{note})")
 
 # %% ../nbs/07_evaluate.ipynb #c081
 def jackknife_error(f,         # features of the generated images, (N, D)
                     reference, # Moments
                     groups=20, seed=0,
-                   ):          # float
-    "Standard error of the Fréchet distance by the grouped jackknife; the reference is taken as given."
+                   ) -> float:
+    """Standard error of the Fréchet distance by the grouped jackknife (Quenouille 1956; Tukey 1958); the reference is
+    taken as given. Raises DiffnbError for fewer than four images or two groups."""
     if len(f) < 4 or groups < 2:
         raise DiffnbError(f"a jackknife of {len(f)} images in {groups} groups: at least 4 and 2 are needed")
     shuffled = f[torch.randperm(len(f), generator=addressed(seed, "jackknife")).to(f.device)]
@@ -228,10 +246,15 @@ def jackknife_error(f,         # features of the generated images, (N, D)
     values = [_frechet(whole.without(p), reference) for p in parts]
     return math.sqrt(len(values) - 1) * float(np.std(values))
 
-def score_against_n(f, reference, sizes, repeats=4, seed=0, apart=False):
-    """Mean Fréchet distance of random subsets of `f`, for each size: a list of (n, mean). With `apart`, f is the
-    reference's own features, and each subset is taken out of the reference before it is compared: the floor, real
-    against real."""
+def score_against_n(f,           # features, (N, D)
+                    reference,   # Moments
+                    sizes,       # of the subsets, each from 2 to N
+                    repeats=4,   # subsets of each size
+                    seed=0,
+                    apart=False, # f is the reference's own: take each subset out of it first, as the floor does
+                   ) -> list:    # of (n, mean)
+    """Mean Fréchet distance of random subsets of `f`, for each size. Raises DiffnbError for a size that is not
+    possible, or no repeats."""
     if repeats < 1:
         raise DiffnbError(f"repeats={repeats} is not possible: at least 1")
     if bad := [k for k in sizes if not 2 <= k <= len(f) - 2 * apart]:
@@ -267,8 +290,8 @@ class Evaluation:
     # uint8 (2, K, C, H, W): the nearest generated images, and those training images
     closest: torch.Tensor = field(repr=False)
 
-    def facts(self): # dict, as JSON holds it
-        "Everything but images and distances."
+    def facts(self) -> dict: # as JSON holds it
+        "Everything but images and distances; of these, the 5%, 50% and 95% quantiles."
         of = lambda v: (
             {**asdict(v), "text": str(v), "deviations_from_fid": v.deviations()} if isinstance(v, Score) else v)
         kept = {k: of(v) for k, v in self.__dict__.items() if k not in ("distances", "closest")}
@@ -295,11 +318,61 @@ LEAST_IMAGES = 16 # with fewer, none of these numbers says anything
 def _check_comparable(images, real, n=LEAST_IMAGES): # one of them at least, and how many there are or will be
     shape = tuple(real.take(slice(0, 1)).shape[1:])
     if tuple(images.shape[1:]) != shape:
-        raise DiffnbError(f"the images have shape {tuple(images.shape[1:])} and the reference {shape}: resize neither after the fact, "
-                          "sample in the size of the reference or load the reference in that of the samples")
+        raise DiffnbError(f"the images have shape {tuple(images.shape[1:])} and the reference {shape}: "
+                          "resize neither after the fact, sample in the size of the reference or load the reference in "
+                          "that of the samples")
     if min(n, len(real)) < LEAST_IMAGES:
         raise DiffnbError(
             f"{n} images against {len(real)}: too few for any of these numbers, at least {LEAST_IMAGES} are needed")
+
+def _distance_scores(about, f, f_real, f_new, split, dim, seed):
+    "The Fréchet distances of an Evaluation: model, floor, held-out images, and how all of them depend on n."
+    n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
+    new = None if f_new is None else Moments(f_new.split(4096))
+    distance = lambda a, b, ref, error=None, split=split: about(
+        "Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
+    n_floor = min(n, total // 2)
+    sizes = sorted({max(2, n // 8), n // 4, n // 2, n_floor, n})
+    curve = score_against_n(f, real, sizes, seed=seed)
+    floor_curve = score_against_n(f_real, real, [k for k in sizes if k <= n_floor], seed=seed, apart=True)
+    return dict(
+        score=distance(f, total, real, jackknife_error(f, real, seed=seed)),
+        floor=about("Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(),
+                    n_reference=total - n_floor),
+        held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
+        unseen=None if new is None else distance(f_new, total, real),
+        curve=curve, floor_curve=floor_curve,
+        extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], dim))
+
+def _some(x, seed, what, k): return x[torch.randperm(len(x), generator=addressed(seed, what))[:k].to(x.device)]
+
+def _sample_scores(about, f, f_real, split, seed):
+    "KID, precision and recall of an Evaluation."
+    n, total = len(f), len(f_real)
+    sub = min(1000, n // 4, total // 4)
+    k_mean, k_std = kid(f, f_real, max(2, sub), seed=seed)
+    m = min(n, total // 2, 10_000)
+    mixed = _some(f_real, seed, "precision", 2 * m)              # two disjoint sets of real images
+    precision, recall = precision_recall(_some(f, seed, "generated", m), mixed[:m])
+    real_precision, real_recall = precision_recall(mixed[m:], mixed[:m])
+    return dict(
+        kid=about("KID", k_mean, n=n, split=split, n_reference=total, error=k_std * math.sqrt(sub / n)),
+        precision=about("precision", precision, n=m, split=split, n_reference=m),
+        recall=about("recall", recall, n=m, split=split, n_reference=m),
+        real_precision=real_precision, real_recall=real_recall)
+
+def _copying(images, reference, f, f_real, f_new, seed):
+    "How near an Evaluation's images lie to training images, and the nearest pairs."
+    d, index = nearest(f[:10_000], f_real)
+    others = _some(f_real, seed, "others", 2000) if f_new is None else f_new[:10_000]
+    d_real = nearest(others, f_real, skip_self=True)[0]
+    d_real = d_real[d_real.isfinite()]                           # without a copy of itself, or of anything
+    copied = (d < d_real.quantile(0.05)) | (d == 0) if len(d_real) else d == 0
+    first = d.argsort()[:10].cpu()
+    mine, theirs = images[first.to(images.device)], reference.take(index.cpu()[first].to(reference.images.device))
+    return dict(copied=copied.double().mean().item(),
+                distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
+                closest=torch.stack([mine.cpu(), theirs.cpu()]))
 
 def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              reference,     # ImageData: the images the model was trained on
@@ -307,56 +380,20 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              held_out=None, # ImageData: real images not trained on
              split="train", # what `reference` is: "train", "test", or "" if unknown
              seed=0, batch_size=256,
-            ):              # Evaluation
-    """Score images in every way of this page. Raises DiffnbError if shapes differ; warns if n is not above the feature
-    dimension."""
+            ) -> Evaluation:
+    """Score images in every way of this page. Raises DiffnbError if shapes differ or there are fewer than 16 images on
+    either side; warns if n is not above the feature dimension."""
     check_sampling(seed=seed, batch_size=batch_size)
     _check_comparable(images[:1], reference, len(images))
     _warn_if_few(min(len(images), len(reference)), features.dim)
     f, f_real = features(images, batch_size), features(reference, batch_size)
     f_new = None if held_out is None else features(held_out, batch_size)
-    n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
     about = partial(Score, network=features.name, dim=features.dim, reference=reference.name or "the reference",
                     size=reference.size, native_size=reference.native_size, filter=reference.filter)
-    distance = lambda a, b, ref, error=None, split=split: about(
-        "Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
+    return Evaluation(**_distance_scores(about, f, f_real, f_new, split, features.dim, seed),
+                      **_sample_scores(about, f, f_real, split, seed),
+                      **_copying(images, reference, f, f_real, f_new, seed))
 
-    n_floor = min(n, total // 2)
-    sizes = sorted({max(2, n // 8), n // 4, n // 2, n_floor, n})
-    curve = score_against_n(f, real, sizes, seed=seed)
-    floor_curve = score_against_n(f_real, real, [k for k in sizes if k <= n_floor], seed=seed, apart=True)
-    scored = distance(f, total, real, jackknife_error(f, real, seed=seed))
-    new = None if held_out is None else Moments(f_new.split(4096))
-
-    sub = min(1000, n // 4, total // 4)
-    k_mean, k_std = kid(f, f_real, max(2, sub), seed=seed)
-    m = min(n, total // 2, 10_000)
-    pick = lambda x, what, k=m: x[torch.randperm(len(x), generator=addressed(seed, what))[:k].to(x.device)]
-    mixed = pick(f_real, "precision", 2 * m)                                          # two disjoint sets of real images
-    (precision, recall), (real_precision, real_recall) = (
-        precision_recall(x, mixed[:m]) for x in (pick(f, "generated"), mixed[m:]))
-    d, index = nearest(f[:10_000], f_real)
-    d_real = nearest(pick(f_real, "others", 2000) if held_out is None else f_new[:10_000], f_real, skip_self=True)[0]
-    d_real = d_real[d_real.isfinite()]  # without a copy of itself, or of anything
-    first = d.argsort()[:10].cpu()
-    return Evaluation(
-        score=scored,
-        held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
-        floor=about(
-            "Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(),
-            n_reference=total - n_floor),
-        unseen=None if new is None else distance(f_new, total, real),
-        kid=about("KID", k_mean, n=n, split=split, n_reference=total, error=k_std * math.sqrt(sub / n)),
-        precision=about("precision", precision, n=m, split=split, n_reference=m),
-        recall=about("recall", recall, n=m, split=split, n_reference=m), real_precision=real_precision,
-        real_recall=real_recall, curve=curve, floor_curve=floor_curve,
-        extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], features.dim),
-        copied=((d < d_real.quantile(0.05)) | (d == 0) if len(d_real) else d == 0).double().mean().item(),
-        distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
-        closest=torch.stack(
-            [
-                images[first.to(images.device)].cpu(),
-                reference.take(index.cpu()[first].to(reference.images.device)).cpu()]))
 
 # %% ../nbs/07_evaluate.ipynb #c087
 def _at_infinity(curve, dim): # (n, score) pairs

@@ -19,7 +19,7 @@ from .core import DiffnbError
 def timestep_embedding(t,             # timesteps, (B,), any integer type, float32 or float64
                        dim,           # even
                        freq_shift=0,  # 0 here, 1 in the published DDPM weights
-                      ):              # (B, dim) in [-1, 1], always float32
+                      ) -> torch.Tensor: # (B, dim) in [-1, 1], always float32
     "Cosines, then sines, of `t` at dim/2 frequencies from 1 down to about 1/10000 (Vaswani et al. 2017, section 3.5)."
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -34,14 +34,14 @@ class TimeEmbedding(nn.Module):
         self.dim, self.freq_shift = dim, freq_shift
         self.linear1, self.linear2 = nn.Linear(dim, emb_dim), nn.Linear(emb_dim, emb_dim)
 
-    def forward(self, t):
+    def forward(self, t) -> torch.Tensor:
         # the waves need float32; the network may run in less, so the cast comes after them
         waves = timestep_embedding(t, self.dim, self.freq_shift).to(self.linear1.weight.dtype)
         return self.linear2(F.silu(self.linear1(waves)))
 
 # %% ../nbs/03_unet.ipynb #c025
-def zero_init(layer):
-    "The same layer with weights and bias set to zero: a branch that ends in it adds nothing until it has learned to."
+def zero_init(layer) -> nn.Module: # the same layer
+    "Set weights and bias to zero: a branch that ends in this layer adds nothing until it has learned to."
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb):
+    def forward(self, x, emb) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         e = self.emb(F.silu(emb))[:, :, None, None]
         if self.film:
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 # %% ../nbs/03_unet.ipynb #c036
-def dot_product_attention(q, k, v): # each (B, heads, tokens, head_dim) -> same shape
+def dot_product_attention(q, k, v) -> torch.Tensor: # each (B, heads, tokens, head_dim) -> same shape
     """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). A GPU has a fused kernel for
     it; on a CPU the two products are faster written out, as long as their table is small."""
     if q.device.type != "cpu" or q.shape[-2] > 1024:
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps) if norm else nn.Identity()
         self.qkv, self.out = nn.Linear(channels, 3 * channels), zero_init(nn.Linear(channels, channels))
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                      # (B, H*W, C)
         q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
@@ -99,7 +99,7 @@ class Downsample(nn.Module):
         self.pad = (1, 1, 1, 1) if padding == "both" else (0, 1, 0, 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x): return self.conv(F.pad(x, self.pad))
+    def forward(self, x) -> torch.Tensor: return self.conv(F.pad(x, self.pad))
 
 class Upsample(nn.Module):
     "Twice the resolution: each pixel becomes four, then a convolution smooths the steps."
@@ -107,7 +107,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x) -> torch.Tensor: return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 # %% ../nbs/03_unet.ipynb #c050
 def _number(name, value, low, high, kind=int, none=False):
@@ -200,7 +200,7 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks, self.attentions, self.resize = nn.ModuleList(blocks), nn.ModuleList(attentions), resize
 
-    def forward(self, x, emb, keep=None, join=None):
+    def forward(self, x, emb, keep=None, join=None) -> torch.Tensor:
         "`keep`: a list to put every result in (on the way down); `join`: that list, to take them from (on the way up)."
         for block, attend in zip(self.blocks, self.attentions):
             if join is not None:
@@ -267,11 +267,11 @@ def _check_inputs(c, x_t, t, y):
     return t.expand(b), y.long().to(x_t.device)
 
 # %% ../nbs/03_unet.ipynb #c066a
-def fold(x, patch_size): # (B, C, H, W) -> (B, C * patch_size**2, H / patch_size, W / patch_size)
+def fold(x, patch_size) -> torch.Tensor: # (B, C, H, W) -> (B, C * patch_size**2, H / patch_size, W / patch_size)
     "Each square of pixels becomes one position with more channels."
     return F.pixel_unshuffle(x, patch_size) if patch_size > 1 else x
 
-def unfold(x, patch_size): # (B, C * patch_size**2, H, W) -> (B, C, H * patch_size, W * patch_size)
+def unfold(x, patch_size) -> torch.Tensor: # (B, C * patch_size**2, H, W) -> (B, C, H * patch_size, W * patch_size)
     "The exact inverse of `fold`."
     return F.pixel_shuffle(x, patch_size) if patch_size > 1 else x
 
@@ -306,7 +306,7 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(c["norm_groups"], widths[0], c["norm_eps"])
         self.conv_out = zero_init(nn.Conv2d(widths[0], folded, 3, padding=1))
 
-    def forward(self, x_t, t, y=None):
+    def forward(self, x_t, t, y=None) -> torch.Tensor:
         t, y = _check_inputs(self.config, x_t, t, y)
         emb = self.time(t)
         if y is not None:
@@ -321,6 +321,6 @@ class UNet(nn.Module):
             x = stage(x, emb, join=skips)
         return unfold(self.conv_out(F.silu(self.norm_out(x))), self.config["patch_size"])
 
-def count_parameters(model):
+def count_parameters(model) -> int:
     "The number of weights in `model`."
     return sum(p.numel() for p in model.parameters())

@@ -292,10 +292,10 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_cifar10_keeps_its_axes(monkeypatch):
     import types
-    from diffnb import data
+    from diffnb.workshop import datasets
     stored = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)  # as torchvision has them: N, H, W, C
     monkeypatch.setattr(
-        data, "_torchvision_set",
+        datasets, "_torchvision_set",
         lambda *_: types.SimpleNamespace(data=stored, targets=[3, 5], classes=list("abcdefghij")))
     loaded = load_data("cifar10")
     assert (

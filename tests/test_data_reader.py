@@ -6,8 +6,7 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageCms
 
-from diffnb import data
-from diffnb.workshop import cli
+from diffnb.workshop import cli, datasets
 from diffnb.core import DiffnbError
 from diffnb.data import save_grid
 from diffnb.workshop.datasets import load_data
@@ -520,7 +519,7 @@ def test_a_set_is_known_by_its_contents(tmp_path, monkeypatch):
     shutil.copytree(d, "copy")
     os.utime("copy/ant/1.png", (1, 1))
     Path("link").symlink_to("d")
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))  # moved, and still in the cache
+    monkeypatch.setattr(datasets, "decode", lambda *_: pytest.fail("decoded again"))  # moved, and still in the cache
     for name in ("copy", "link"):
         assert read(name, root=tmp_path / "root").digest == first
     monkeypatch.undo()
@@ -562,16 +561,16 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     assert not orphan.exists()
 
 def fill(folder, name, slow=0.02):
-    decoded, plain = [], data.decode
+    decoded, plain = [], datasets.decode
     def counting(*args):
         decoded.append(args)
         time.sleep(slow)
         return plain(*args)
-    data.decode = counting
+    datasets.decode = counting
     try:
         images = read(folder).images
     finally:
-        data.decode = plain
+        datasets.decode = plain
     (folder.parent / name).write_text(f"{len(decoded)} {levels_of(images)}")
 
 def levels_of(images): return images[:, 0, 0, 0].tolist()
@@ -591,10 +590,10 @@ def test_two_processes_fill_one_cache(tmp_path):
 
 def test_threads_fill_one_cache_even_without_locks(tmp_path, monkeypatch):
     put(tmp_path / "d", *(f"{k:02}.png" for k in range(8)))
-    class NoLocks(data.FileLock):
+    class NoLocks(datasets.FileLock):
         def acquire(self, *_, **__): raise NotImplementedError("flock")
-    for lock in (data.FileLock, NoLocks):
-        monkeypatch.setattr(data, "FileLock", lock)
+    for lock in (datasets.FileLock, NoLocks):
+        monkeypatch.setattr(datasets, "FileLock", lock)
         shutil.rmtree(tmp_path / "root", ignore_errors=True)
         found = []
         threads = [threading.Thread(target=lambda: found.append(levels(read(tmp_path / "d")))) for _ in range(4)]
@@ -606,12 +605,12 @@ def test_threads_fill_one_cache_even_without_locks(tmp_path, monkeypatch):
 
 def test_a_file_that_goes_while_it_is_read(tmp_path, monkeypatch):
     put(tmp_path / "d", "1.png", "2.png")
-    found = data.list_images
+    found = datasets.list_images
     def then_gone(*args, **kwargs):
         listing = found(*args, **kwargs)
         (tmp_path / "d/2.png").unlink()
         return listing
-    monkeypatch.setattr(data, "list_images", then_gone)
+    monkeypatch.setattr(datasets, "list_images", then_gone)
     with pytest.raises(DiffnbError, match="2.png was there a moment ago"):
         read(tmp_path / "d")
 
@@ -684,8 +683,8 @@ def test_ctrl_c_while_decoding_is_quick_and_leaves_nothing(tmp_path, monkeypatch
         decoded.append(args)
         time.sleep(0.02)
         return plain(*args)
-    plain = data.decode
-    monkeypatch.setattr(data, "decode", slow)
+    plain = datasets.decode
+    monkeypatch.setattr(datasets, "decode", slow)
     class Interrupted:
         def __init__(self, iterable, **_): self.iterable = iterable
         def __iter__(self):
@@ -693,8 +692,8 @@ def test_ctrl_c_while_decoding_is_quick_and_leaves_nothing(tmp_path, monkeypatch
             raise KeyboardInterrupt
     memo = read(tmp_path / "d", root=tmp_path / "other").digest
     decoded.clear()
-    monkeypatch.setattr(data, "_digest", lambda *_: memo)
-    monkeypatch.setattr(data, "tqdm", Interrupted)
+    monkeypatch.setattr(datasets, "_digest", lambda *_: memo)
+    monkeypatch.setattr(datasets, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         read(tmp_path / "d")
     time.sleep(0.3)

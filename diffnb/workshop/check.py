@@ -4,8 +4,9 @@
 __all__ = ['Wrong', 'Exercise', 'exercise', 'fresh', 'same', 'exercises', 'read_progress', 'check', 'Progress', 'progress']
 
 # %% ../../nbs/workshop/check.ipynb #i0
-import datetime, difflib, html, importlib, json, linecache, shlex, sysconfig, traceback
+import datetime, difflib, importlib, json, linecache, shlex, sysconfig, traceback
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Callable
 
@@ -16,10 +17,11 @@ import torch
 # %% ../../nbs/workshop/check.ipynb #i2
 from ..core import DiffnbError, write_whole
 from .course import lessons
+from .pages import render
 
 # %% ../../nbs/workshop/check.ipynb #c007
 class Wrong(DiffnbError):
-    "Raised by a check: the message tells the learner what is wrong with his answer."
+    "Raised by a check: the message tells the learner what is wrong with the answer."
 
 @dataclass(frozen=True)
 class Exercise:
@@ -31,10 +33,14 @@ class Exercise:
     check: Callable      # check(answer): returns if it is right, raises Wrong otherwise
 
     @property
-    def lesson(self): return int(self.id.split(".")[0])
+    def lesson(self) -> int:
+        "The number of the lesson it belongs to."
+        return int(self.id.split(".")[0])
 
     @property
-    def stars(self): return "★" * self.level + "☆" * (3 - self.level)
+    def stars(self) -> str:
+        "The level as three stars, filled and empty."
+        return "★" * self.level + "☆" * (3 - self.level)
 
 # %% ../../nbs/workshop/check.ipynb #c008
 _exercises = {}
@@ -43,7 +49,7 @@ def exercise(id,      # "2.1"
              title,   # "Adding noise", as in the lesson's heading
              minutes, # how long it should take
              level,   # 1, 2 or 3 stars
-            ):        # a decorator
+            ) -> Callable: # a decorator
     "Make a function `f(answer)`, which raises `Wrong` or returns, the check of an exercise."
     def register(f):
         _exercises[id] = Exercise(id, title, minutes, level, f)
@@ -51,7 +57,7 @@ def exercise(id,      # "2.1"
     return register
 
 # %% ../../nbs/workshop/check.ipynb #c012
-def fresh(): # a torch.Generator on the CPU, with a seed that nobody knows
+def fresh() -> torch.Generator: # on the CPU, with a seed that nobody knows
     "Randomness for one check; a new seed each time."
     g = torch.Generator()
     g.seed()
@@ -106,7 +112,7 @@ def same(got,       # what the learner's function returned
          what,      # its name in messages, e.g. "x_t"
          others={}, # message -> the result that a known mistake would give, for the same inputs
          atol=1e-5, # absolute tolerance; a relative one of 1e-5 is added
-        ):
+        ) -> None:
     "Raise `Wrong` unless `got` is `want`. A result found in `others` gets the message that goes with it."
     made = _tensor(got, want, what)
     expected = torch.as_tensor(want)
@@ -140,10 +146,10 @@ def _load(lesson): # number of a lesson; imports its checks
     try:
         return importlib.import_module(module) if module else None
     except ModuleNotFoundError as e:
-        if e.name not in (module, "diffnb.checks"):
+        if e.name not in (module, "diffnb.workshop.checks"):
             raise
 
-def exercises(): # list of Exercise
+def exercises() -> list: # of Exercise
     "All exercises of the course, in order."
     for name in lessons:
         _load(int(name[:2]))
@@ -187,7 +193,7 @@ def _progress_file(folder=None): # the progress.json of the workbook around `fol
     here = Path(folder or Path.cwd()).resolve()
     return next((p / "progress.json" for p in (here, *here.parents) if (p / "progress.json").is_file()), None)
 
-def read_progress(path): # dict with "solved": {id: date} and "files": {name: hash}
+def read_progress(path) -> dict: # with "solved": {id: date} and "files": {name: hash}
     "What a progress.json says. Raises DiffnbError if it cannot be read."
     try:
         said = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -227,7 +233,7 @@ class _Verdict(int):
 
 def check(id,     # of the exercise, e.g. "2.1"
           answer, # the learner's function, class or value
-         ):       # True if it is right
+         ) -> bool: # True if it is right
     "Try an answer and print one line about it. Raises DiffnbError for an unknown id, and nothing for a wrong answer."
     exercise = _find(id)
     word, said = _verdict(exercise, answer)
@@ -246,45 +252,31 @@ class Progress:
     exercises: list
     solved: dict    # id -> date
 
-    def rows(self):
-        for e in self.exercises:
-            yield e.id, e.title, e.stars, f"{e.minutes} min", f"✓ {self.solved[e.id]}" if e.id in self.solved else "○"
+    def rows(self) -> list: # of (id, title, stars, minutes, solved), all strings
+        "The table, an exercise in a row."
+        solved = lambda e: f"✓ {self.solved[e.id]}" if e.id in self.solved else "○"
+        return [(e.id, e.title, e.stars, f"{e.minutes} min", solved(e)) for e in self.exercises]
 
     @property
-    def summary(self):
-        left = sum(e.minutes for e in self.exercises if e.id not in self.solved)
-        return (
-            f"{len(self.exercises) - sum(e.id not in self.solved for e in self.exercises)} of "
-            f"{len(self.exercises)} exercises solved, about {left} minutes left")
+    def summary(self) -> str:
+        "How many are solved, and how long the others should take."
+        left = [e.minutes for e in self.exercises if e.id not in self.solved]
+        done = len(self.exercises) - len(left)
+        return f"{done} of {len(self.exercises)} exercises solved, about {sum(left)} minutes left"
 
     def __repr__(self):
         wide = max(len(e.title) for e in self.exercises)
-        return "\n".join(
-            [self.summary]
-            + [
-                f"{id:6s}{title:{wide + 2}s}{stars:6s}{minutes:>7s}  {solved}"
-                for id, title, stars, minutes, solved in self.rows()])
+        return "\n".join([self.summary] + [f"{id:6s}{title:{wide + 2}s}{stars:6s}{minutes:>7s}  {solved}"
+                                           for id, title, stars, minutes, solved in self.rows()])
 
     def _repr_html_(self):
-        cells, here = [], None
-        for e, (id, *rest) in zip(self.exercises, self.rows()):
-            lesson = next(n for n in lessons if int(n[:2]) == e.lesson)
-            if lesson != here:
-                cells.append(
-                    '<tr><th colspan="5" scope="rowgroup" style="text-align:left"><a '
-                    f'href="{lesson}.ipynb">{lesson}</a></th></tr>')
-                here = lesson
-            cells.append(
-                f'<tr><td>{id}</td>'
-                + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in rest)
-                + "</tr>")
-        head = "".join(
-            f'<th scope="col" style="text-align:left">{x}</th>'
-            for x in ("exercise", "title", "level", "time", "solved"))
-        return f"<p>{self.summary}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
+        named = {int(name[:2]): name for name in lessons}
+        groups = groupby(zip(self.exercises, self.rows()), key=lambda pair: named[pair[0].lesson])
+        return render("progress.html", summary=self.summary,
+                      lessons=[(name, [row for _, row in pairs]) for name, pairs in groups])
 
 def progress(path=None, # folder of a workbook; None: the one we are in, if we are in one
-            ):          # Progress
+            ) -> Progress:
     "A table of all exercises: solved, or not yet. Raises DiffnbError if there is no workbook at `path`."
     file = _progress_file(path)
     if path and not file:

@@ -22,7 +22,7 @@ optional = {
 needed = (
     "torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow", "tyro")
 
-def check_environment(): # dict: package -> version, or None if it is missing
+def check_environment() -> dict: # package -> version, or None if it is missing
     "Print what this machine has: versions, devices, and for what is missing what it is for and how to get it."
     found = {}
     for name in (*needed, *optional):
@@ -79,7 +79,8 @@ def _panel(ax): # everything drawn in one pair of axes
     return "; ".join(words + [t.get_text().replace("\n", " ") for t in ax.texts if t.get_text()][:12])
 
 # %% ../../nbs/index.ipynb #c017
-def describe(fig): # a matplotlib Figure
+def describe(fig # a matplotlib Figure
+            ) -> str: # at most 900 characters
     """A figure in words, for its alt text: its label if it has one; else panels, axes, and the ends of each curve. At
     most 900 characters."""
     if fig.get_label():
@@ -95,7 +96,7 @@ def describe(fig): # a matplotlib Figure
     text = " ".join(". ".join(words).split()) or "an empty figure"
     return text if len(text) <= 900 else text[:897] + "..."
 
-def figures_in_words():
+def figures_in_words() -> None:
     """From now on this notebook shows figures as images with `describe` as alt text, in every viewer. Does nothing
     outside notebooks."""
     ip = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
@@ -115,7 +116,8 @@ lessons = {
     "04_train": "learning,\nreliably", "05_sample": "noise back\nto images", "06_guide": "asking for\na class",
     "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?", "13_scale": "faster,\non many GPUs"}
 
-def you_are_here(name=None): # a lesson's name, e.g. "03_unet"; None: just the map
+def you_are_here(name=None # a lesson's name, e.g. "03_unet"; None: just the map
+                ) -> Figure:
     "Draw the map of the course with one lesson marked. Returns the matplotlib Figure."
     fig = plt.figure(figsize=(10, 1))
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.5, len(lessons) - 0.5), ylim=(-0.5, 0.7))

@@ -229,7 +229,7 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
               channels=3,        # of a folder: 3 colour, 1 grey
               progress=True,     # show how far decoding is, and say what was taken from a folder and what was not
              generated=False,   # may the folder be one of images that a model made?
-             ):                  # ImageData
+             ) -> ImageData:
     "Images of a named set or a folder. Raises DiffnbError for an unknown name, filter or split, or unreadable data."
     for value, allowed, what in ((split, ("train", "test"), "split"), (filter, filters, "filter"),
                                  (on_broken, ("stop", "skip"), "on_broken"), (channels, (1, 3), "channels")):

@@ -68,42 +68,50 @@ class Facts:
             self.config.schedule, self.config.T, self.config.shift, self.config.zero_terminal_snr))
     size = property(lambda self: self.data["image_size"])
     native = property(lambda self: self.data["native_size"])
-    @property
-    def chances(self): return timestep_probabilities(self.config.T, self.config.logit_normal) # of each timestep
+    chances = property(lambda self: timestep_probabilities(self.config.T, self.config.logit_normal)) # of each t
     floor_mean = property(lambda self: None if self.floor is None else self.in_training(self.floor))
 
-    def in_training(self, curve): # (T,), or one number -> its mean over the timesteps as training draws them
+    def in_training(self, curve # (T,), or one number
+                   ) -> float:
+        "Its mean over the timesteps as training draws them."
         curve = torch.as_tensor(curve, dtype=torch.float64)
         return float(curve if curve.ndim == 0 else (curve * self.chances).sum())
 
     @property
-    def holding(self): # True if the rate is at its peak, to stay there until a decay that has not begun
+    def holding(self) -> bool:
+        "Is the rate at its peak, to stay there until a decay that has not begun?"
         share = self.config.decay_share
         return share is not None and min(self.config.warmup, self.total // 10) < self.step < (1 - share) * self.total
 
     @cached_property
-    def copied(self): return copies(self.grid[1], self.images) # asked for by a check and twice by the report
+    def copied(self) -> tuple: # as `diffnb.doctor.copies`, worked out once
+        "How near the samples lie to training images."
+        return copies(self.grid[1], self.images)
 
     parameters = property(lambda self: _network_facts(json.dumps(self.net))[0])
     flops = property(lambda self: _network_facts(json.dumps(self.net))[1]) # of one image through the network, forward
 
-    def command(self, name, *options): # as a shell takes it
+    def command(self, name, *options) -> str: # as a shell takes it
+        "A `diffnb` command for this run."
         return shlex.join(["diffnb", name, str(self.run), *options])
 
-    def late(self, share=1 / 3): # the metrics' last third, at least LEAST_ROWS rows if there are so many
+    def late(self, share=1 / 3) -> dict: # column -> array
+        "The last third of the metrics, or another share; at least LEAST_ROWS rows if there are so many."
         n = len(self.metrics["step"])
         return {k: v[-max(LEAST_ROWS, round(n * share)):] for k, v in self.metrics.items()}
 
-    def calm(self): # (images, loss) of the last third without spikes, which would hide everything else
+    def calm(self) -> tuple: # (images, loss), each (n,)
+        "The last third of the rows without spikes, which would hide everything else."
         late = self.late()
         keep = ~np.isin(late["step"], self.metrics["step"][spikes(self.metrics["loss"])])
         return late["images"][keep], late["loss"][keep]
 
-    def loss(self): # (mean, standard error) of those, the error from the scatter around their trend
+    def loss(self) -> tuple: # (mean, standard error)
+        "The loss of the calm rows. Its error comes from the scatter around their trend; nan for fewer than three rows."
         x, y = self.calm()
         around = y - np.polyval(np.polyfit(x, y, 1), x) if len(y) > 2 and np.isfinite(y).all() else y - y.mean()
-        return float(y.mean()), float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(
-            y) > 2 else math.nan
+        error = float(around.std(ddof=min(2, len(y) - 1)) / math.sqrt(len(y))) if len(y) > 2 else math.nan
+        return float(y.mean()), error
 
 # %% ../../nbs/workshop/facts.ipynb #c020
 def _config(run):
@@ -225,7 +233,7 @@ def _measure(f):
 def gather(run,        # a run folder, finished or running
            deep=True,  # also measure losses from the checkpoint; needs the data
            live=False, # only what a training loop can afford: config.json and metrics.csv
-          ):           # Facts
+          ) -> Facts:
     "Read what there is. Raises DiffnbError if the folder is not a run."
     run, facts = Path(run), _config(run)
     f = Facts(run, facts["config"], facts["model"], facts["data"], facts.get("device", ""))

@@ -6,7 +6,7 @@ __all__ = ['INCEPTION_FILE', 'INCEPTION_URL', 'Features', 'DigitsNetwork', 'trai
 
 # %% ../../nbs/workshop/features.ipynb #i0
 import io, os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ class Features:
 
     @torch.no_grad()
     def batches(self, images, # uint8 (N, C, H, W), or ImageData
-                batch_size=256):
+                batch_size=256) -> Iterator:
         """Yield float32 (B, dim), batch by batch. Raises DiffnbError for images that are not bytes and features that
         are not numbers."""
         for i in range(0, len(images), batch_size):
@@ -73,13 +73,18 @@ class DigitsNetwork(nn.Module):
                                   nn.Flatten(), nn.Linear(512, 64), nn.SiLU())
         self.head = nn.Linear(64, 10)
 
-    def features(self, images): # uint8 (B, C, H, W), of any size -> (B, 64)
+    def features(self, images # uint8 (B, C, H, W), of any size
+                ) -> torch.Tensor: # float32 (B, 64)
+        "The activations before the last layer, of the images in grey, 8x8."
         x = images.float().mean(1, keepdim=True)
         if x.shape[-2:] != (8, 8):
             x = resize(x, 8, "bilinear")
         return self.body(x / 127.5 - 1)
 
-def train_digits_network(images, labels, steps=400, seed=0): # uint8 (N, 1, 8, 8), int64 (N,) -> DigitsNetwork
+def train_digits_network(images, # uint8 (N, 1, 8, 8)
+                         labels, # int64 (N,), 0 … 9
+                         steps=400, seed=0,
+                        ) -> DigitsNetwork: # frozen
     "Train the classifier on noisy copies, half of the batches rolled by up to a pixel."
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -101,13 +106,14 @@ def train_digits_network(images, labels, steps=400, seed=0): # uint8 (N, 1, 8, 8
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/workshop/features.ipynb #c039
-def write_digits_features(path):
+def write_digits_features(path # a .safetensors file
+                         ) -> Path:
     "Train the digits network on both splits and write its weights."
     parts = [load_data("digits", split=split) for split in ("train", "test")]
     net = train_digits_network(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
     return write_tensors(path, net.state_dict(), {"network": "digits classifier", "dim": 64})
 
-def digits_features(device="cpu"): # -> Features
+def digits_features(device="cpu") -> Features:
     "The shipped digits classifier: 64 features, no download."
     net = DigitsNetwork()
     net.load_state_dict(read_tensors(Path(diffnb.__file__).parent / "weights" / "digits_features.safetensors")[0])
@@ -145,7 +151,7 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
                        # a .pth or .safetensors file; None: $DIFFNB_INCEPTION, then torch.hub's cache, then a download
                        weights=None,
                        device="cpu",
-                      ):             # Features; takes RGB or grey images of any size
+                      ) -> Features: # Features; takes RGB or grey images of any size
     """The Inception-v3 of FID (2015-12-05), through torch-fidelity. Raises DiffnbError saying what to install or which
     file to put where."""
     if dim not in (64, 192, 768, 2048):
@@ -186,7 +192,7 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
 def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"
                   data="",  # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
-                 ):             # Features
+                 ) -> Features:
     "A feature network by name. Raises DiffnbError for an unknown one."
     if name == "auto":
         name = "digits" if data == "digits" else "inception-2048"

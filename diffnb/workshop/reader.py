@@ -26,7 +26,7 @@ image_formats = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEB
 
 def open_image(path,                   # an image file
                formats=image_formats,  # as which it may be read; Pillow's names
-              ):                       # a Pillow image, mode "L" or "RGB"
+              ) -> Image.Image: # mode "L" or "RGB"
     """The first picture of a file of any mode and depth: upright, in sRGB, 8 bits, transparency on white.
     Raises DiffnbError if it cannot be read."""
     try:
@@ -43,7 +43,7 @@ def decode(path,                  # an image file
            filter="bicubic",
            channels=None,         # 3 colour, 1 grey; None: as the file has it
            formats=image_formats, # as which it may be read; Pillow's names
-          ):                      # uint8 array (channels, size, size)
+          ) -> np.ndarray: # uint8 (channels, size, size)
     "Read one image with `open_image`; its shorter side is scaled to `size`, its centre cropped. Raises DiffnbError."
     im = open_image(path, formats)
     im = im.convert({1: "L", 3: "RGB", None: im.mode}[channels])
@@ -157,9 +157,11 @@ class Listing:
     missing: tuple = ()                       # those without images here
     strange: tuple = ()                       # classes that only the test split has
 
-    def leave(self, path, reason): self.left.setdefault(reason, []).append(path)
+    def leave(self, path, reason) -> None:
+        "Note a path down as left out, for this reason."
+        self.left.setdefault(reason, []).append(path)
 
-    def keep(self, wanted, reason):
+    def keep(self, wanted, reason) -> None:
         "Of the images taken, keep those for which `wanted(path)` is true; leave the others for `reason`."
         for path in self.taken:
             if not wanted(path):
@@ -184,7 +186,7 @@ def _names(names): # the first ten
 def _below(path, folder): # as path.relative_to(folder).parts, and ten times as fast
     return path.parts[len(folder.parts):]
 
-def our_own(folder): # -> str, what it is, or ""
+def our_own(folder) -> str: # what it is, or ""
     "Did this package write that folder? Its pictures are grids, charts and samples, not data."
     def has(*names): return all(os.path.exists(os.path.join(folder, name)) for name in names)
     if has("config.json", "metrics.csv") or has("config.json", "checkpoints"):
@@ -195,7 +197,8 @@ def our_own(folder): # -> str, what it is, or ""
         return "cache of diffnb"
     return ""
 
-def is_grid(path): # an image file -> bool
+def is_grid(path # an image file
+           ) -> bool:
     "Is it one of our own sample grids or charts? They carry a mark; those of an evaluation have fixed names, too."
     folder, name = os.path.split(path)
     if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")):
@@ -208,7 +211,7 @@ def list_images(folder,
                 formats=image_formats, # which images to take; Pillow's names
                 generated=False,       # may the folder hold images that a model made?
                 on_broken="stop",      # a subfolder that cannot be opened: "stop", or "skip" it
-               ):                      # Listing
+               ) -> Listing:
     """Every image in a folder and below it. All else is left for a reason. Links are followed; no folder is read twice.
     Raises DiffnbError if the folder cannot be opened or is our own."""
     listing, root = Listing(Path(folder)), os.path.realpath(folder)
@@ -282,7 +285,7 @@ def match_classes(labels, # int64 (N,), positions in `have`
                   have,   # the class names of the set that the labels come from
                   want,   # the class names of a model, or of another set
                   what,   # what the labels belong to, for the message
-                 ):       # int64 (N,), positions in `want`
+                 ) -> torch.Tensor: # int64 (N,), positions in `want`
     "Labels of one set in the order of another, matched by name. Raises DiffnbError naming what has no counterpart."
     have, want = tuple(map(str, have)), tuple(map(str, want))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(have):
@@ -301,7 +304,8 @@ def match_classes(labels, # int64 (N,), positions in `have`
 class NoSplit(DiffnbError):
     "A set has no test split."
 
-def split_of(name): # of a folder -> "train", "test", "val" or None
+def split_of(name # of a folder
+            ) -> str | None: # "train", "test", "val" or None
     "Which split a folder's name stands for, in any letter case: train, Training, test_set, val2017, …"
     known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)"
                          r"([ _.-]?(set|split|data|images|\d{4}))?", name.strip().casefold())
@@ -312,8 +316,9 @@ def _two_readings(folder, first, second, how):
 
 def _as(names, one, many): return f"{_names(names)} as {one if len(names) == 1 else many}"
 
-def split_folders(listing): # a Listing -> {split: name of its folder}, empty if the folders at the top are no splits
-    "Raises DiffnbError if they may be splits or not."
+def split_folders(listing # a Listing
+                 ) -> dict: # {split: name of its folder}, empty if the folders at the top are not splits
+    "Which folders at the top of a listing are splits. Raises DiffnbError if that can be read in two ways."
     parts = [_below(path, listing.folder) for path in listing.taken]
     tops = {t[0]: split_of(t[0]) for t in parts if len(t) > 1}
     splits, others = [t for t in tops if tops[t]], [t for t in tops if not tops[t]]

@@ -18,7 +18,7 @@ import torch
 # %% ../../nbs/workshop/scoring.ipynb #i2
 from ..core import Alone, DiffnbError, pick_device, shown, write_whole
 from ..data import ImageData, save_grid
-from ..evaluate import _check_comparable, evaluate, LEAST_IMAGES
+from ..evaluate import _check_comparable, evaluate, Evaluation, LEAST_IMAGES
 from ..sample import check_sampling, ddim
 from .datasets import load_data
 from .features import Features, make_features
@@ -30,7 +30,7 @@ from .settings import pick_precision
 
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation
-         ):  # the Figure
+         ) -> plt.Figure:
     """The honesty panel: score and floors, score against n, precision and recall, distance to the training images,
     closest pairs."""
     fig = plt.figure(figsize=(11, 5.4), layout="constrained")
@@ -108,7 +108,7 @@ def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class 
 
 def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 (N, H, W, C), perhaps arr_1, labels
                 n=None, # the first n, in the order of names; None: all
-               ):       # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
+               ) -> tuple: # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
     "Images to be scored, decoded as in training. Raises DiffnbError for other files, mixed sizes, or fewer than n."
     source, labels, names = Path(source), None, ()
     if source.suffix.lower() == ".npz":
@@ -168,7 +168,7 @@ def _in_order_of(classes, real):
 def grid_beside(real,      # ImageData
                 generated, # uint8 (N, C, H, W)
                 labels,    # int64 (N,), or None
-                path, rows=8, per_row=6):
+                path, rows=8, per_row=6) -> Path:
     "PNG with real images on the left, generated ones on the right; one class to a row if the labels are known."
     rows = min(rows, len(generated) // per_row)
     by_class = labels is not None and real.labels is not None
@@ -233,7 +233,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  # of the sampling; guidance 1: conditional, where the model has classes
                  steps=50, guidance=1.0, sampler=ddim, seed=0,
                  device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=Alone(),
-                ):                  # Evaluation
+                ) -> Evaluation:
     """Sample (what is there already is kept), score, and write evaluation.json, panel.png and
     real_beside_generated.png. Raises DiffnbError, before sampling starts, if data or feature network are missing, if
     images and reference differ in shape or classes, or if the settings cannot work."""

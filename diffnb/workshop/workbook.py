@@ -37,7 +37,7 @@ def _jupyter(module):
 
 def learners_page(nb,             # a notebook as nbformat reads it; it is changed
                   solutions=False # keep the solutions, folded
-                 ):               # the same notebook
+                 ) -> dict: # the same notebook
     "Take the solutions of the exercises out of a page, and the outputs of stubs and checks."
     TagRemovePreprocessor = _jupyter("nbconvert.preprocessors").TagRemovePreprocessor
     if not solutions:
@@ -99,7 +99,7 @@ def _put(out, name, text, ours): # ours: name -> hash of what we wrote there las
 # %% ../../nbs/workshop/workbook.ipynb #c021
 def make_workbook(out,            # folder: new, empty, or a workbook made earlier
                   solutions=False # keep the solutions, folded, behind each exercise
-                 ):               # list of (what was done, file name): "new", "updated", "as it was", "kept", "beside"
+                 ) -> list: # of (what was done, file name): "new", "updated", "as it was", "kept", "beside"
     "Write the learner's copy of the course. What a learner wrote is never overwritten. Raises DiffnbError."
     out = Path(out)
     pages, progress = _originals(), out / "progress.json"

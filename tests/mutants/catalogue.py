@@ -704,13 +704,7 @@ bug(
     "root-absolute", "roots are taken of variances and then once more", "values.clamp(min=0).sqrt() @",
     "values.clamp(min=0) @")
 bug(
-    "few-images-silent", "too few images for a covariance pass without a warning",
-    '    if n <= dim:\n        warnings.warn(f"{n} images do not determine a covariance in {dim} '
-    'dimensions: the distance comes out far too high, and can "\n                      f"only be compared '
-    'at the same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)',
-    '    if n <= 2:\n        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: '
-    'the distance comes out far too high, and can "\n                        f"only be compared at the '
-    'same n. Use more than {dim} images, better {10 * dim}", stacklevel=3)')
+    "few-images-silent", "too few images for a covariance pass without a warning", "if n <= dim:", "if n <= 2:")
 bug(
     "kid-biased", "KID counts the kernel of each image with itself",
     "(m.sum() - m.diagonal().sum()) / (size * (size - 1))", "m.mean()")
