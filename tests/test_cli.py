@@ -356,6 +356,7 @@ for line in sys.stdin:
     print("CODE", code, flush=True); print("CODE", code, file=sys.stderr, flush=True)
 """
 
+@pytest.mark.slow
 def test_every_command_without_optional_packages(a_run, tmp_path):
     "Each works, or says what to install, before anything is written."
     todo = [[str(a) for a in args] for args, _ in every_command(a_run, tmp_path)]
