@@ -139,6 +139,7 @@ def test_a_healthy_flow_has_no_problems(flow, tmp_path):
     assert "nan" not in report.markdown() and report.write(tmp_path / "out").is_file()
 
 
+@pytest.mark.slow
 def test_the_live_doctor_is_silent_in_a_healthy_flow(flow):
     facts = gather(flow, live=True)
     full, facts.floor = facts.metrics, gaussian_loss_floor(load_data("digits").images, facts.schedule, "velocity")
@@ -287,6 +288,7 @@ def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
     assert "before the decay" in problems["lr-jump"].advice
 
 
+@pytest.mark.slow
 def test_the_planned_rate_is_drawn_with_its_decay(flow):
     line = draw("lr", gather(flow, deep=False))[0].axes[0].get_lines()[1]
     steps, planned = line.get_data()
@@ -335,6 +337,7 @@ def test_the_weights_in_the_average_are_those_of_training(config, patient):
         assert np.allclose(y / y[0], np.array(shares) / shares[0], atol=2e-3), name
 
 
+@pytest.mark.slow
 def test_an_average_that_is_worse_names_the_others(flow, tmp_path):
     run = shutil.copytree(flow, tmp_path / "run")
     def forget(tensors, meta):
