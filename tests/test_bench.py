@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffnb.core import fast_bf16
+from diffnb.core import has_native_bf16
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_sample(bench, results):
     # not timed where it is imitated
     assert (
         ("bf16" in b["ceiling_flops_per_s"])
-        == fast_bf16(torch.device("cpu"))
+        == has_native_bf16(torch.device("cpu"))
         == any("bf16" in spec for spec in b["variants"]))
     if "diffusers" in OTHERS:
         assert (

@@ -8,7 +8,10 @@ import warnings
 
 import pytest, sklearn.datasets, torch  # noqa: F401 -- loaded before the forks
 
-import diffnb.data, diffnb.train as T
+import diffnb.train as T
+import diffnb.core as C
+import diffnb.workshop.run as R
+import diffnb.workshop.folder as F
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
@@ -50,7 +53,7 @@ def begin(run, prepare=None, epochs=10):
 
 def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 def gone(pid): return os.waitpid(pid, os.WNOHANG)[0] != 0
-def reached(run): return T._step(checkpoints(run)[-1]) if checkpoints(run) else 0
+def reached(run): return C._step(checkpoints(run)[-1]) if checkpoints(run) else 0
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -96,17 +99,16 @@ def in_writing():
         os.path.isdir(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").endswith("checkpoints"))
     is_file = lambda fd: "step_" in os.readlink(f"/proc/self/fd/{fd}")
     moments = {
-        "config half written": half_written(diffnb.data, "config.json"),
+        "config half written": half_written(C, "config.json"),
         "config before its rename": at_call(os, "replace", lambda a, b: "config" in str(b)),
-        "lock just taken": at_call(T, "_open_run", lambda *_: True),
-        "metrics half rewritten": half_written(diffnb.data, "metrics.csv"),
-        "row half written": half_written(T, "metrics.csv"),
-        "checkpoint half written": half_written(diffnb.data, "step_"),
+        "lock just taken": at_call(R, "_open_run", lambda *_: True),
+        "metrics half rewritten": half_written(C, "metrics.csv"), "row half written": half_written(R, "metrics.csv"),
+        "checkpoint half written": half_written(C, "step_"),
         "checkpoint before its rename": at_call(os, "replace", lambda a, b: new(b)),
         "checkpoint after its rename": at_call(os, "replace", lambda a, b: new(b), False),
         "before rotation": at_call(pathlib.Path, "unlink", new),
         "after rotation": at_call(pathlib.Path, "unlink", new, False),
-        "before the picture": at_call(T, "sample_grid", lambda *_: True),
+        "before the picture": at_call(R, "sample_grid", lambda *_: True),
         "picture before its rename": at_call(os, "replace", lambda a, b: str(b).endswith(".png"))}
     if pathlib.Path("/proc/self/fd").exists():
         moments |= {
@@ -194,7 +196,7 @@ def same_run(a, b):
     assert m["step"] == n["step"] and x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
     assert {k.split(".")[0] for k in x} == {"model", "ema", "exp_avg", "exp_avg_sq", "meter"}
     p, q = (
-        [dict(zip(T.columns, line.split(","))) for line in (run / "metrics.csv").read_text().splitlines()]
+        [dict(zip(F.columns, line.split(","))) for line in (run / "metrics.csv").read_text().splitlines()]
         for run in (a, b))
     for rows in (p, q):
         for r in rows:
@@ -234,7 +236,7 @@ tiny = dataclasses.replace(smallest, base_channels=8, norm_groups=4, checkpoint_
 change = dataclasses.replace
 
 
-@pytest.mark.parametrize("where, nth", [(T, 7), (diffnb.data, 4)])  # a row of metrics; a checkpoint
+@pytest.mark.parametrize("where, nth", [(R, 7), (C, 4)])  # a row of metrics; a checkpoint
 def test_no_space_left(tmp_path, monkeypatch, where, nth):
     real, calls = open, [0]
     def full(path, mode="r", *args, **kw):
@@ -279,7 +281,7 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
         process.kill()
         process.wait()
     assert main(["info", str(run)]) == 0 and "interrupted" in capsys.readouterr().out
-    epochs = str((T._step(checkpoints(run)[-1]) + 5) * 64 / 1498)
+    epochs = str((C._step(checkpoints(run)[-1]) + 5) * 64 / 1498)
     assert main(["resume", str(run), "--epochs", epochs]) == 0  # the lock died with its holder
     capsys.readouterr()
     assert main(["info", str(run)]) == 0 and "state        finished" in capsys.readouterr().out
@@ -294,15 +296,15 @@ def test_lock_without_fcntl_and_without_any(tmp_path, monkeypatch):
     with monkeypatch.context() as m:                                                             # as on Windows
         m.setitem(sys.modules, "fcntl", None)
         m.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-        with T._alone_in(tmp_path / "a"):
+        with F._alone_in(tmp_path / "a"):
             with pytest.raises(DiffnbError, match=f"process {os.getpid()}"):
-                with T._alone_in(tmp_path / "a"):
+                with F._alone_in(tmp_path / "a"):
                     pass
     import fcntl
     def cannot(*_): raise OSError(errno.ENOLCK, "no locks here")
     monkeypatch.setattr(fcntl, "flock", cannot)
     with pytest.warns(UserWarning, match="cannot lock"):
-        with T._alone_in(tmp_path / "b"):
+        with F._alone_in(tmp_path / "b"):
             pass
 
 
@@ -315,7 +317,7 @@ def test_lock_is_free_again_after_an_error(tmp_path):
     def boom(run): raise RuntimeError("in a callback")
     with pytest.raises(RuntimeError):
         train(change(tiny, epochs=2), run, on_log=boom, progress=False)
-    assert T.training_now(run) is None
+    assert F.training_now(run) is None
     assert train(change(tiny, epochs=2), run, progress=False).step == 47
 
 
@@ -360,13 +362,13 @@ def test_rotation_never_removes_the_last_good_checkpoint(tmp_path, keep):
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "empty", "zeros", "header"])
 def test_checkpoint_damaged_as_it_is_written_costs_no_other(tmp_path, monkeypatch, how):
-    real, run = T.write_tensors, tmp_path / "run"
+    real, run = C.write_tensors, tmp_path / "run"
     def failing(path, tensors, meta):
         real(path, tensors, meta)
         if meta["step"] >= 12:
             damage(path, how)
         return path
-    monkeypatch.setattr(T, "write_tensors", failing)
+    monkeypatch.setattr(R, "write_tensors", failing)
     with pytest.warns(UserWarning, match="may be failing"):
         train(change(tiny, keep=1), run, progress=False)
     monkeypatch.undo()
@@ -396,15 +398,15 @@ def test_loss_spike_is_said_and_the_checkpoint_before_it_stays(tmp_path, monkeyp
             if 60 <= step < 84:
                 state.meter.sums[:T.BINS] *= 4  # as seen by the meter; the weights are not harmed
             yield step
-    monkeypatch.setattr(T, "train_steps", unlucky)
+    monkeypatch.setattr(R, "train_steps", unlucky)
     config, seen = change(tiny, epochs=6, log_every=2, checkpoint_every=0.1, keep=1), {}
-    def look(run): seen[int(read_metrics(run)["step"][-1])] = [T._step(p) for p in checkpoints(run)]
+    def look(run): seen[int(read_metrics(run)["step"][-1])] = [C._step(p) for p in checkpoints(run)]
     def until(last): return lambda run: look(run) or read_metrics(run)["step"][-1] == last
     with pytest.warns(
         UserWarning, match=r"leapt to .* at step (60|62).*step_0000000(57|58|59|60) ?.*from before stays"):
         train(config, run, on_log=until(70), progress=False)
     held = checkpoints(run)[0]
-    assert T._step(held) < 62 and T._step(checkpoints(run)[-1]) == 70
+    assert C._step(held) < 62 and C._step(checkpoints(run)[-1]) == 70
     train(config, run, on_log=until(80), progress=False)  # a new process knows of the spike too
     assert checkpoints(run)[0] == held and len(checkpoints(run)) == 2
     train(config, run, on_log=look, progress=False)
@@ -424,7 +426,7 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path, monkeypatch):
             if step == 12:
                 next(state.model.parameters()).data[0] = float("inf")  # between the loss and the checkpoint
             yield step
-    monkeypatch.setattr(T, "train_steps", overflow)
+    monkeypatch.setattr(R, "train_steps", overflow)
     with pytest.raises(TrainingStopped, match="no longer finite at step 12.*step_000000006"):
         train(tiny, run, progress=False)
     assert all(v.isfinite().all() for v in last_checkpoint(run)[0].values())

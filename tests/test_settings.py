@@ -131,9 +131,9 @@ SETTINGS = { # name: (value A, value B, what must differ, other settings it need
     "on_broken": ("stop", "skip", "error", dict(data="{work}/broken", image_size=8)),
     "channels": (3, 1, "weights", folder)}
 SPEED_SETTINGS = { # name: (value A, value B, what shows that it was heard although the weights are the same)
-    "accumulate": (1, 2, "sizes"), "compile": (False, True, "compiled"), "channels_last": (False, True, "layout"),
+    "grad_accum_steps": (1, 2, "sizes"), "compile": (False, True, "compiled"), "channels_last": (False, True, "layout"),
     "fused": (False, True, "fused"), "tf32": (False, True, "tf32"), "resident": (False, True, "moved"),
-    "recompute": (False, True, "recomputed")}
+    "activation_checkpointing": (False, True, "recomputed")}
 
 def comments(): return dict(re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(TrainConfig), re.M))
 
@@ -167,10 +167,10 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
     seen = {}
     monkeypatch.setattr(ImageData, "to", lambda self, device: seen.update(moved=True) or self)
     monkeypatch.setattr(nn.Module, "compile", lambda self: seen.update(compiled=True))
-    def recompute(model, real=diffnb.workshop.memory.recompute):
-        seen.update(recomputed=True)
+    def checkpoint_activations(model, real=diffnb.workshop.memory.checkpoint_activations):
+        seen.update(activation_checkpointing=True)
         return real(model)
-    monkeypatch.setattr(diffnb.train, "recompute", recompute)
+    monkeypatch.setattr(diffnb.workshop.run, "checkpoint_activations", checkpoint_activations)
     def look(state, *rest, real=diffnb.train.train_steps):
         fused = state.optimizer.defaults["fused"], state.ema.fused
         seen.update(layout=state.model.conv_in.weight.stride(), fused=fused, tf32=torch.backends.cuda.matmul.allow_tf32)
@@ -243,7 +243,7 @@ SPEED_OPTIONS = {("sample", "batch_size"), ("sample", "compile")}
 def in_words(x): # the arguments of a recorder
     if isinstance(x, nn.Module):
         return round(sum(p.double().abs().sum().item() for p in x.parameters()), 6)
-    named = callable(x) or isinstance(x, (diffnb.core.Alone, diffnb.schedule.NoiseSchedule))
+    named = callable(x) or isinstance(x, (diffnb.core.SingleProcess, diffnb.schedule.NoiseSchedule))
     return type(x).__name__ if named else x
 
 @pytest.fixture
@@ -263,9 +263,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(cli, "save_diffusers", recorder("export", None))
     monkeypatch.setattr(diffnb.workshop.workbook, "make_workbook", recorder("workbook", []))
     monkeypatch.setattr(nn.Module, "compile", recorder("compile", None))
-    class Two(diffnb.core.Alone):
+    class Two(diffnb.core.SingleProcess):
         def __init__(self, shard, device):
-            self.world, self.shard = 2, shard
+            self.world_size, self.sharded = 2, shard
             said.append(("ranks", shard, device))
         def guard(self): return contextlib.nullcontext()
     monkeypatch.setattr(cli, "Ranks", Two)
@@ -704,7 +704,7 @@ def recorded_run(f,
     return run
 
 def of_evaluate_run(w):
-    run, other = recorded_run(diffnb.workshop.scoring.evaluate_run), diffnb.core.Alone()
+    run, other = recorded_run(diffnb.workshop.scoring.evaluate_run), diffnb.core.SingleProcess()
     other.rank = 1
     dear = diffnb.workshop.features.digits_features()
     np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
@@ -713,7 +713,7 @@ def of_evaluate_run(w):
                                sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu",
                                    batch_size=V(None, 3), data_root=V(None, "there"), progress=V(True, False),
                                    precision=V("float32", "bf16"),
-                               ranks=V(diffnb.core.Alone(), other))
+                               ranks=V(diffnb.core.SingleProcess(), other))
     yield "evaluate_run", Case(run, source=w / "u", n=16, out="a", device=refused("cpu", "cuda:99"))
 
 def of_interchange(w):
@@ -792,10 +792,10 @@ def of_sample(w):
     yield "alone_in", Case(S.alone_in, names_inside, folder=V(pathlib.Path("a"), pathlib.Path("b")),
         doing=V("sampling", "scoring"))
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
-    second = diffnb.core.Alone()
-    second.world = 2
+    second = diffnb.core.SingleProcess()
+    second.world_size = 2
     yield "sample_to", Case(S.sample_to, out=V("a", "b"), model=V(model, other), schedule=V(linear, cosine),
-        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.core.Alone(), second),
+        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.core.SingleProcess(), second),
                             settings=V(dict(steps=3, progress=False), dict(steps=4, progress=False)))
     yield "sample_to", Case(S.sample_to, out="a.npz", model=model, schedule=linear, shape=(1, 8, 8), n=3,
         y=y.values[0].repeat(2), classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
@@ -828,22 +828,25 @@ def of_scale(w):
         ranks = C.Ranks.__new__(C.Ranks)
         vars(ranks).update(facts)
         return ranks
-    ranks, divided = bare(rank=1, world=2, shard=False), bare(shard=True)
+    ranks, divided = bare(rank=1, world_size=2, sharded=False), bare(sharded=True)
     batch = diffnb.train.Batch(normal(4, 1), torch.arange(4), normal(4, 1), None)
-    yield "Ranks.part", Case(C.Ranks.part, self=ranks, batch=V(batch, batch._replace(t=torch.arange(4) + 1)))
-    yield "Ranks.home", Case(C.Ranks.home, self=ranks, device=V("cpu", "meta"))
-    yield "Ranks.compiled", Case(C.Ranks.compiled, self=divided, network=V(small(), small(blocks=2)))
+    yield "Ranks.shard", Case(C.Ranks.shard, self=ranks, batch=V(batch, batch._replace(t=torch.arange(4) + 1)))
+    yield "Ranks.init_device", Case(C.Ranks.init_device, self=ranks, device=V("cpu", "meta"))
+    yield "Ranks.compile_targets", Case(C.Ranks.compile_targets, self=divided, network=V(small(), small(blocks=2)))
     yield "Ranks.first", Case(with_group(C.Ranks.first), self=ranks, work=V(lambda: 1, lambda: 2))
     yield "Ranks.sum", Case(with_group(C.Ranks.sum), self=ranks, tensor=V(torch.ones(1), torch.zeros(1)))
     yield "Ranks.any", Case(with_group(C.Ranks.any), self=ranks, flag=V(True, False))
     yield "Ranks.map", Case(with_group(C.Ranks.map), self=ranks, f=V(torch.neg, torch.abs),
         tensors=V([normal(4)], [normal(4, seed=1)]))
-    yield "Ranks", Case(with_group(C.Ranks.__init__), lambda _, args: (args.self.shard, sorted(asked)), self=new(bare),
-        shard=V(False, True), device=refused("cpu", "cuda:99"), minutes=V(10, 20))
-    yield "Ranks.spread", Case(with_group(C.Ranks.spread), self=new(lambda: bare(shard=False)),
+    yield (
+        "Ranks",
+        Case(
+            with_group(C.Ranks.__init__), lambda _, args: (args.self.sharded, sorted(asked)), self=new(bare),
+            shard=V(False, True), device=refused("cpu", "cuda:99"), minutes=V(10, 20)))
+    yield "Ranks.wrap", Case(with_group(C.Ranks.wrap), self=new(lambda: bare(sharded=False)),
         state=V(types.SimpleNamespace(model="one"), types.SimpleNamespace(model="two")))
     yield "Ranks.sync_gradients", Case(C.Ranks.sync_gradients, lambda _,
-        args: args.self.network.require_backward_grad_sync, self=new(lambda: bare(shard=False,
+        args: args.self.network.require_backward_grad_sync, self=new(lambda: bare(sharded=False,
         network=types.SimpleNamespace())), last=V(True, False))
 
 asked = []
@@ -919,9 +922,10 @@ def of_schedule(w):
 def of_train(w):
     M, digits = diffnb.train, load_data("digits")
     linear, cosine = diffnb.schedule.linear_schedule(), diffnb.schedule.cosine_schedule()
-    model, other, cpu, alone = small(), small(blocks=2), torch.device("cpu"), M.Alone()
-    second = M.Alone()
-    vars(second).update(rank=1, spread=lambda state: "spread", home=lambda device: "meta", map=lambda f, *x: 0 * f(*x))
+    model, other, cpu, alone = small(), small(blocks=2), torch.device("cpu"), M.SingleProcess()
+    second = M.SingleProcess()
+    vars(second).update(
+        rank=1, wrap=lambda state: "wrap", init_device=lambda device: "meta", map=lambda f, *x: 0 * f(*x))
     x0, t, noise, y = normal(4, 1, 8, 8), torch.tensor([1, 500, 900, 999]), normal(4, 1, 8, 8,
         seed=1), torch.tensor([1, 2, 3, 4])
     net, config = dict(model.config), replace(T, batch_size=4)
@@ -948,11 +952,11 @@ def of_train(w):
         generator=V(g(0), g(1)))
     yield "check_config", Case(M.check_config, config=refused(T, replace(T, lr=0.0)))
     yield "pick_device", Case(M.pick_device, name=refused("cpu", "cuda:99"))
-    yield "wanted", Case(M.wanted, setting=V(None, True), device=V(cpu, torch.device("cuda")))
-    yield "fast_bf16", Case(M.fast_bf16, lambda said, args: (args.device.type == "mps",
+    yield "default_on_cuda", Case(M.default_on_cuda, setting=V(None, True), device=V(cpu, torch.device("cuda")))
+    yield "has_native_bf16", Case(M.has_native_bf16, lambda said, args: (args.device.type == "mps",
         said) if args.device.type == "mps" else "asked", device=V(cpu, torch.device("mps")))
     yield "pick_precision", Case(M.pick_precision, name=V("float32", "bf16"), device=cpu, config=T)
-    with_bf16 = patched(M.pick_precision, M, fast_bf16=lambda device: True)
+    with_bf16 = patched(M.pick_precision, M, has_native_bf16=lambda device: True)
     yield "pick_precision", Case(with_bf16, name="auto", device=V(cpu, torch.device("cuda")),
         config=V(T, replace(T, base_channels=64, image_size=32)))
     yield "draw_timesteps", Case(M.draw_timesteps, n=V(9, 8), T=V(100, 200), generator=V(g(0), g(1)),
@@ -960,16 +964,16 @@ def of_train(w):
     yield "timestep_probabilities", Case(M.timestep_probabilities, T=V(10, 20), logit_normal=V(None, (0.0, 1.0)))
     yield "draw_batch", Case(M.draw_batch, data=V(digits, replace(digits, images=255 - digits.images)),
         config=V(config, replace(config, seed=1)), step=V(0, 1), device=refused("cpu", "cuda:99"))
-    A = M.Alone                                                     # one process: what it is given, it gives back
-    yield "Alone.part", Case(A.part, self=alone, batch=V(1, 2))
-    yield "Alone.sum", Case(A.sum, self=alone, tensor=V(1, 2))
-    yield "Alone.any", Case(A.any, self=alone, flag=V(0, 2))
-    yield "Alone.spread", Case(A.spread, self=alone, state=V(types.SimpleNamespace(model=1),
+    A = M.SingleProcess  # one process: what it is given, it gives back
+    yield "SingleProcess.shard", Case(A.shard, self=alone, batch=V(1, 2))
+    yield "SingleProcess.sum", Case(A.sum, self=alone, tensor=V(1, 2))
+    yield "SingleProcess.any", Case(A.any, self=alone, flag=V(0, 2))
+    yield "SingleProcess.wrap", Case(A.wrap, self=alone, state=V(types.SimpleNamespace(model=1),
         types.SimpleNamespace(model=2)))
-    yield "Alone.map", Case(A.map, self=alone, f=V(torch.neg, torch.abs), tensors=V([x0], [noise]))
-    yield "Alone.first", Case(A.first, self=alone, work=V(lambda: 1, lambda: 2))
-    yield "Alone.home", Case(A.home, self=alone, device=V(1, 2))
-    yield "Alone.compiled", Case(A.compiled, self=alone, network=V(1, 2))
+    yield "SingleProcess.map", Case(A.map, self=alone, f=V(torch.neg, torch.abs), tensors=V([x0], [noise]))
+    yield "SingleProcess.first", Case(A.first, self=alone, work=V(lambda: 1, lambda: 2))
+    yield "SingleProcess.init_device", Case(A.init_device, self=alone, device=V(1, 2))
+    yield "SingleProcess.compile_targets", Case(A.compile_targets, self=alone, network=V(1, 2))
     yield "unsharded", Case(M.unsharded, tensor=V(x0, noise))
     losses, norm = torch.ones(4), torch.tensor(2.0)
     def meter():
@@ -980,7 +984,7 @@ def of_train(w):
         device=V("cpu", "meta"))
     yield "Meter.add", Case(M.Meter.add, lambda _, args: args.self.sums, self=new(lambda: M.Meter("cpu")),
         losses=V(losses, 2 * losses), t=V(t, t // 2), T=V(1000, 2000), grad_norm=V(norm, 3 * norm), clip=V(1.0, 9.0))
-    square = M.Alone()
+    square = M.SingleProcess()
     square.sum = torch.square                            # another sum than that of one process
     yield "Meter.read", Case(M.Meter.read, self=new(meter), ranks=V(alone, square))
     yield "Meter.total", Case(M.Meter.total, self=new(meter), ranks=V(alone, doubled(M, 2)))
@@ -1047,16 +1051,22 @@ def of_train(w):
         precision=V("float32", "bf16"),
                               network=V(None, small(blocks=2)), ranks=V(alone, doubled(M, 2)))
     yield "kept_bytes", Case(M.kept_bytes, net=V(net, {**net, "blocks": 2}), n=V(1, 2), precision=V("float32", "bf16"),
-        device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), recomputed=V(False, True))
+        device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), activation_checkpointing=V(False, True))
     yield "training_memory", Case(M.training_memory, net=V(net, {**net, "blocks": 2}), precision=V("float32", "bf16"),
-        device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), recomputed=V(False, True),
+        device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), activation_checkpointing=V(False, True),
         config=V(None, replace(T, ema_half_lives=(0.1, 0.2))))
-    yield "recompute", Case(M.recompute, lambda made, args: sum(hasattr(m, "recomputed") for m in made.modules()),
-        model=V(new(small), new(lambda: small(blocks=2))))
+    yield (
+        "checkpoint_activations",
+        Case(
+            M.checkpoint_activations, lambda made, args: sum(hasattr(m, "checkpointed") for m in made.modules()),
+            model=V(new(small), new(lambda: small(blocks=2)))))
     yield "new_state", Case(M.new_state, lambda s, args: s.tensors(), net=V(net, {**net, "blocks": 2}),
         config=V(config, replace(config, seed=1)), device=V(cpu, torch.device("meta")), ranks=V(alone, second))
-    yield "ready", Case(patched(M.ready, M, recompute=lambda model: print("recomputed")), lambda n, args: n,
-        state=V(state(), state(recompute=True)), device=cpu, ranks=V(alone, second))
+    yield (
+        "ready",
+        Case(
+            patched(M.ready, M, checkpoint_activations=lambda model: print("recomputed")), lambda n, args: n,
+            state=V(state(), state(activation_checkpointing=True)), device=cpu, ranks=V(alone, second)))
     yield "ready", Case(patched(M.ready, nn.Module, compile=lambda self: print("compiled")), lambda n, args: n,
         state=state(), device=V(cpu, torch.device("cuda")))
     yield "resolve", Case(M.resolve, lambda made, args: made[2], config=V(T, replace(T, blocks=2)))
@@ -1122,12 +1132,12 @@ def silent(f):
     return run
 
 def doubled(M, n): # ranks of which each has the same sums
-    ranks = M.Alone()
-    ranks.sum, ranks.world = lambda x: n * x, n
+    ranks = M.SingleProcess()
+    ranks.sum, ranks.world_size = lambda x: n * x, n
     return ranks
 
 def shy(M): # ranks one of which has a reason to stop
-    ranks = M.Alone()
+    ranks = M.SingleProcess()
     ranks.any = lambda flag: True
     return ranks
 
@@ -1283,7 +1293,7 @@ CASES = {  # diffnb.workshop.cli has tables of its own
     diffnb.workshop.workbook: of_workbook,
 }
 UNSEEN = {("train",
-    "Alone.sync_gradients"): "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
+    "SingleProcess.sync_gradients"): "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
     ("evaluate", "write_digits_features"): "trains the shipped network anew; its one parameter is the file"}
 
 def test_every_module_has_cases():

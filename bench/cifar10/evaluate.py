@@ -12,7 +12,7 @@ committed. """
 from score import *
 
 from diffnb.data import save_grid
-from diffnb.core import wanted
+from diffnb.core import default_on_cuda
 from diffnb.workshop.settings import pick_precision
 
 # the most wanted first
@@ -40,7 +40,7 @@ class Scorer:
     def model(self, run, weights):
         if (run, weights) not in self.models:
             m = open_model(run, weights, self.device)
-            if wanted(None, self.device):
+            if default_on_cuda(None, self.device):
                 m.model.to(memory_format=torch.channels_last)
                 m.model.compile()
             self.models[run, weights] = m

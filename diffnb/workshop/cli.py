@@ -16,7 +16,7 @@ import tyro
 
 # %% ../../nbs/workshop/cli.ipynb #i2
 from .. import __version__
-from ..core import Alone, checkpoints, DiffnbError, pick_device
+from ..core import SingleProcess, checkpoints, DiffnbError, pick_device
 from ..data import save_grid
 from ..sample import check_sampling, ddim, ddpm, dpmpp_2m, heun
 from ..scale import Ranks
@@ -144,9 +144,9 @@ def _run_of(config):
 
 @contextmanager
 def _ranks(device, shard=False):
-    "Alone, or one of several if torchrun has started this process."
+    "SingleProcess, or Ranks if torchrun has started this process."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Alone()
+        yield SingleProcess()
         return
     ranks = Ranks(shard, device)
     with ranks.guard():
@@ -157,7 +157,7 @@ def _train(config, run, tensorboard=False, shard=False):
         if ranks.rank == 0:
             print(
                 f"training in {run}, on {pick_device(config.device)}"
-                + (f", {ranks.world} ranks" if ranks.world > 1 else ""))
+                + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
         state = train_run(
             config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks
         )

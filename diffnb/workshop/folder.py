@@ -117,11 +117,15 @@ def read_config(run, # a run folder
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
+# of settings that version 0.1 called otherwise
+_new_names = {"accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
+
 def make_config(values, # dict, as JSON gives it
                ):       # TrainConfig
     "A TrainConfig from JSON: lists become tuples; unknown settings are refused."
     if not isinstance(values, dict):
         raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
+    values = {_new_names.get(k, k): v for k, v in values.items()}
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(map(str, set(values) - known)):
         raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
@@ -202,8 +206,8 @@ def _alone_in(run):
 
 # %% ../../nbs/workshop/folder.ipynb #c091
 free_to_change = {
-    "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "recompute", "sample_every",
-    "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+    "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing",
+    "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
 def as_options(config, # TrainConfig
                names,  # settings

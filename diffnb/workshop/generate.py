@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/workshop/generate.ipynb #i2
-from ..core import addressed, Alone, DiffnbError, write_whole
+from ..core import addressed, SingleProcess, DiffnbError, write_whole
 from ..data import to_uint8
 from ..guide import _check_w, guided
 from ..sample import _check_labels, check_sampling, ddim, draw_noise
@@ -70,7 +70,7 @@ def sample_to(out,  # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), ar
               model, schedule, shape,
               n,               # how many images
               # as in sample_batches; ranks: each process makes its share
-              *, y=None, seed=0, classes=(), ranks=Alone(), **settings
+              *, y=None, seed=0, classes=(), ranks=SingleProcess(), **settings
              ):                # path of the folder or file
     """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
     Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
@@ -89,7 +89,7 @@ def sample_to(out,  # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), ar
             "labels": "" if y is None else _name_of(y[:n])})
     with ExitStack() as held:
         ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told, held, out if packed else None))
-        missing = [k for k in range(ranks.rank, n, ranks.world) if not (folder / f"{k:06d}.png").exists()]
+        missing = [k for k in range(ranks.rank, n, ranks.world_size) if not (folder / f"{k:06d}.png").exists()]
         for ks, images in sample_batches(model, schedule, shape, missing, y=y, seed=seed, **settings):
             for k, image in zip(ks, images):
                 _write_png(image, folder / f"{k:06d}.png")

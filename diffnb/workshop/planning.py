@@ -39,12 +39,12 @@ def plan(config, # TrainConfig
     if steps < 1:
         raise DiffnbError(f"steps={steps}: at least one has to be measured")
     config, data, net = resolve(config)
-    device, micro = pick_device(config.device), config.batch_size // config.accumulate
+    device, micro = pick_device(config.device), config.batch_size // config.grad_accum_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    fixed, each = training_memory(net, config.precision, device, config.recompute, config)
+    fixed, each = training_memory(net, config.precision, device, config.activation_checkpointing, config)
     kept = 4 * sum(
         p.numel() * (1 + len(state.averages) + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
     total, flops = total_steps(config, len(data)), count_flops(state.model, train=True)
@@ -58,7 +58,7 @@ def plan(config, # TrainConfig
         f"{config.precision}")
     print(
         (f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch {config.batch_size}")
-        + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+        + (f" in {config.grad_accum_steps} parts" if config.grad_accum_steps > 1 else "")
         + f": {fixed / 1e9:.2f} GB whatever the batch, {each / 1e6:.1f} MB for each image at a time")
     print(
         f"time     {config.batch_size / seconds:.0f} images/s, {total:,} steps: {p['hours']:.1f} hours "

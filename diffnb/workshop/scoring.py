@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/workshop/scoring.ipynb #i2
-from ..core import Alone, DiffnbError, pick_device, shown, write_whole
+from ..core import SingleProcess, DiffnbError, pick_device, shown, write_whole
 from ..data import ImageData, save_grid
 from ..evaluate import _check_comparable, evaluate, Evaluation, LEAST_IMAGES
 from ..sample import check_sampling, ddim
@@ -232,7 +232,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  weights=None,      # Inception weights file
                  # of the sampling; guidance 1: conditional, where the model has classes
                  steps=50, guidance=1.0, sampler=ddim, seed=0,
-                 device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=Alone(),
+                 device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ) -> Evaluation:
     """Sample (what is there already is kept), score, and write evaluation.json, panel.png and
     real_beside_generated.png. Raises DiffnbError, before sampling starts, if data or feature network are missing, if

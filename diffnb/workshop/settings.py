@@ -13,7 +13,7 @@ from typing import get_args, get_origin, Literal
 import torch
 
 # %% ../../nbs/workshop/settings.ipynb #i2
-from ..core import DiffnbError, fast_bf16, pick_device
+from ..core import DiffnbError, has_native_bf16, pick_device
 from ..unet import UNet
 from .datasets import load_data
 
@@ -23,8 +23,8 @@ def pick_precision(name, device, config): # "float32" or "bf16"
     bf16 is asked for where it is imitated."""
     large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
     if name == "auto":
-        return "bf16" if large and fast_bf16(device) else "float32"
-    if name == "bf16" and not fast_bf16(device):
+        return "bf16" if large and has_native_bf16(device) else "float32"
+    if name == "bf16" and not has_native_bf16(device):
         warnings.warn(
             f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: "
             "precision float32 is faster")
@@ -60,7 +60,7 @@ class TrainConfig:
     dropout: float = 0.0                                # in every residual block; for long runs
     epochs: float = 200                                 # passes over the data
     batch_size: int = 64                                # images per optimiser step
-    accumulate: int = 1                                 # parts a batch is cut into, to save memory
+    grad_accum_steps: int = 1                             # parts a batch is cut into, to save memory
     optimizer: Literal["adamw", "muon"] = "adamw"       # muon: on hidden matrices, with AdamW for the rest
     lr: float = 1e-4                                    # learning rate at its peak
     warmup: int = 500                                   # steps until the peak
@@ -80,7 +80,7 @@ class TrainConfig:
     fused: bool = True  # AdamW and EMA move all weights in a few calls instead of one after the other
     tf32: bool = True  # on a GPU, round the inputs of float32 matrix products to 19 bits
     resident: bool | None = None  # keep all images on the GPU; None: if they take less than half of what is free
-    recompute: bool = False                             # activation checkpointing: less memory, about a third more time
+    activation_checkpointing: bool = False  # activation checkpointing: less memory, about a third more time
     sample_every: float = 25                            # epochs between sample grids
     sample_steps: int = 50                              # DDIM steps of those grids
     checkpoint_every: float = 10                        # epochs between checkpoints
@@ -125,8 +125,8 @@ def check_config(config, # TrainConfig
         if type(value := getattr(config, f.name)) is str and (wrong := _unwritable(value)):
             bad(f.name, wrong)
     for name in (
-        "T", "epochs", "batch_size", "accumulate", "lr", "sample_every", "sample_steps", "checkpoint_every", "keep",
-        "log_every", "shift"):
+        "T", "epochs", "batch_size", "grad_accum_steps", "lr", "sample_every", "sample_steps", "checkpoint_every",
+        "keep", "log_every", "shift"):
         if not 0 < getattr(config, name) < 1e9:
             bad(name, "it must be above 0 and below a thousand million")
     # memory is asked for by these
@@ -140,8 +140,8 @@ def check_config(config, # TrainConfig
             bad(name, f"at least 0, and below {top:g}")
     if config.sample_steps > config.T:
         bad("sample_steps", f"at most T, which is {config.T}")
-    if config.batch_size % config.accumulate:
-        bad("accumulate", f"it must divide batch_size, which is {config.batch_size}")
+    if config.batch_size % config.grad_accum_steps:
+        bad("grad_accum_steps", f"it must divide batch_size, which is {config.batch_size}")
     flow = config.schedule == "flow"
     if config.zero_terminal_snr and flow:
         bad("zero_terminal_snr", "the schedule flow ends at pure noise already")

@@ -11,9 +11,11 @@ def conv(factor=2, side=2, down=2):
     return lambda a, b, k, s, stride=1: factor * a * b * k ** side * s * s // stride ** down
 
 def memory(sets=5, size=4, whole=False, divide=False):
-    def bytes_(p, kept, batch, accumulate=1):
+    def bytes_(p, kept, batch, grad_accum_steps=1):
         fixed, images = sets * size * p, batch * kept
-        return (fixed + images) / accumulate if divide else fixed + (images if whole else images // accumulate)
+        return (
+            (fixed + images) / grad_accum_steps if divide else fixed + (images if whole else images // grad_accum_steps)
+        )
     return bytes_
 
 
@@ -25,7 +27,7 @@ WRONG = {
     "13.2": [
         (memory(sets=4), "one set is missing"), (memory(sets=3), "two sets are missing"),
         (memory(size=1), "four bytes"), (memory(whole=True), "the whole batch is held at once"),
-        (memory(divide=True), "not divided by accumulate")],
+        (memory(divide=True), "not divided by grad_accum_steps")],
     "13.3": [
         (lambda g, n: g.mean(0), "mean over ranks"), (lambda g, n: g.sum(0), "the sum is too large"),
         (lambda g, n: (n[:, None] * g).mean(0), "not by the number of ranks"),

@@ -367,9 +367,9 @@ bug(
     'addressed(config.seed, "batch", step, device=device)', 'addressed(config.seed, "batch", device=device)')
 bug(
     "labels-of-others", "labels are taken in stored order, not in that of the batch",
-    "y = _bring(data.labels[index], device)", "y = data.labels[:len(index)].to(device)")
+    "y = to_device(data.labels[index], device)", "y = data.labels[:len(index)].to(device)")
 bug(
-    "range-0-1", "the network is trained on images in [0, 1]", "augment(to_float(_bring(data.take(index), device))",
+    "range-0-1", "the network is trained on images in [0, 1]", "augment(to_float(to_device(data.take(index), device))",
     "augment(data.take(index).to(device) / 255")
 bug(
     "bins-swapped", "losses are counted in the wrong timestep bin", "bins = t * BINS // T",
@@ -391,22 +391,18 @@ bug(
 bug(
     "prefix-saved", "weights are saved with the prefix of a wrapper", '{f"model.{k}": v for k, v',
     '{f"model._orig_mod.{k}": v for k, v', "karpathy/nanoGPT#325")
-bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", "if name not in wanted:", "if True:")
+bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", "if name not in moments:", "if True:")
 bug(
     "meter-not-restored", "a resumed run forgets the sums since the last row",
-    '                    float(step), device=p.device if self.optimizer.defaults["fused"] else "cpu")\n    '
-    '    self.meter.sums.copy_(tensors["meter"])',
-    '                    float(step), device=p.device if self.optimizer.defaults["fused"] else "cpu")')
+    '        self.meter.sums.copy_(tensors["meter"])\n', "")
 bug(
-    "norm-after-clipping", "the gradient norm is reported after clipping", "config.grad_clip or math.inf)",
-    "config.grad_clip or math.inf).clamp(max=config.grad_clip or math.inf)")
+    "norm-after-clipping", "the gradient norm is reported after clipping",
+    "ranks.clip(state.model.parameters(), config.grad_clip)",
+    "ranks.clip(state.model.parameters(), config.grad_clip).clamp(max=config.grad_clip or math.inf)")
 bug(
     "accumulation-undivided", "parts of a batch add up to a gradient that is too large",
-    "(loss.sum() * ranks.world / config.batch_size).backward()", "loss.mean().backward()",
-    "openai/guided-diffusion#111")
-bug(
-    "gradients-pile-up", "gradients are never set back to zero",
-    "        state.optimizer.step()\n        state.optimizer.zero_grad()", "        state.optimizer.step()")
+    "ranks.backward(loss.sum() / len(batch.t),", "ranks.backward(loss.mean(),", "openai/guided-diffusion#111")
+bug("gradients-pile-up", "gradients are never set back to zero", "        state.optimizer.zero_grad()\n", "")
 bug(
     "decay-of-the-rest", "the linear decay takes the share that should be constant", "max(1, decay_share * total)",
     "max(1, (1 - decay_share) * total)")
@@ -427,8 +423,8 @@ bug(
     "0.5 ** (1 / h)")
 bug(
     "one-average-moves", "only the first of several averages is updated",
-    "        for ema in state.averages.values():\n            ema.update(model, state.step)",
-    "        state.ema.update(model, state.step)")
+    "for ema in self.averages.values():\n            ema.update(self.model, self.step)",
+    "self.ema.update(self.model, self.step)")
 bug(
     "logit-std-ignored", "the deviation of logit-normal timesteps has no effect", "mean + std * torch.randn(n,",
     "mean + torch.randn(n,")
@@ -465,23 +461,18 @@ bug(
     "for _ in range(steps):", "for _ in range(1):")
 bug(
     "muon-momentum-forgotten", "a resumed run forgets Muon's momentum",
-    '            self.optimizer.state[p] = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in '
-    'wanted[name]}',
-    '            self.optimizer.state[p] = {\n                m: '
-    'torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in wanted[name] if m != "momentum_buffer"}')
+    '            kept = {m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in moments[name]}',
+    '            kept = {\n                m: torch.empty_like(p).copy_(tensors[f"{m}.{name}"]) for m in '
+    'moments[name] if m != "momentum_buffer"}')
 bug(
     "clipping-measured-only", "gradients are measured, and never clipped",
-    "clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)",
-    "clip_grad_norm_(model.parameters(), math.inf)")
-bug(
-    "ema-before-step", "the average is taken before the optimiser's step",
-    "        state.optimizer.step()\n        state.optimizer.zero_grad()\n        for ema in "
-    "state.averages.values():\n            ema.update(model, state.step)",
-    "        for ema in state.averages.values():\n            ema.update(model, state.step)\n        "
-    "state.optimizer.step()\n        state.optimizer.zero_grad()")
+    "ranks.clip(state.model.parameters(), config.grad_clip)", "ranks.clip(state.model.parameters(), 0)")
+bug("ema-before-step", "the average is taken before the optimiser's step",
+    "state.optimizer.step()\n        state.optimizer.zero_grad()\n        state.average()",
+    "state.average()\n        state.optimizer.step()\n        state.optimizer.zero_grad()")
 bug(
     "ema-of-last-step-only", "the average counts its updates from the end, so that its warm-up never ends",
-    "ema.update(model, state.step)", "ema.update(model, 0)")
+    "ema.update(self.model, self.step)", "ema.update(self.model, 0)")
 bug(
     "ema-decay-ignored", "the average decays by its default", "EMA(model, config.ema_decay, config.fused)",
     "EMA(model, fused=config.fused)")
@@ -492,20 +483,19 @@ bug("jitter-ignored", "colour jitter is ignored", "g, config.flip, config.jitter
 bug("flip-ignored", "images are never mirrored", "g, config.flip, config.jitter)", "g, False, config.jitter)")
 bug(
     "dropout-same-units", "dropout drops the same units at every step",
-    'addressed(config.seed, "dropout", state.step, *ranks.address)',
-    'addressed(config.seed, "dropout", *ranks.address)')
+    'addressed(c.seed, "dropout", self.step, *address)', 'addressed(c.seed, "dropout", *address)')
 bug(
-    "dropout-asleep", "the network trains in eval mode, in which nothing is dropped", "network.train()",
-    "network.eval()")
+    "dropout-asleep", "the network trains in eval mode, in which nothing is dropped",
+    "(network or state.model).train()", "(network or state.model).eval()")
 bug(
     "rate-of-first-step", "the learning rate is worked out once instead of in each step",
-    'group["lr"] = lr_at(state.step,', 'group["lr"] = lr_at(0,')
+    'group["lr"] = lr_at(self.step,', 'group["lr"] = lr_at(0,')
 bug(
     "warmup-ignored", "the loop warms up for 500 steps, whatever was asked for",
-    "lr_at(state.step, total, config.lr, config.warmup,", "lr_at(state.step, total, config.lr, 500,")
+    "lr_at(self.step, total, c.lr, c.warmup,", "lr_at(self.step, total, c.lr, 500,")
 bug(
     "accumulate-ignored", "a batch goes through the network in one piece, whatever memory there is",
-    "b.chunk(config.accumulate) for b in batch", "[b] for b in batch")
+    "b.chunk(k) for b in batch", "[b] for b in batch")
 bug(
     "label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, config.label_dropout,",
     "drop_labels(y, TrainConfig.label_dropout,")
