@@ -22,11 +22,6 @@ from .evaluate import nearest
 from .schedule import gaussian_loss_floor
 from .train import BINS, lr_at, make_averages
 
-# %% ../nbs/08_doctor.ipynb #c024x
-def _paired(a, b): # losses on the same timesteps and noise -> (relative difference of a to b, its t value)
-    d = np.log(a / b)
-    return float(np.expm1(d.mean())), float(d.mean() / max(d.std(ddof=1) / math.sqrt(len(d)), 1e-12))
-
 # %% ../nbs/08_doctor.ipynb #c011
 LEAST_ROWS = 8  # fewer rows than this give no interval worth printing
 
@@ -66,6 +61,11 @@ def spikes(y # losses, (n,)
     # a steep fall puts early rows above the median around them: a spike is also above the rows before it
     return np.flatnonzero(
         (rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO)))
+
+# %% ../nbs/08_doctor.ipynb #c024x
+def _paired(a, b): # losses on the same timesteps and noise -> (relative difference of a to b, its t value)
+    d = np.log(a / b)
+    return float(np.expm1(d.mean())), float(d.mean() / max(d.std(ddof=1) / math.sqrt(len(d)), 1e-12))
 
 # %% ../nbs/08_doctor.ipynb #c030
 Problem = namedtuple("Problem", "evidence advice effect figure severity", defaults=(None, None))
@@ -142,9 +142,11 @@ def _bin_above_floor(f):
     if not bad:
         return None
     i = max(bad, key=lambda i: excess[i])
-    return Problem(f"Timesteps {i * f.config.T // BINS} to {(i + 1) * f.config.T // BINS - 1}: loss {mean[i]:.4f}, floor {floor[i]:.4f}; the excess is "
+    first, last = i * f.config.T // BINS, (i + 1) * f.config.T // BINS - 1
+    return Problem(f"Timesteps {first} to {last}: loss {mean[i]:.4f}, floor {floor[i]:.4f}; the excess is "
                    f"{excess[i]:.0%} of the whole loss. Bins above their floor by that measure: {bad}.",
-                   "Look at the samples of that noise level: high t decides composition, low t detail. A longer run, or another schedule, helps.",
+                   "Look at the samples of that noise level: high t decides composition, low t detail. "
+                   "A longer run, or another schedule, helps.",
                    f"Up to {sum(excess[bad]):.0%} of the loss.", "bins")
 
 def _by_bin(facts, values): # float64 (T,) -> sums over each timestep bin, (BINS,)
@@ -436,7 +438,8 @@ def mirror_test(images,      # uint8 (N, C, H, W)
                 n=1500,      # how many are used: half to learn from, half to be tested on
                ) -> tuple | None: # (accuracy on real, on mirrored, in telling mirrored from real), each in 0 … 1
     """Do mirrored images show something else, and can they be told from real ones? Linear classifiers answer, in grey
-    and at most 16 pixels a side. The first two numbers are None without labels; all are None for fewer than 200 images."""
+    and at most 16 pixels a side. The first two numbers are None without labels; all are None for fewer than 200
+    images."""
     if len(images) < 200:
         return None
     from sklearn.exceptions import ConvergenceWarning

@@ -111,9 +111,11 @@ def frechet_distance(a, # features (N, D), or Moments
 
 def _warn_if_few(n, dim):
     if n <= dim:
-        warnings.warn(f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far "
-                      f"too high, and can only be compared at the same n. Use more than {dim} images, better {10 * dim}",
-                      stacklevel=3)
+        warnings.warn(
+            f"{n} images do not determine a covariance in {dim} dimensions: the distance comes out far "
+            f"too high, and can only be compared at the same n. Use more than {dim} images, better "
+            f"{10 * dim}",
+            stacklevel=3)
 
 # %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)

@@ -47,47 +47,56 @@ def prose(text):
     parts = re.split(r"(`[^`]+`)", inspect.cleandoc(text or ""))
     return "".join(p if i % 2 else re.sub(r"([\\*_$<>\[\]{}|#~^])", r"\\\1", p) for i, p in enumerate(parts))
 
-def header(f):
-    "The comment behind the last line of a function's signature: what it returns."
-    try:
-        source = inspect.getsource(f)
-    except (OSError, TypeError):
-        return None
-    found = re.search(r"^[^\n#]*\)\s*(?:->[^:\n]*)?:[ ]*#[ ]*([^\n]+)", source, re.M)
-    return found and found[1]
+class Named:
+    "A default value that prints as a name, where Python would print an address."
+    def __init__(self, name): self.name = name
+    def __repr__(self): return self.name
 
-def parameters(f):
-    "A line for each parameter that has a comment."
-    for name, p in docments(f, full=True).items():
-        if name == "return" or not p.docment:
-            continue
-        default = "" if p.default is inspect.Parameter.empty else f"={p.default!r}"
-        yield f"- `{name}{default}`: {prose(p.docment)}"
-
-def entry(name, f, level=2):
-    "Signature, docstring, parameters, what is returned; for a class also its methods."
+def signature(f, called=True):
+    "As Python writes it, with functions and factories among the defaults by their names, without `self`."
     try:
-        signature = str(inspect.signature(f))
+        found = inspect.signature(f)
     except (TypeError, ValueError):
-        signature = ""
-    signature = (
-        re.sub(r"<factory>|<function (\w+) at [^>]+>", r"\1", signature).replace("(self, ", "(").replace("(self)", "()")
-    )
-    # a dataclass's own
-    own_doc = f.__doc__ if not (inspect.isclass(f) and (f.__doc__ or "").startswith(f"{f.__name__}(")) else ""
-    lines = [
-        f"{'#' * level} {name}", f"```{{code-block}} python\n:class: signature\n{name}{signature}\n```", prose(own_doc),
-        *parameters(f)]
-    returns = None if inspect.isclass(f) else header(f)
-    if returns:
-        lines.append(f"\nReturns: {prose(returns)}")
-    out = "\n\n".join(lines[:3]) + "\n\n" + "\n".join(lines[3:])
+        return ""
+    def plain(p):
+        if p.default is not p.empty and (inspect.isfunction(p.default) or inspect.isclass(p.default)):
+            return p.replace(default=Named(p.default.__name__))
+        if type(p.default).__repr__ is object.__repr__:
+            return p.replace(default=Named(f"{type(p.default).__name__}()"))
+        return p.replace(default=Named("...")) if repr(p.default) == "<factory>" else p
+    returns = inspect.Signature.empty if inspect.isclass(f) else found.return_annotation
+    if isinstance(returns, str):
+        returns = Named(returns)                                    # of a class, within it
+    kept = [plain(p) for p in found.parameters.values() if p.name != "self"]
+    text = str(found.replace(parameters=kept, return_annotation=returns))
+    return text if called else text.removeprefix("()")
+
+def details(f):
+    "A line for each parameter that has a comment, and one for what is returned."
+    for name, p in docments(f, full=True, returns=True).items():
+        if name == "return":
+            if p.docment and not inspect.isclass(f):
+                yield f"\nReturns: {prose(p.docment)}"
+        elif p.docment:
+            yield f"- `{name}`: {prose(p.docment)}"
+
+def members(cls):
+    "The public methods and properties of a class that have docstrings: name, function, and whether one calls it."
+    for key, member in vars(cls).items():
+        f = next((getattr(member, k) for k in ("__func__", "fget", "func") if hasattr(member, k)), member)
+        if not key.startswith("_") and inspect.isfunction(f) and f.__doc__:
+            yield key, f, f is member or hasattr(member, "__func__")
+
+def entry(name, f, level=2, called=True):
+    "Signature, docstring, parameters, what is returned; for a class also its methods and properties."
+    own = f.__doc__ or ""
+    if inspect.isclass(f) and own.startswith(f"{f.__name__}("):
+        own = ""                                                    # made by `dataclass`
+    head = f"{'#' * level} {name}\n\n```{{code-block}} python\n:class: signature\n{name}{signature(f, called)}\n```"
+    parts = [head, prose(own), "\n".join(details(f))]
     if inspect.isclass(f):
-        for key, method in vars(f).items():
-            method = getattr(method, "__func__", method)
-            if not key.startswith("_") and inspect.isfunction(method) and method.__doc__:
-                out += "\n\n" + entry(f"{name}.{key}", method, level + 1)
-    return out
+        parts += [entry(f"{name}.{key}", member, level + 1, called) for key, member, called in members(f)]
+    return "\n\n".join(filter(None, parts))
 
 def api(notebook, module_name):
     "The reference page of a module: every public function and class, in the order of the lesson."
@@ -111,7 +120,7 @@ def main():
             write(f"api/{module}.md", api(name, f"diffnb.{module}"))
         write(f"{name}.ipynb", nbformat.writes(prepare(nb, name.count("/"))))
     parts = {
-        "Lessons": [n for n in order[1:] if "/" not in n], "Tools": [n for n in order if "/" in n],
+        "Lessons": [n for n in order[1:] if "/" not in n], "Workshop": [n for n in order if "/" in n],
         "Reference": list(references.values())}
     moved = write(
         "_toc.yml",

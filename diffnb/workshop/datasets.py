@@ -22,23 +22,6 @@ from ..core import DiffnbError, shown, write_whole
 from ..data import filters, ImageData
 from .reader import _below, _read_split, decode, list_images
 
-# %% ../../nbs/workshop/datasets.ipynb #c024b
-@contextmanager
-def _alone(path):
-    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"another process is making {shown(path)}: waiting for it")
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        pass
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
-
 # %% ../../nbs/workshop/datasets.ipynb #c031
 def _digits(split, **_):
     from sklearn.datasets import load_digits
@@ -91,6 +74,23 @@ def _fashion_mnist(split, root, url, **_):
     d = _torchvision_set("FashionMNIST", "FashionMNIST/raw with the unpacked files train-images-idx3-ubyte, "
                          "train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte", split, root, url)
     return d.data[:, None], d.targets, tuple(d.classes)
+
+# %% ../../nbs/workshop/datasets.ipynb #c024b
+@contextmanager
+def _alone(path):
+    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is making {shown(path)}: waiting for it")
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 # %% ../../nbs/workshop/datasets.ipynb #c043
 _reader = 2 # counts the changes of `decode` that change bytes: what an earlier one left in the cache is decoded again
@@ -216,8 +216,7 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
     return _cached(path)
 
 # %% ../../nbs/workshop/datasets.ipynb #c045
-named_sets = {"digits": (_digits, 1), "fashion": (_fashion, 1), "cifar10": (_cifar10, 3),
-              "fashion_mnist": (_fashion_mnist, 1)}
+named_sets = {"digits": _digits, "fashion": _fashion, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
 
 def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnist", or a folder of images
               size=None,         # side of the images in pixels; None: as they are
@@ -241,7 +240,7 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
     if str(name) in named_sets:
         if progress and os.path.isdir(str(name)):
             print(f"{name} is the set of that name; for the folder, say ./{name}")
-        images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
+        images, labels, classes = named_sets[str(name)](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):
         if size is None:
