@@ -205,7 +205,7 @@ def build(specs, make, device, slice_seconds, defaults):
             variant.facts["before_bytes"] = before
             warm_up(variant, device, slice_seconds)
             variant.facts.pop("before_bytes", None)
-        except Exception as e:                                   # out of memory, or a version that cannot do it: the others go on
+        except Exception as e:  # out of memory, or a version that cannot do it: the others go on
             skipped[spec] = f"{type(e).__name__}: {e}".split("\n")[0][:300]
             if (variant := ready.pop(spec, None)):
                 variant.close()
@@ -215,10 +215,8 @@ def build(specs, make, device, slice_seconds, defaults):
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        print(
-            f"  {spec:45} "
-            f"{'skipped: ' + skipped[spec] if spec in skipped else 'warm-up {:.1f} s'.format(ready[spec].facts['first_run_s'])}",
-            flush=True)
+        warm = f"warm-up {ready[spec].facts['first_run_s']:.1f} s" if spec in ready else f"skipped: {skipped[spec]}"
+        print(f"  {spec:45} {warm}", flush=True)
     return ready, skipped
 
 def interleave(variants, device, rounds, seconds):
@@ -359,8 +357,11 @@ def save(results, out):
 def show(result, unit):
     for name, r in sorted(result["variants"].items(), key=lambda kv: kv[1]["step_s"]["median"]):
         s, base = r["step_s"], r["faster_than"].get("diffusers")
-        print(f"  {name:45} {1000 * s['median']:9.1f} ms a {unit} ({1000 * s['low']:.1f} to {1000 * s['high']:.1f}) {r['images_per_s']:9.1f} images/s"
-              f" {100 * r['share_of_ceiling']:5.1f}% of {r['ceiling']}" + (f", {base['median']:.2f}x diffusers" if base else "")
-              + (f", {r['peak_bytes'] / 2**20:.0f} MiB" if r.get("peak_bytes") else ""), flush=True)
+        parts = [
+            f"  {name:45} {1000 * s['median']:9.1f} ms a {unit} ({1000 * s['low']:.1f} to {1000 * s['high']:.1f})",
+            f" {r['images_per_s']:9.1f} images/s {100 * r['share_of_ceiling']:5.1f}% of {r['ceiling']}",
+            f", {base['median']:.2f}x diffusers" if base else "",
+            f", {r['peak_bytes'] / 2**20:.0f} MiB" if r.get("peak_bytes") else ""]
+        print("".join(parts), flush=True)
     for name, why in result["skipped"].items():
         print(f"  {name:45} skipped: {why}")

@@ -30,16 +30,23 @@ def speeds(r): # results of train.py or sample.py
     lines = []
     for batch, b in r["batches"].items():
         sampling, rows = "steps" in r, sorted(b["variants"].items(), key=lambda kv: kv[1]["step_s"]["median"])
-        lines += [f"**{r['what'][0].upper() + r['what'][1:]}**, {r['shape']['image_size']}x{r['shape']['image_size']}, "
-                  f"batch {batch}. {where(r)}; medians of {b['rounds']} interleaved rounds, ratios with their range.", "",
-                  f"| | precision | {'s a batch' if sampling else 'ms a step'} | images/s | times diffusers, as it comes | times denoising-diffusion-pytorch, as it comes | peak memory, MiB | share of the ceiling |",
-                  "|---|---|---:|---:|---:|---:|---:|---:|"]
+        size = r["shape"]["image_size"]
+        lines += [
+            f"**{r['what'][0].upper() + r['what'][1:]}**, {size}x{size}, batch {batch}. {where(r)}; "
+            f"medians of {b['rounds']} interleaved rounds, ratios with their range.",
+            "",
+            f"| | precision | {'s a batch' if sampling else 'ms a step'} | images/s | times diffusers, as it comes "
+            "| times denoising-diffusion-pytorch, as it comes | peak memory, MiB | share of the ceiling |",
+            "|---|---|---:|---:|---:|---:|---:|---:|"]
         for name, v in rows:
             s, mem = v["step_s"]["median"], v.get("peak_bytes")
             against = [
                 "1" if name == base else factor(v["faster_than"].get(base)) for base in ("diffusers", "ddpm-pytorch")]
-            lines.append(f"| {called(v)} | {v['precision']} | {f'{s:.2f}' if sampling else f'{1000 * s:.0f}' if s > 0.1 else f'{1000 * s:.1f}'} | {v['images_per_s']:.{1 if v['images_per_s'] < 100 else 0}f} | "
-                         f"{against[0]} | {against[1]} | {f'{mem / 2**20:,.0f}' if mem else '—'} | {100 * v['share_of_ceiling']:.0f}% |")
+            took = f"{s:.2f}" if sampling else f"{1000 * s:.0f}" if s > 0.1 else f"{1000 * s:.1f}"
+            rate = f"{v['images_per_s']:.{1 if v['images_per_s'] < 100 else 0}f}"
+            lines.append(
+                f"| {called(v)} | {v['precision']} | {took} | {rate} | {against[0]} | {against[1]} "
+                f"| {f'{mem / 2**20:,.0f}' if mem else '—'} | {100 * v['share_of_ceiling']:.0f}% |")
         ceilings = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in b["ceiling_flops_per_s"].items())
         nets = {
             v["library"]: f"{NAMES[v['library']]} {v['parameters'] / 1e6:.2f}M parameters, "
@@ -107,9 +114,15 @@ def growth(r): # results of scaling.py
         ""]
 
 def noise_or_bf16(r): # results of precision.py
-    lines = [f"**Does bf16 change the samples?** {r['run']['data']}, {r['run']['size']}x{r['run']['size']}, {r['run']['parameters'] / 1e6:.2f}M parameters after {r['run']['images_seen']:,} images; {where(r)}{'' if 'bf16' in r['machine'].get('instructions', 'bf16') else ', which imitates bf16 with the same rounding'}. DDIM with {r['steps']} steps, "
-             f"n = {r['n']:,} (`bench/precision.py {r['source']} --n {r['n']}`); Fréchet distance on {r['dim']} features of {r['features']} against {r['reference']}.", "",
-             "| sampled in | distance (standard error) | mean difference from float32, levels of 255 |", "|---|---:|---:|"]
+    run, native = r["run"], "bf16" in r["machine"].get("instructions", "bf16")
+    lines = [
+        f"**Does bf16 change the samples?** {run['data']}, {run['size']}x{run['size']}, "
+        f"{run['parameters'] / 1e6:.2f}M parameters after {run['images_seen']:,} images; "
+        f"{where(r)}{'' if native else ', which imitates bf16 with the same rounding'}. DDIM with {r['steps']} steps, "
+        f"n = {r['n']:,} (`bench/precision.py {r['source']} --n {r['n']}`); Fréchet distance on {r['dim']} features of "
+        f"{r['features']} against {r['reference']}.",
+        "",
+        "| sampled in | distance (standard error) | mean difference from float32, levels of 255 |", "|---|---:|---:|"]
     return (
         lines
         + [

@@ -14,8 +14,9 @@ import pytest
 sys.modules.setdefault("rfc3987_syntax", None)
 
 # Two workers take one file after the other: the longest first, so that both are through at the same time.
-LONGEST = ["test_faults.py", "test_cifar10_bench.py", "test_ranks.py", "test_bench.py", "test_settings.py",
-           "test_train.py", "test_cli.py", "test_notebooks.py", "test_site.py", "test_fuzz.py", "test_misuse.py"]
+LONGEST = ["test_faults.py", "test_cifar10_bench.py", "test_jupyterlab.py", "test_ranks.py", "test_bench.py",
+           "test_settings.py", "test_train.py", "test_doctor.py", "test_site.py", "test_notebooks.py", "test_fuzz.py",
+           "test_misuse.py", "test_cli.py", "test_runs.py", "test_evaluate.py", "test_interchange.py"]
 
 
 def pytest_collection_modifyitems(items):

@@ -14,8 +14,8 @@ from diffnb.workshop.folder import read_config
 from diffnb.workshop.models import load_model
 from diffnb.workshop.settings import PRESETS, TrainConfig, check_config
 
-TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 --batch-size 8 "
-        "--device cpu --sample-steps 2").split()
+TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 "
+        "--batch-size 8 --device cpu --sample-steps 2").split()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -376,10 +376,12 @@ def test_a_closed_standard_output_is_not_given_to_a_file(a_run, tmp_path):
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
-optional = "diffusers accelerate torch_fidelity tensorboard ipywidgets IPython jupyterlab nbformat nbconvert nbdev execnb fastcore torchmetrics pytest hypothesis playwright".split()
+optional = ("diffusers accelerate torch_fidelity tensorboard ipywidgets IPython jupyterlab nbformat nbconvert nbdev "
+            "execnb fastcore torchmetrics pytest hypothesis playwright").split()
 class Finder(PathFinder):
     @classmethod
-    def find_spec(cls, name, path=None, target=None): return None if name.split(".")[0] in optional else super().find_spec(name, path, target)
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in optional else super().find_spec(name, path, target)
 sys.meta_path[:] = [Finder if f is PathFinder else f for f in sys.meta_path]
 from diffnb.workshop.cli import main
 for line in sys.stdin:
@@ -388,6 +390,7 @@ for line in sys.stdin:
     print("CODE", code, flush=True); print("CODE", code, file=sys.stderr, flush=True)
 """
 
+@pytest.mark.slow
 def test_every_command_without_optional_packages(a_run, tmp_path):
     "Each works, or says what to install, before anything is written."
     todo = [[str(a) for a in args] for args, _ in every_command(a_run, tmp_path)]

@@ -108,6 +108,7 @@ def test_no_prefix_of_the_healthy_metrics_alarms(patient):
 
 @pytest.mark.parametrize(
     "change", [dict(seed=1, epochs=9.0), dict(prediction="v", schedule="cosine", seed=2, epochs=9.0)])
+@pytest.mark.slow
 def test_other_healthy_runs(change, tmp_path):
     train(replace(BASE, **change), tmp_path / "run", sampler=ddim, progress=False)
     assert examine(tmp_path / "run").problems == []
@@ -126,6 +127,7 @@ def flow(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_healthy_flow_has_no_problems(flow, tmp_path):
     report = examine(flow)
     assert report.problems == []
@@ -137,6 +139,7 @@ def test_a_healthy_flow_has_no_problems(flow, tmp_path):
     assert "nan" not in report.markdown() and report.write(tmp_path / "out").is_file()
 
 
+@pytest.mark.slow
 def test_the_live_doctor_is_silent_in_a_healthy_flow(flow):
     facts = gather(flow, live=True)
     full, facts.floor = facts.metrics, gaussian_loss_floor(load_data("digits").images, facts.schedule, "velocity")
@@ -271,6 +274,7 @@ def test_a_rate_that_never_fell_although_a_decay_was_planned(patient):
     assert alarms(patient(config=dict(decay_share=0.3), rows=rows(lr=4e-3))) == {"lr-not-decayed"}
 
 
+@pytest.mark.slow
 def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
     short = replace(BASE, decay_share=0.5, epochs=2.0, log_every=4, sample_every=1e6, checkpoint_every=0.5, keep=9)
     train(short, tmp_path / "run", progress=False)
@@ -284,6 +288,7 @@ def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
     assert "before the decay" in problems["lr-jump"].advice
 
 
+@pytest.mark.slow
 def test_the_planned_rate_is_drawn_with_its_decay(flow):
     line = draw("lr", gather(flow, deep=False))[0].axes[0].get_lines()[1]
     steps, planned = line.get_data()
@@ -332,6 +337,7 @@ def test_the_weights_in_the_average_are_those_of_training(config, patient):
         assert np.allclose(y / y[0], np.array(shares) / shares[0], atol=2e-3), name
 
 
+@pytest.mark.slow
 def test_an_average_that_is_worse_names_the_others(flow, tmp_path):
     run = shutil.copytree(flow, tmp_path / "run")
     def forget(tensors, meta):
@@ -495,6 +501,7 @@ def as_folder(images, labels, folder):
         Image.fromarray(x[0].numpy()).save(path)
 
 
+@pytest.mark.slow
 def test_overfitting(tmp_path):
     "Thirty-two digits, learned by heart."
     train_set, test_set = load_data("digits"), load_data("digits", split="test")

@@ -3,7 +3,8 @@
 Importing torch takes seconds, and its compiler, which every optimiser loads, some more: so the kills happen to
 processes forked from one that has imported everything and computed nothing, this file run as a script. Each of them
 does what `python -m diffnb train` does."""
-import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, warnings
+import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback
+import warnings
 
 import pytest, sklearn.datasets, torch  # noqa: F401 -- loaded before the forks
 
@@ -135,7 +136,7 @@ def kills(folder):
         pid, have = begin(run), reached(run)
         if i % 5 == 4:
             wait = rng.uniform(0, startup)                        # while it starts
-        else:                                                                # somewhere in the next of the remaining parts
+        else:  # somewhere in the next of the remaining parts
             more, wait = rng.uniform(0, (total - have) / (20 - i + 4)), rng.uniform(0, 8 * step)
             while reached(run) < have + more and not gone(pid):
                 time.sleep(0.001)
@@ -235,7 +236,7 @@ tiny = dataclasses.replace(smallest, base_channels=8, norm_groups=4, checkpoint_
 change = dataclasses.replace
 
 
-@pytest.mark.parametrize("where, nth", [(R, 7), (C, 4)])                                # a row of metrics; a checkpoint
+@pytest.mark.parametrize("where, nth", [(R, 7), (C, 4)])  # a row of metrics; a checkpoint
 def test_no_space_left(tmp_path, monkeypatch, where, nth):
     real, calls = open, [0]
     def full(path, mode="r", *args, **kw):

@@ -110,7 +110,7 @@ def test_scheduler_has_our_alpha_bar(model):
     (dict(beta_schedule="linear"), linear_schedule), (dict(beta_schedule="squaredcos_cap_v2"), cosine_schedule),
     (dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), None),
     (dict(rescale_betas_zero_snr=True), lambda: linear_schedule().zero_terminal_snr())],
-    ids=["linear", "cosine", "scaled-linear", "zero-snr"])            # names without addresses: parallel workers must agree on them
+    ids=["linear", "cosine", "scaled-linear", "zero-snr"])  # no addresses: parallel workers must agree on names
 def test_schedules_described_in_words(folder, settings, build):
     from diffusers import DDIMScheduler
     edit(folder / "scheduler/scheduler_config.json", trained_betas=None, **settings)

@@ -211,8 +211,8 @@ def test_docstrings_name_lessons_that_are_there():
 # run.
 number = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 volatile = re.compile(
-    r"(?<![\w.])[\d.,]+\s*(?:s|ms|µs|us|seconds?|minutes?|images/s|it/s|s/it|[MGk]i?B/s)\b|0x[0-9a-f]{6,}|\b[0-9a-f]{32}\b|\d{4}-\d\d-\d\d(?:[ "
-    r"T]\d\d:\d\d(?::\d\d)?)?")
+    r"(?<![\w.])[\d.,]+\s*(?:s|ms|µs|us|seconds?|minutes?|images/s|it/s|s/it|[MGk]i?B/s)\b|0x[0-9a-f]{6,}|"
+    r"\b[0-9a-f]{32}\b|\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?")
 
 def same_text(stored, now):
     "None, or where two texts differ."

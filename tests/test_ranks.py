@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 tiny = replace(helpers.tiny, epochs=0.85, lr=2e-3, sample_every=0.35, checkpoint_every=0.4)        # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}
 muon = replace(tiny, optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
-settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 --sample-steps 3 "
-            "--device cpu").split()
+settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 "
+            "--sample-steps 3 --device cpu").split()
 
 
 def fork(world, work): # -> exit codes, seconds

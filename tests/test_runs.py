@@ -27,8 +27,9 @@ from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 from helpers import command as shell
 
-TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 --device cpu --sample-steps 2 "
-        "--checkpoint-every 0.5 --data-root cache --log-every 1").split()  # 12 images: an epoch is a step and a half
+# 12 images: an epoch is a step and a half
+TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 "
+        "--device cpu --sample-steps 2 --checkpoint-every 0.5 --data-root cache --log-every 1").split()
 
 
 def train_in(run, *more, data="set", epochs=2):

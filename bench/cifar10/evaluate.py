@@ -26,7 +26,8 @@ def job(weights, sampler, steps, n, w=1.0, at=None, run=None):
 
 def name_of(j): # of its files
     return (
-        f"{'' if j['run'] is None else j['run'].name + '_'}{j['weights']}_{j['sampler']}{j['steps']}_w{j['w']:g}_n{j['n']}"
+        f"{'' if j['run'] is None else j['run'].name + '_'}{j['weights']}_{j['sampler']}{j['steps']}_w{j['w']:g}"
+        f"_n{j['n']}"
         + (f"_at{j['at']}" if j["at"] else ""))
 
 class Scorer:

@@ -23,11 +23,11 @@ from diffnb.guide import guided
 from diffnb.sample import dpmpp_2m
 from diffnb.workshop.generate import sample_batches
 
-LAYERS = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c Mixed_5d "
-          "Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e").split()
+LAYERS = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c "
+          "Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e").split()
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
-PROTOCOL = ("768-d features of Inception-v3 2015-12-05, float32; image k from noise addressed by (seed 0, k), class k mod 10; "
-            "reference: all images of the split named, not augmented")
+PROTOCOL = ("768-d features of Inception-v3 2015-12-05, float32; image k from noise addressed by (seed 0, k), class k "
+            "mod 10; reference: all images of the split named, not augmented")
 
 
 # ---- features
@@ -194,7 +194,10 @@ def floors(real, n): # {split: Real} -> {split: dict}
         found[split] = {"n": len(f), **distances(f, {split: real[split]})[split]}
     return found
 
-def draw(model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu", precision="float32", end=None): # -> uint8 (n, C, H, W), or None: out of time
+def draw(
+    model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu",
+    precision="float32", end=None,
+): # -> uint8 (n, C, H, W), or None: out of time
     """Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the
     same shapes and compiles once."""
     y, parts = torch.arange(n) % classes if classes else None, []

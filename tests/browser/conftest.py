@@ -1,7 +1,8 @@
 """JupyterLab on a copy of the notebooks, and a Chromium to open it with.
 
 Skipped where there is no browser, unless CI is set: there a missing browser is a failure."""
-import contextlib, importlib.util, json, os, pathlib, re, shutil, socket, subprocess, sys, time, urllib.error, urllib.request
+import contextlib, importlib.util, json, os, pathlib, re, shutil, socket, subprocess, sys, time, urllib.error
+import urllib.request
 
 import pytest
 
@@ -28,7 +29,7 @@ def require(found, what, how):
     pytest.skip(f"{what} is missing: {how}")
 
 
-@pytest.fixture(scope="module")        # two of Playwright's loops cannot live in one process at once, so not longer than that
+@pytest.fixture(scope="module")        # not longer: two of Playwright's loops cannot live in one process at once
 def chromium():
     path = require(find_chromium(), "Chromium", "apt-get install chromium, or your system's way")
     require(importlib.util.find_spec("playwright"), "Playwright", "pip install playwright")
@@ -161,8 +162,10 @@ class Notebook:
 
     def finish(self, seconds):
         self.page.wait_for_timeout(200)
-        self.page.wait_for_function("""() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
-            return prompts.some(p => /\\d/.test(p)) && !prompts.some(p => p.includes('*')); }""", timeout=1000 * seconds)
+        done = """() => {
+            const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent);
+            return prompts.some(p => /\\d/.test(p)) && !prompts.some(p => p.includes('*')); }"""
+        self.page.wait_for_function(done, timeout=1000 * seconds)
 
     def errors(self):
         "What went wrong, as the reader sees it: tracebacks and stderr."

@@ -129,7 +129,8 @@ def test_one_exercise_as_a_learner_does_it(open_notebook, page, notebooks):
     def answer(line):
         stub.locator(".cm-content").click()
         page.keyboard.press("Control+a")
-        page.keyboard.insert_text("def my_add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:\n"
+        page.keyboard.insert_text("def my_add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) "
+                                  "-> torch.Tensor:\n"
                                   f"    alpha_bar = alpha_bar.view(-1, 1, 1, 1)\n    return {line}")
         nb.run(stub)
         nb.run(check)

@@ -1,5 +1,5 @@
-'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one page: a lesson,
-or a page of the workshop ("workshop/run").
+'''Bugs a reader could write, or that well-known projects did ship, each as one change to the code of one page: a
+lesson, or a page of the workshop ("workshop/run").
 
 `bug(id, what, old, new)`: `old` occurs exactly once in the exported cells of the page. `seen`: project and issue or
 pull request where this bug, or a question caused by it, can be read. `tests`: what runs if the page lets the bug

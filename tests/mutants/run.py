@@ -305,8 +305,9 @@ def main():
         if group:
             print(f"\n{title}:\n" + "\n".join(f"  {b.lesson} {b.id}: {b.what}" for b in group))
     n = Counter(f["by"] for f in fates.values())
-    print(f"\n{len(bugs)} bugs: {n['lesson']} killed by lessons, {n['tests']} by tests, {len(survived)} survived; {time.time() - start:.0f} s "
-          f"(the lessons alone: {sum(lessons.values()):.0f} s)")
+    print(
+        f"\n{len(bugs)} bugs: {n['lesson']} killed by lessons, {n['tests']} by tests, {len(survived)} survived; "
+        f"{time.time() - start:.0f} s (the lessons alone: {sum(lessons.values()):.0f} s)")
     sys.exit(bool(survived))
 
 if __name__ == "__main__":
