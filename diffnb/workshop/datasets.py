@@ -205,8 +205,7 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
     return _cached(path)
 
 # %% ../../nbs/workshop/datasets.ipynb #c045
-named_sets = {"digits": (_digits, 1), "fashion": (_fashion, 1), "cifar10": (_cifar10, 3),
-              "fashion_mnist": (_fashion_mnist, 1)}
+named_sets = {"digits": _digits, "fashion": _fashion, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
 
 def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnist", or a folder of images
               size=None,         # side of the images in pixels; None: as they are
@@ -230,7 +229,7 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
     if str(name) in named_sets:
         if progress and os.path.isdir(str(name)):
             print(f"{name} is the set of that name; for the folder, say ./{name}")
-        images, labels, classes = named_sets[str(name)][0](split, root=root, url=url)
+        images, labels, classes = named_sets[str(name)](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):
         if size is None:

@@ -33,7 +33,8 @@ def _fig_loss(f, ax):
         ax.axhline(f.floor_mean, ls="--", color="black", lw=1, label=f"best Gaussian: {f.floor_mean:.4f}")
         said += f", with the Gaussian floor at {f.floor_mean:.4f}"
     at = spikes(m["loss"])
-    if len(at): ax.plot(m["images"][at], m["loss"][at], "rx", label="spikes")
+    if len(at):
+        ax.plot(m["images"][at], m["loss"][at], "rx", label="spikes")
     ax.axvspan(f.late()["images"][0], m["images"][-1], alpha=0.1, label="last third of the rows")
     ax.set(xlabel="images seen", ylabel="loss (MSE)")
     ax.legend(fontsize=7)
@@ -47,9 +48,11 @@ def _fig_bins(f, ax):
         in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.T == i].mean() for i in x]
         measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
     ax.semilogy(x, mean, "o-", label="logged, last third")
-    if f.floor is not None and torch.as_tensor(f.floor).ndim: ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian")
+    if f.floor is not None and torch.as_tensor(f.floor).ndim:
+        ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian")
     labels = {"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}
-    for (name, y), mark in zip(measured.items(), "sv^"): ax.semilogy(x, y, mark, ms=4, label=labels[name])
+    for (name, y), mark in zip(measured.items(), "sv^"):
+        ax.semilogy(x, y, mark, ms=4, label=labels[name])
     ax.set(xlabel=f"timestep bin ({f.config.T // BINS} timesteps each)", ylabel="loss (MSE)")
     ax.legend(fontsize=7)
     seen = [y for y in mean if np.isfinite(y)] or [math.inf]
@@ -75,7 +78,8 @@ def _fig_lr(f, ax):
 
 def _fig_grad(f, ax):
     steps = f.metrics["step"]
-    return _curve(f, ax, "grad_norm", "gradient norm before clipping", (steps, [f.config.grad_clip] * len(steps)), "the bound")
+    return _curve(
+        f, ax, "grad_norm", "gradient norm before clipping", (steps, [f.config.grad_clip] * len(steps)), "the bound")
 
 def _fig_speed(f, ax):
     return _curve(f, ax, "images_per_s", "images per second")
@@ -107,7 +111,8 @@ def _fig_ema(f, ax):
         halves.append(f"half of {'it' if name == 'ema' and not f.config.ema_half_lives else name} comes from the last "
                       f"{half:,} steps")
     ax.set(xlabel="step", ylabel="share in the final average (top = 1)")
-    if halves[1:]: ax.legend(fontsize=7)
+    if halves[1:]:
+        ax.legend(fontsize=7)
     return f"How much the weights of each step count in the final average: {', '.join(halves)}."
 
 def _fig_spectrum(f, ax):
@@ -148,18 +153,21 @@ def draw(name,  # one of FIGURES
         ) -> tuple | None: # (matplotlib Figure, alternative text); None if the facts it needs are unknown
     "One figure of the report. Raises KeyError for an unknown name."
     plot, need = FIGURES[name]
-    if getattr(facts, need) is None: return None
+    if getattr(facts, need) is None:
+        return None
     fig = plt.Figure(figsize=(5, 3.2) if name == "samples" else (5, 2.5), layout="constrained")
     return fig, plot(facts, fig.add_subplot())
 
 # %% ../../nbs/workshop/report.ipynb #c078
 def _quality(f): # what can be expected of the pictures, with the numbers behind it
-    if f.scores: yield from _scored(f.scores)
-    else: yield "No score has been measured, so no number can be promised."
+    if f.scores:
+        yield from _scored(f.scores)
+    else:
+        yield "No score has been measured, so no number can be promised."
     if f.grid:
         contrast, mine, theirs = picture_facts(*reversed(f.grid))
-        yield (f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of neighbouring pixels "
-               f"{mine:.2f} (real {theirs:.2f}).")
+        yield (f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of neighbouring "
+               f"pixels {mine:.2f} (real {theirs:.2f}).")
     if f.grid and f.images is not None:
         yield ("Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; "
                "copies: {:.0%}.".format(*f.copied))
@@ -174,9 +182,9 @@ def _scored(scores):
     yield (f"Measured: {score.get('text', score['value'])}. "
            f"Floor, real against real: {scores['floor']['value']:.4g}.")
     if "precision" in scores:
-        yield (f"Precision {scores['precision']['value']:.2f} (real {scores['real_precision']:.2f}): how many pictures look "
-               f"real. Recall {scores['recall']['value']:.2f} (real {scores['real_recall']:.2f}): how much of the variety "
-               "is there.")
+        yield (f"Precision {scores['precision']['value']:.2f} (real {scores['real_precision']:.2f}): how many pictures "
+               f"look real. Recall {scores['recall']['value']:.2f} (real {scores['real_recall']:.2f}): "
+               "how much of the variety is there.")
 
 def _watch(f): # metrics to watch, with their usual range in this run
     late = f.late()
@@ -198,9 +206,12 @@ def _next(f, problems):
         yield f"{why[:1].upper()}{why[1:]}: let it run until the first rows are logged, then examine it again."
     elif f.step < f.total and not any(x.severity == "critical" for x in problems):
         yield f"{f.command('resume')} (if it is not running)"
-    if problems: yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
-    if not f.scores and f.saved: yield f.command("evaluate", "--n", "10000")
-    if f.saved: yield f"{f.command('sample')}, and look at them beside real images"
+    if problems:
+        yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
+    if not f.scores and f.saved:
+        yield f.command("evaluate", "--n", "10000")
+    if f.saved:
+        yield f"{f.command('sample')}, and look at them beside real images"
 
 # %% ../../nbs/workshop/report.ipynb #c079
 @dataclass
@@ -237,7 +248,8 @@ class Report:
     def mark(self, check # a Check
             ) -> str:
         "What came of one check, for the checklist."
-        if any(x.id == check.id for x in self.problems): return "✗ problem:"
+        if any(x.id == check.id for x in self.problems):
+            return "✗ problem:"
         unknown = any(getattr(self.facts, need) is None for need in check.needs)
         return "– not known:" if unknown else "✓ no alarm:"
 
@@ -264,22 +276,26 @@ class Report:
 def _markdown(report):
     lines = [f"# Report on {report.facts.run.resolve().name}", ""]
     for heading, kind, items in report.sections():
-        if not items: continue
+        if not items:
+            continue
         lines += [f"## {heading}", ""]
         if kind == "findings":
             for x in items:
                 lines += [f"### {x.title}", "", f"`{x.id}`. {x.evidence}", "", f"- Do: {x.advice}",
                           f"- Expected: {x.effect}", f"- Explained in: {x.lesson}", ""]
         else:
-            lines += [{"text": "", "list": "- ", "steps": f"{i}. "}[kind] + str(x) for i, x in enumerate(items, 1)] + [""]
+            lines += [{"text": "", "list": "- ", "steps": f"{i}. "}[kind] + str(x) for i, x in enumerate(items, 1)] + [
+                ""]
     return "\n".join(lines)
 
 def _html(report):
     f, pictures = report.facts, {}
     def picture(name): # each stands on the page once; later findings point to it
-        if name in pictures: return pictures[name] and {**pictures[name], "again": True}
+        if name in pictures:
+            return pictures[name] and {**pictures[name], "again": True}
         drawn, png = draw(name, f), io.BytesIO()
-        if drawn: drawn[0].savefig(png, format="png", dpi=130)
+        if drawn:
+            drawn[0].savefig(png, format="png", dpi=130)
         pictures[name] = drawn and {"alt": drawn[1], "png": base64.b64encode(png.getvalue()).decode(), "again": False}
         return pictures[name]
     count = lambda level: sum(x.severity == level for x in report.findings)
@@ -292,7 +308,8 @@ def _html(report):
 def examine(run,       # a run folder, finished or still running
             deep=True, # also measure held-out loss and EMA from the checkpoint, which takes seconds and needs the data
            ) -> Report:
-    "What is well and what is wrong with a run. Raises DiffnbError if the folder is not a run; of a young run, reports what there is."
+    """What is well and what is wrong with a run. Raises DiffnbError if the folder is not a run; of a young run, reports
+    what there is."""
     facts = gather(run, deep)
     return Report(facts, findings(facts))
 
@@ -307,7 +324,8 @@ def watch(run,        # the run folder that train will fill
         facts = gather(run, live=True)
         facts.floor = floor
         for x in findings(facts):
-            if x.severity == "good" or x.id in said: continue
+            if x.severity == "good" or x.id in said:
+                continue
             said.add(x.id)
             say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
     return on_log
@@ -334,7 +352,8 @@ def live_dashboard(run,        # the run folder that train will fill
     def on_log(_):
         facts = gather(run, live=True)
         facts.floor = floor
-        if facts.metrics is None or len(facts.metrics["step"]) < 2: return
+        if facts.metrics is None or len(facts.metrics["step"]) < 2:
+            return
         fig = dashboard(facts)
         handle.update(fig)
         plt.close(fig)
