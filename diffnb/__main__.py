@@ -5,6 +5,7 @@ __all__ = ['importing', 'main']
 
 # %% ../nbs/workshop/main.ipynb #i0
 import os, signal, sys, threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 # %% ../nbs/workshop/main.ipynb #c003
@@ -19,7 +20,7 @@ def _leave(number, frame):
     os._exit(130)
 
 @contextmanager
-def importing():
+def importing() -> Iterator[None]:
     """Ctrl-C ends the process at once: nothing has been done yet, and libraries half imported turn an exception into
     others."""
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # not under nohup, nor in the background

@@ -112,7 +112,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
           dry_run: bool = False,   # print parameters, FLOPs, memory and time from a few measured steps, and leave
           tensorboard: bool = False, # write the curves for TensorBoard too, in the run folder
           shard: bool = False      # under torchrun: divide the model over the ranks (FSDP2) instead of copying it (DDP)
-         ):
+         ) -> int: # exit code
     """Train a model: data, network, noise and optimiser as the options say; defaults are for CIFAR-10.
 
     Leaves in that folder config.json, metrics.csv, samples/ (real images left, generated right) and checkpoints/.
@@ -176,8 +176,10 @@ def resume(run: Run,                    # a run folder
            device: str | None = None,   # go on elsewhere; default: the device named when it was begun
            tensorboard: bool = False,   # write the curves for TensorBoard too
            shard: bool = False          # under torchrun: divide the model over the ranks (FSDP2)
-          ):
-    "Continue an interrupted run with its own settings, or extend a finished one."
+          ) -> int: # exit code
+    """Continue an interrupted run with its own settings, or extend a finished one.
+
+    Raises DiffnbError where its images are gone."""
     given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
     config = replace(read_config(run, build=False)["config"], **{k: v for k, v in given.items() if v is not None})
     if config.data not in SIDES and not Path(config.data).is_dir():
@@ -222,7 +224,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            precision: Literal["auto", "float32", "bf16"] = "auto",
            compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
-          ):
+          ) -> int: # exit code
     "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
     with importing():
         from diffnb import sample as samplers
@@ -255,7 +257,8 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
     return 0
 
 # %% ../../nbs/workshop/cli.ipynb #c013
-def info(run: Run): # a run folder, also while it is training
+def info(run: Run, # a run folder, also while it is training
+        ) -> int:  # exit code
     "What a run is, how far it has come, and what it last measured."
     facts = read_config(run, build=False)
     config, data = facts["config"], facts["data"]
@@ -325,7 +328,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              seed: int = 0,                # of the images, when sampling from a model
              device: str = "auto",         # auto, cpu, cuda, cuda:1, mps
              data_root: str | None = None  # where downloads are kept
-            ):
+            ) -> int: # exit code
     "Sample (resumably), score, and write evaluation.json, panel.png and real_beside_generated.png."
     with importing():
         from diffnb.workshop.scoring import evaluate_run
@@ -340,7 +343,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
 def doctor(run: Run,          # a run folder, finished or still training
            deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
            out: Path | None = None # the folder for the report; default: the run folder
-          ):
+          ) -> int: # exit code
     "Say what is well set, what is wrong and what to do next: report.md and report.html."
     with importing():
         from diffnb.workshop.report import examine
@@ -355,9 +358,9 @@ def doctor(run: Run,          # a run folder, finished or still training
 def export(run: Run,                         # a run folder, checkpoint, weights file or embedded model
            to: Literal["diffusers"] = "diffusers", # the format
            out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
-          ):
+          ) -> int: # exit code
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads;
-    for a flow model one whose README.md has the lines that sample it."""
+    for a flow model one whose README.md has the lines that sample it. Raises DiffnbError for a folder one stands in."""
     with importing():
         from diffnb.workshop.interchange import save_diffusers
         from diffnb.workshop.models import load_model
@@ -375,7 +378,7 @@ def export(run: Run,                         # a run folder, checkpoint, weights
 # %% ../../nbs/workshop/cli.ipynb #c019
 def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, or a workbook made earlier
              solutions: bool = False # keep the solutions, folded
-            ):
+            ) -> int: # exit code
     """Write the course as a workbook to do exercises in, or bring one up to date; what you wrote in it is never
     overwritten."""
     from diffnb.workshop.workbook import make_workbook
@@ -496,8 +499,8 @@ def _run(args):
         print("diffnb: interrupted", file=sys.stderr)
         return 130
 
-def main(args=None, # list of strings; None: those of the process
-        ):          # exit code
+def main(args: list[str] | None = None, # None: those of the process
+        ) -> int:                       # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
     with _terminal() as output:
         try:

@@ -6,6 +6,7 @@ __all__ = ['columns', 'free_to_change', 'read_metrics', 'read_config', 'make_con
 
 # %% ../../nbs/workshop/folder.ipynb #i0
 import csv, errno, io, json, os, platform, shlex, warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -44,8 +45,8 @@ def _csv(rows):
     csv.DictWriter(text, columns, restval="nan", lineterminator="\n").writerows(rows)
     return text.getvalue()
 
-def read_metrics(run, # a run folder
-                ):    # dict: column -> float64 array
+def read_metrics(run: str | Path, # a run folder
+                ) -> dict[str, "np.ndarray"]: # column -> float64 (rows,)
     "What a run has logged so far. Raises DiffnbError if there is nothing to read."
     path = Path(run) / "metrics.csv"
     if not path.exists():
@@ -94,10 +95,9 @@ def _count(net): # a UNet configuration -> its parameters; raises where none can
     with torch.device("meta"):
         return count_parameters(UNet(**net))      # allocates nothing
 
-def read_config(run,        # a run folder
-                # the network, which finds out whether it can be; False: only if its size was not written down
-                build=True,
-               ):           # dict: config, model, parameters, data, plans, diffnb, torch, device
+def read_config(run: str | Path,    # a run folder
+                build: bool = True, # the network, and find out whether it can be; False: only if its size is not known
+               ) -> dict: # config, model, parameters, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
     path = Path(run) / "config.json"
     if not path.is_file():
@@ -188,9 +188,9 @@ def check_run_place(run: Path, # where a run is to be kept, or is
 _no_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 @contextmanager
-def locked(path,  # the file to lock, made if need be
-           taken, # called if another process holds the lock: raises an error, or else it is waited for
-          ):      # yields False where the file system cannot lock: there, all pass
+def locked(path: str | Path,            # the file to lock, made if need be
+           taken: Callable[[], object], # called if another process holds it: raises an error, or the lock is waited for
+          ) -> Iterator[bool]:          # False where the file system cannot lock: there, all pass
     "Hold a lock. Raises OSError if the file cannot be made."
     lock = FileLock(path, fallback_to_soft=False)
     try:
@@ -216,10 +216,10 @@ def _who(path): # holds this lock, as far as can be read
     return "another process"
 
 @contextmanager
-def alone_in(folder,         # made if need be
-             doing,          # what no other process may do there meanwhile: "training", "sampling", …
-             option="--out", # of the command line, that names the folder
-            ):
+def alone_in(folder: str | Path,    # made if need be
+             doing: str,            # what no other process may do there meanwhile: "training", "sampling", …
+             option: str = "--out", # of the command line, that names the folder
+            ) -> Iterator[None]:
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
     path, made = _lock_of(folder, doing), not Path(folder).exists()
     def taken():
@@ -268,16 +268,16 @@ free_to_change = {
     "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing",
     "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
 
-def as_options(config, # TrainConfig
-               names,  # settings
-              ):       # list of str
+def as_options(config: TrainConfig,
+               names,        # of settings
+              ) -> list[str]: # words
     "The command-line options that give these settings of `config` their values."
     words = lambda v: map(str, v) if isinstance(v, tuple) else [str(v)]
     return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(getattr(config, k)))]
 
-def as_command(name,   # of one of diffnb's commands
-               *words, # its arguments
-              ):       # str
+def as_command(name: str, # of one of diffnb's commands
+               *words,    # its arguments
+              ) -> str:
     "A command as a shell takes it, odd names quoted."
     return shlex.join(["diffnb", name, *map(str, words)])
 
@@ -313,7 +313,8 @@ def _describe(data): # ImageData -> what config.json says of it
         "classes": list(data.classes), "class_counts": counts, "digest": data.digest, "native_size": data.native_size,
         "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
 
-def reached(run): # a run folder -> (steps, epochs planned then) of its newest checkpoint; (0, None) without any
+def reached(run: str | Path, # a run folder
+           ) -> tuple[int, float | None]: # steps, epochs planned then, of its newest checkpoint; (0, None) without any
     "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
     for path in reversed(checkpoints(run)):
         try:

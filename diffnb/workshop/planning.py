@@ -11,16 +11,19 @@ import torch
 
 # %% ../../nbs/workshop/planning.ipynb #i2
 from ..core import DiffnbError, pick_device
+from ..data import ImageData
 from ..scale import count_flops, wait
 from ..schedule import make_schedule
-from ..train import moments_of, train_steps
+from ..train import moments_of, train_steps, TrainState
 from ..unet import count_parameters
 from .memory import training_memory
 from .run import new_state, ready
-from .settings import resolve, total_steps
+from .settings import resolve, total_steps, TrainConfig
 
 # %% ../../nbs/workshop/planning.ipynb #c015
-def time_steps(config, data, net, steps=5, warm=2): # -> (seconds a step, TrainState)
+def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` gives them
+               steps: int = 5, warm: int = 2,
+              ) -> tuple[float, TrainState]: # seconds a step
     "Median time of real training steps of a UNet(**net) with this configuration, after `warm` that do not count."
     device, schedule = (
         pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr))
@@ -31,11 +34,11 @@ def time_steps(config, data, net, steps=5, warm=2): # -> (seconds a step, TrainS
     return statistics.median(b - a for a, b in zip(times[warm:], times[warm + 1:])), state
 
 # %% ../../nbs/workshop/planning.ipynb #c022
-def plan(config, # TrainConfig
-         steps=5, # how many to measure, after two to warm up
-        ):       # dict: parameters, flops, memory, seconds_per_step, steps, hours
+def plan(config: TrainConfig,
+         steps: int = 5, # how many to measure, after two to warm up
+        ) -> dict: # parameters, flops_per_image, memory (bytes), seconds_per_step, steps, hours
     """Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes
-    nothing."""
+    nothing. Raises DiffnbError if the settings cannot work."""
     if steps < 1:
         raise DiffnbError(f"steps={steps}: at least one has to be measured")
     config, data, net = resolve(config)

@@ -19,7 +19,9 @@ from ..core import DiffnbError, has_native_bf16, late_import, pick_device
 (torch := late_import("torch")) # the command line knows its settings without it
 
 # %% ../../nbs/workshop/settings.ipynb #c039x
-def pick_precision(name, device, config): # "float32" or "bf16"
+def pick_precision(name: str, # "auto", "float32" or "bf16"
+                   device: "torch.device", config: "TrainConfig",
+                  ) -> str:   # "float32" or "bf16"
     """What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if
     bf16 is asked for where it is imitated."""
     large = device.type == "cuda" or config.base_channels >= 32 and (config.image_size or 0) >= 16
@@ -145,8 +147,8 @@ def _unwritable(name): # why a name cannot be written, shown on a line and typed
     if len(name) > 1000:
         return f"its {len(name):,} characters are more than 1,000"
 
-def check_config(config, # TrainConfig
-                ):       # the same config
+def check_config(config: TrainConfig,
+                ) -> TrainConfig: # the same
     "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
     def bad(name, allowed):
         raise DiffnbError(
@@ -211,8 +213,8 @@ PRESETS = {
     "cifar10-analysed": TrainConfig(data="cifar10", jitter=0.1)}
 
 # %% ../../nbs/workshop/settings.ipynb #c079
-def resolve(config, # TrainConfig
-           ):       # (config with nothing left open, ImageData, UNet configuration)
+def resolve(config: TrainConfig, # as it was asked for
+           ) -> tuple: # config with nothing left open, ImageData, UNet configuration
     """Load the data and decide what was left open: image size, flips, classes, precision. Raises DiffnbError before any
     work starts."""
     from diffnb.unet import UNet
@@ -244,9 +246,9 @@ def resolve(config, # TrainConfig
         net = UNet(**net).config                                      # checks the sizes, allocates nothing
     return config, data, net
 
-def total_steps(config, # TrainConfig
-                images, # in the data set
-               ):       # int
+def total_steps(config: TrainConfig,
+                images: int, # in the data set
+               ) -> int:
     "Optimiser steps of the whole run; a last step that is begun counts."
     return math.ceil(config.epochs * images / config.batch_size)
 
