@@ -133,8 +133,9 @@ def _inception_weights(path):
         try:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d", progress=False)
         except (OSError, RuntimeError) as e:
-            raise DiffnbError(f"the Inception weights are not in {path} and could not be downloaded ({e}). Put {INCEPTION_FILE} from {INCEPTION_URL} "
-                              "there by hand, or name a file with weights=... or the environment variable DIFFNB_INCEPTION") from e
+            raise DiffnbError(f"the Inception weights are not in {path} and could not be downloaded ({e}). "
+                              f"Put {INCEPTION_FILE} from {INCEPTION_URL} there by hand, or name a file with "
+                              "weights=... or the environment variable DIFFNB_INCEPTION") from e
     if not path.is_file():
         raise DiffnbError(
             f"no Inception weights in {path}: a file like {INCEPTION_FILE} was expected ({INCEPTION_URL})")
