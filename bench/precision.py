@@ -40,7 +40,7 @@ def main(argv=None):
     device = pick_device(a.device)
     m = load_model(a.run, device)
     features = make_features(a.features, m.config.data, device, a.inception)
-    real = load_data(m.config.data, m.config.image_size, split="test", filter=m.config.filter, root=a.data_root)
+    real = load_data(m.config.data, m.config.image_size, split="test", filter=m.config.interpolation, root=a.data_root)
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
         batches = sample_batches(

@@ -12,14 +12,15 @@ from pathlib import Path
 
 # %% ../nbs/01_data.ipynb #i1
 from einops import rearrange
-import matplotlib.pyplot as plt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 import torch
 from torch.nn import functional as F
 
 # %% ../nbs/01_data.ipynb #i2
-from .core import addressed, write_whole
+from .core import addressed, late_import, write_whole
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../nbs/01_data.ipynb #c013
 def to_float(images, # uint8, any shape
@@ -39,7 +40,7 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
                 size=1.0,    # side of one image, inches
                 title=None,  # one line above all
                 smooth=None, # draw pixels as a smooth surface, not as squares; None: below 16 pixels, to help the eye
-               ) -> plt.Figure:
+               ) -> "plt.Figure":
     "Draw images as a grid. Values outside [-1, 1] are clamped, as a viewer would."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     cols = min(cols, len(images))

@@ -3,7 +3,7 @@
 Importing torch takes seconds, and its compiler, which every optimiser loads, some more: so the kills happen to
 processes forked from one that has imported everything and computed nothing, this file run as a script. Each of them
 does what `python -m diffnb train` does."""
-import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback, types
+import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, subprocess, sys, time, traceback
 import warnings
 
 import pytest, sklearn.datasets, torch  # noqa: F401 -- loaded before the forks
@@ -15,11 +15,11 @@ import diffnb.workshop.folder as F
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
-from diffnb.workshop.folder import read_metrics
+from diffnb.workshop.folder import alone_in, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from helpers import Started, smallest
 
-resource = pytest.importorskip("resource")                                                        # not on Windows
+resource, fcntl = map(pytest.importorskip, ("resource", "fcntl"))                                 # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NET = (
     "--data digits --base-channels 8 --channel-mult 1 --blocks 1 --attention --norm-groups 4 --dropout 0.1 "
@@ -287,24 +287,12 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
     assert main(["info", str(run)]) == 0 and "state        finished" in capsys.readouterr().out
 
 
-def test_lock_without_fcntl_and_without_any(tmp_path, monkeypatch):
-    held = []
-    def locking(fd, mode, n):
-        if os.fstat(fd).st_ino in held:
-            raise OSError(errno.EACCES, "denied")
-        held.append(os.fstat(fd).st_ino)
-    with monkeypatch.context() as m:                                                             # as on Windows
-        m.setitem(sys.modules, "fcntl", None)
-        m.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-        with F._alone_in(tmp_path / "a"):
-            with pytest.raises(DiffnbError, match=f"process {os.getpid()}"):
-                with F._alone_in(tmp_path / "a"):
-                    pass
-    import fcntl
+def test_where_the_file_system_cannot_lock(tmp_path, monkeypatch):
+    "A warning, and the work goes on."
     def cannot(*_): raise OSError(errno.ENOLCK, "no locks here")
     monkeypatch.setattr(fcntl, "flock", cannot)
     with pytest.warns(UserWarning, match="cannot lock"):
-        with F._alone_in(tmp_path / "b"):
+        with alone_in(tmp_path / "a", "training"):
             pass
 
 

@@ -17,7 +17,7 @@ from diffnb.workshop.report import examine
 from diffnb.workshop.check import check
 from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep, nearest,
                              precision_recall, score_against_n)
-from diffnb.workshop.features import make_features
+from diffnb.workshop.features import digits_features, make_features
 from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
 from diffnb.workshop.generate import guidance_for
@@ -391,8 +391,8 @@ def test_places_that_cannot_be_written_are_refused_before_work(here, command, ca
     (here / "file").write_text("mine")
     before = left(here)
     def never(*_, **__): raise AssertionError("worked first")
-    for name in ("sample_batches", "sample_to", "examine", "save_diffusers"):
-        monkeypatch.setattr(f"diffnb.workshop.cli.{name}", never)
+    for name in ("generate.sample_batches", "generate.sample_to", "report.examine", "interchange.save_diffusers"):
+        monkeypatch.setattr(f"diffnb.workshop.{name}", never)
     for out, says in (
         ("file", "file is a file"), ("file/sub", "file is a file"), ("file/a/b", "file is a file"), ("", "empty"),
         ("  ", "empty name")):
@@ -458,7 +458,7 @@ def test_a_shape_that_does_not_fit_is_told_before_sampling(here, digits, capsys,
     np.savez("big.npz", np.zeros((20, 16, 16, 1), np.uint8))
     np.savez("colour.npz", np.zeros((20, 8, 8, 3), np.uint8))
     np.savez("few.npz", np.zeros((9, 8, 8, 1), np.uint8))
-    monkeypatch.setattr("diffnb.evaluate.sample_to", lambda *a, **k: pytest.fail("sampled first"))
+    monkeypatch.setattr("diffnb.workshop.scoring.sample_to", lambda *a, **k: pytest.fail("sampled first"))
     for name, says in (("big", "(1, 16, 16)"), ("colour", "(3, 8, 8)"), ("few", "at least 16")):
         assert (
             main(
@@ -507,9 +507,9 @@ def test_a_second_process_is_refused(here, capsys):
         alone_in(here / "s", "sampling"), alone_in(here / "x.npz.parts", "sampling"),
         alone_in(here / "out", "evaluating")):
         for out in ("s", "x.npz"):
-            assert main([*command, out]) == 1 and "another process is sampling" in capsys.readouterr().err
+            assert main([*command, out]) == 1 and "is sampling in it" in capsys.readouterr().err
         assert main(["evaluate", "digits.safetensors", "--n", "20", *quick, "--out", "out"]) == 1
-        assert "another process is evaluating" in capsys.readouterr().err and not (here / "out/evaluation").exists()
+        assert "is evaluating in it" in capsys.readouterr().err and not (here / "out/evaluation").exists()
     for out in ("s", "x.npz"):
         assert main([*command, out]) == 0
     assert left(here / "s") == {"000000.png", "000001.png", "samples.json"}     # no lock stays behind
@@ -615,8 +615,8 @@ def test_other_numbers_of_python_callers(digits):
     for call in (
         lambda: precision_recall(x, x, k=0), lambda: precision_recall(x, x, k=1.5),
         lambda: score_against_n(x, Moments(x), [5], repeats=0),
-        lambda: evaluate(digits.images[:20], digits, batch_size=0),
-        lambda: evaluate(digits.images[:20], digits, seed=-1),
+        lambda: evaluate(digits.images[:20], digits, digits_features(), batch_size=0),
+        lambda: evaluate(digits.images[:20], digits, digits_features(), seed=-1),
         lambda: loss_by_timestep(None, linear_schedule(), digits.images[:2], batch_size=0),
         lambda: make_features("inception-²"), lambda: check("²", None)):
         with pytest.raises((DiffnbError, KeyError, ValueError)) as caught:

@@ -15,7 +15,7 @@ import diffnb.train as T
 import diffnb.core as C
 import diffnb.workshop.run as R
 import diffnb.workshop.folder as F
-import diffnb.workshop.settings as S
+import diffnb.workshop.datasets, diffnb.workshop.settings as S
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim
@@ -555,9 +555,9 @@ def test_a_run_that_is_moved_while_it_trains(here):
 
 def moments(): # (owner, name) of what a training does before its first step
     return [
-        (S, "load_data"), (R, "resolve"), (S, "_check_names"), (R, "_alone_in"), (R, "_open_run"), (F, "_describe"),
-        (F, "strict_json"), (R, "new_state"), (R, "ready"), (R, "_rows"), (os, "replace"), (os, "fsync"),
-        (os, "ftruncate"), (Path, "mkdir"), (R, "_stop_signals")]
+        (diffnb.workshop.datasets, "load_data"), (R, "resolve"), (S, "_check_names"), (R, "alone_in"), (R, "_open_run"),
+        (F, "_describe"), (F, "strict_json"), (R, "new_state"), (R, "ready"), (R, "_rows"), (os, "replace"),
+        (os, "fsync"), (Path, "mkdir"), (Path, "write_text"), (R, "_stop_signals")]
 
 @pytest.mark.parametrize("owner, name", moments(), ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("after", [False, True])

@@ -4,7 +4,8 @@ Three tables name every field of `TrainConfig`, every option of every command, a
 function. Each entry holds two values, and the test calls twice and compares what comes out: weights, files, pictures,
 printed text. What is documented to change speed or memory alone must change nothing else. Reflection finds what has no
 entry: add one in the table."""
-import contextlib, dataclasses, functools, hashlib, inspect, io, json, os, pathlib, pkgutil, re, shutil, types, warnings
+import contextlib, dataclasses, functools, hashlib, importlib, inspect, io, json, os, pathlib, pkgutil, re, shutil, sys, types
+import warnings
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -15,10 +16,7 @@ import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
 
-import diffnb.workshop.check, diffnb.workshop.cli as cli, diffnb.workshop.course, diffnb.data, diffnb.doctor
-import diffnb.evaluate, diffnb.guide
-import diffnb.workshop.interchange, diffnb.sample, diffnb.scale, diffnb.schedule, diffnb.train, diffnb.unet
-import diffnb.workshop.widgets, diffnb.workshop.workbook
+import diffnb, diffnb.workshop.cli as cli
 from diffnb.core import addressed
 from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
@@ -26,6 +24,23 @@ from diffnb.core import checkpoints
 from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
+
+found = [
+    m.name
+    for m in pkgutil.walk_packages(diffnb.__path__, "diffnb.")
+    if not re.search(r"__main__|_modidx|checks", m.name)]
+# the commands have tables of their own
+MODULES = [importlib.import_module(name) for name in found if name != cli.__name__]
+
+class Anywhere:
+    "The names of all modules in one place."
+    def __getattr__(self, name):
+        values = [vars(m)[name] for m in MODULES if name in vars(m)]
+        return next(
+            (v for m in MODULES if (v := vars(m).get(name)) is not None and getattr(v, "__module__", "") == m.__name__),
+            values[0])
+
+X = Anywhere()
 
 # words of a comment that say: this changes speed or memory alone
 SPEED = r"memory|faster|speed|fuse|a few calls|on a GPU|on the GPU|at a time|a batch is cut"
@@ -62,8 +77,8 @@ def quick(monkeypatch):
     digits = load_data("digits", 8)
     def load(name, size, **rest): return digits if (name, size) == ("digits", 8) else load_data(name, size, **rest)
     def save(images, path, **rest): return diffnb.core.write_whole(path, images.numpy().tobytes())
-    monkeypatch.setattr(diffnb.train, "load_data", load)
-    monkeypatch.setattr(diffnb.train, "save_grid", save)
+    monkeypatch.setattr(diffnb.workshop.datasets, "load_data", load)
+    monkeypatch.setattr(diffnb.workshop.run, "save_grid", save)
 
 def trained(config, folder, sampler=None): # -> what a run leaves, by name; an error is something left, too
     try:
@@ -89,7 +104,7 @@ long, v, folder = dict(epochs=20 * step), dict(prediction="v"), dict(data="{work
 SETTINGS = { # name: (value A, value B, what must differ, other settings it needs)
     "data": ("digits", "fashion", "weights"),
     "image_size": (8, 12, "grid"),
-    "filter": ("bicubic", "nearest", "weights", dict(image_size=12)),
+    "interpolation": ("bicubic", "nearest", "weights", dict(image_size=12)),
     "flip": (False, True, "weights"),
     "jitter": (0.0, 0.5, "weights"),
     "conditional": (True, False, "names"),
@@ -176,7 +191,7 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
         seen.update(layout=state.model.conv_in.weight.stride(), fused=fused, tf32=torch.backends.cuda.matmul.allow_tf32)
         state.model.register_forward_pre_hook(lambda model, given: seen.setdefault("sizes", []).append(len(given[0])))
         yield from real(state, *rest)
-    monkeypatch.setattr(diffnb.train, "train_steps", look)
+    monkeypatch.setattr(diffnb.workshop.run, "train_steps", look)
     for name, (a, b, what) in SPEED_SETTINGS.items():
         results, heard = [], []
         for x in (a, b):
@@ -257,18 +272,18 @@ def recorded(monkeypatch):
         return note
     report = types.SimpleNamespace(summary="well", write=recorder("write", "report"))
     state = types.SimpleNamespace(stopped_by=None, step=1, seconds=0.0)
-    for name, answer in (("train_run", state), ("plan", None), ("to_tensorboard", print), ("evaluate_run", "scores"),
-                         ("examine", report)):
-        monkeypatch.setattr(cli, name, recorder(name, answer))
-    monkeypatch.setattr(cli, "save_diffusers", recorder("export", None))
-    monkeypatch.setattr(diffnb.workshop.workbook, "make_workbook", recorder("workbook", []))
+    for owner, name, answer in (
+        ("run", "train", state), ("planning", "plan", None), ("curves", "to_tensorboard", print),
+        ("scoring", "evaluate_run", "scores"), ("report", "examine", report), ("interchange", "save_diffusers", None),
+        ("workbook", "make_workbook", [])):
+        monkeypatch.setattr(f"diffnb.workshop.{owner}.{name}", recorder(name, answer))
     monkeypatch.setattr(nn.Module, "compile", recorder("compile", None))
     class Two(diffnb.core.SingleProcess):
         def __init__(self, shard, device):
             self.world_size, self.sharded = 2, shard
             said.append(("ranks", shard, device))
         def guard(self): return contextlib.nullcontext()
-    monkeypatch.setattr(cli, "Ranks", Two)
+    monkeypatch.setattr(diffnb.scale, "Ranks", Two)
     return said
 
 def command(line, folder, said, monkeypatch):
@@ -489,7 +504,7 @@ def of_course(w):
     yield "you_are_here", Case(diffnb.workshop.course.you_are_here, name=V(None, "03_unet"))
 
 def of_data(w):
-    D, images, x0 = diffnb.data, torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6).to(torch.uint8), normal(4, 3, 6,
+    D, images, x0 = X, torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6).to(torch.uint8), normal(4, 3, 6,
         6).clamp(-1, 1)
     few = load_data("digits")
     yield "to_float", Case(D.to_float, images=V(images, 255 - images))
@@ -528,7 +543,7 @@ def of_data(w):
     yield "ImageData.to", Case(ImageData.to, lambda d, args: d.images, self=few, device=V("cpu", "meta"))
 
 def of_reader(w):
-    D, a, b = diffnb.data, pathlib.Path("d/a"), pathlib.Path("d/b")
+    D, a, b = X, pathlib.Path("d/a"), pathlib.Path("d/b")
     if not (w / "made").exists():
         shutil.copytree(w / "flat", w / "made")
         (w / "made/samples.json").write_text("{}")
@@ -547,7 +562,7 @@ def of_reader(w):
         if folder == w / "pics/test":
             raise PermissionError(13, "Permission denied", str(folder))
         return real(folder)
-    yield "list_images", Case(patched(D.list_images, D.os, scandir=scandir), listed, folder=w / "pics",
+    yield "list_images", Case(patched(D.list_images, os, scandir=scandir), listed, folder=w / "pics",
         on_broken=refused("stop", "skip"))
     labels, names = V(torch.tensor([0, 1]), torch.tensor([1, 1])), V(("a", "b"), ("b", "a"))
     yield "match_classes", Case(D.match_classes, labels=labels, have=names, want=names, what="x")
@@ -557,7 +572,7 @@ def of_reader(w):
     yield "split_folders", Case(D.split_folders, listing=V(D.list_images(w / "pics"), D.list_images(w / "flat")))
 
 def of_doctor(w):
-    D = diffnb.doctor
+    D = X
     u, v = D.gather(w / "u", deep=False), D.gather(w / "v", deep=False)
     report, x, y = D.examine(w / "u", False), np.arange(1.0,
         25), np.exp(-np.arange(24) / 9) * (1 + 0.1 * np.sin(np.arange(24)))
@@ -604,7 +619,7 @@ def late_run(run, to): # the run at its end, with enough rows for every check
     (to / "metrics.csv").write_text("\n".join([head, *rows[-2:-1] * 40, ""]))
 
 def of_evaluate(w):
-    E, digits, linear, model = diffnb.evaluate, load_data("digits"), diffnb.schedule.linear_schedule(), small()
+    E, digits, linear, model = X, load_data("digits"), diffnb.schedule.linear_schedule(), small()
     few, other, images = replace(digits, images=digits.images[:80], labels=digits.labels[:80]), replace(digits,
         images=digits.images[80:160], labels=None), digits.images[200:240]
     f, g, look = normal(60, 4), normal(60, 4, seed=1) + 0.5, E.digits_features()
@@ -680,7 +695,8 @@ def of_guide(w):
         trained=refused(u, replace(u, config=replace(u.config, label_dropout=0.0))), w=V(2.0, 3.0))
 
 def recorded_run(f,
-        E=diffnb.evaluate): # evaluate_run without sampling, scoring and drawing: what it asks for is what is compared
+        # evaluate_run without sampling, scoring and drawing: what it asks for is what is compared
+        E=diffnb.workshop.scoring):
     @functools.wraps(f)
     def run(**kw):
         noted, score = [], types.SimpleNamespace(facts=dict)
@@ -747,7 +763,7 @@ def of_interchange(w):
         say=V(print, str))
 
 def of_sample(w):
-    S, model, other = diffnb.sample, small(), small(blocks=2)
+    S, model, other = X, small(), small(blocks=2)
     linear, cosine = diffnb.schedule.linear_schedule(20), diffnb.schedule.cosine_schedule(20)
     y, x_T, shape = V(torch.tensor([1, 2]), torch.tensor([3, 2])), normal(2, 1, 8, 8), (2, 1, 8, 8)
     def g(seed): return new(lambda: addressed(seed))
@@ -801,7 +817,7 @@ def of_sample(w):
         y=y.values[0].repeat(2), classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
 
 def of_scale(w):
-    C, config = diffnb.scale, replace(T, epochs=1)
+    C, config = X, replace(T, epochs=1)
     _, data, net = diffnb.workshop.settings.resolve(config)
     yield "count_flops", Case(C.count_flops, model=V(small(), small(blocks=2)), train=V(False, True))
     yield "matmul_speed", Case(shapes_of(C.matmul_speed), device=V("cpu", "meta"),
@@ -819,7 +835,9 @@ def of_scale(w):
         @functools.wraps(f)
         def run(**kw):
             counted.clear()
-            with mock.patch.object(C, "time_steps", watched), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                mock.patch.object(diffnb.workshop.planning, "time_steps", watched),
+                contextlib.redirect_stdout(io.StringIO())):
                 made = f(**kw)
             return counted[:], made["steps"]
         return run
@@ -883,7 +901,7 @@ def shapes_of(f): # kind, device and size of every matrix product
     return run
 
 def of_schedule(w):
-    C = diffnb.schedule
+    C = X
     tiny, other, x0, noise, t = C.NoiseSchedule([0.9, 0.5, 0.1]), C.NoiseSchedule([0.8, 0.5, 0.1]), normal(2, 1, 2,
         2), normal(2, 1, 2, 2, seed=1), torch.tensor([0, 1])
     x, e, when = V(x0, -x0), V(noise, -noise), V(t, t + 1)
@@ -920,7 +938,7 @@ def of_schedule(w):
         schedule=V(tiny, other), prediction=V("eps", "v"))
 
 def of_train(w):
-    M, digits = diffnb.train, load_data("digits")
+    M, digits = X, load_data("digits")
     linear, cosine = diffnb.schedule.linear_schedule(), diffnb.schedule.cosine_schedule()
     model, other, cpu, alone = small(), small(blocks=2), torch.device("cpu"), M.SingleProcess()
     second = M.SingleProcess()
@@ -1107,7 +1125,8 @@ def of_train(w):
     yield "load_model", Case(M.load_model, lambda made, args: made.model, source=V(w / "u", w / "v"),
         device=refused("cpu", "cuda:99"), weights=V("ema", "model"))
 
-def patched(f, owner, **parts): # f with some of its helpers replaced
+def patched(f, owner, **parts): # f with some of its helpers replaced; owner X: those of its own module
+    owner = sys.modules[inspect.unwrap(f).__module__] if owner is X else owner
     @functools.wraps(f)
     def run(*args, **kw):
         with mock.patch.multiple(owner, **parts):
@@ -1144,11 +1163,11 @@ def shy(M): # ranks one of which has a reason to stop
 def held(w): # a run in which somebody trains
     import fcntl
     (w / "held").mkdir(exist_ok=True)
-    HELD.append(open(w / "held/.lock",
-"w"))
-    HELD[-1].write("process 1")
-    HELD[-1].flush()
-    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+    if not HELD:
+        HELD.append(open(w / "held/.lock", "w"))
+        HELD[-1].write("process 1")
+        HELD[-1].flush()
+        fcntl.flock(HELD[-1], fcntl.LOCK_EX)
     return w / "held"
 HELD = []
 
@@ -1276,33 +1295,31 @@ def of_workbook(w):
         out=V("a", "b"), solutions=V(False, True))
 
 
-CASES = {  # diffnb.workshop.cli has tables of its own
-    diffnb.workshop.check: of_check,
-    diffnb.workshop.course: of_course,
-    diffnb.data: of_data,
-    diffnb.doctor: of_doctor,
-    diffnb.evaluate: lambda w: (*of_evaluate(w), *of_evaluate_run(w)),
-    diffnb.guide: of_guide,
-    diffnb.workshop.interchange: of_interchange,
-    diffnb.sample: of_sample,
-    diffnb.scale: of_scale,
-    diffnb.schedule: of_schedule,
-    diffnb.train: of_train,
-    diffnb.unet: of_unet,
-    diffnb.workshop.widgets: of_widgets,
-    diffnb.workshop.workbook: of_workbook,
-}
-UNSEEN = {("train",
-    "SingleProcess.sync_gradients"): "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
-    ("evaluate", "write_digits_features"): "trains the shipped network anew; its one parameter is the file"}
+CASES = {
+    "check": of_check, "course": of_course, "data": of_data, "doctor": of_doctor, "evaluate": of_evaluate,
+    "evaluate_run": of_evaluate_run, "guide": of_guide, "interchange": of_interchange, "sample": of_sample,
+    "scale": of_scale, "schedule": of_schedule, "train": of_train, "unet": of_unet, "widgets": of_widgets,
+    "workbook": of_workbook}
+UNSEEN = {
+    "SingleProcess.sync_gradients": "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
+    "write_digits_features": "trains the shipped network anew; its one parameter is the file",
+    "late_import": "of a module nothing but its attributes is seen"}
 
-def test_every_module_has_cases():
-    modules = {m.name for m in pkgutil.iter_modules(diffnb.__path__)} - {"__main__", "_modidx", "checks", "cli"}
-    assert modules == {m.__name__[7:] for m in CASES}
+def test_every_parameter_of_a_public_function_has_a_case(work):
+    varied = {}
+    for name, case in (entry for of_module in CASES.values() for entry in of_module(work)):
+        varied.setdefault(name, set()).update(p for p, v in case.arguments.items() if isinstance(v, V))
+    every = [(name, p) for m in MODULES for name, p in public(m).items() if name not in UNSEEN]
+    expected = dict(every)
+    assert len(every) == len(expected), "a name is public in two modules"
+    missing = {name: sorted(p - varied.get(name, set())) for name, p in expected.items() if p - varied.get(name, set())}
+    unknown = {name: left for name, p in varied.items() if (left := sorted(p - expected.get(name, set())))}
+    assert not missing, f"parameters that need an entry in CASES: {missing}"
+    assert not unknown, f"entries for what is not there: {unknown}"
 
-@pytest.mark.parametrize("module", CASES, ids=lambda m: m.__name__[7:])
-def test_every_parameter_of_a_public_function_changes_what_it_gives(module, work, tmp_path, monkeypatch):
-    cases, varied, ignored, changed, count = list(CASES[module](work)), {}, [], [], 0
+@pytest.mark.parametrize("group", CASES)
+def test_every_parameter_of_a_public_function_changes_what_it_gives(group, work, tmp_path, monkeypatch):
+    cases, ignored, changed, count = list(CASES[group](work)), [], [], 0
     for name, case in cases:
         source = inspect.getsource(inspect.unwrap(case.f))
         def call(which):
@@ -1315,7 +1332,6 @@ def test_every_parameter_of_a_public_function_changes_what_it_gives(module, work
         for parameter, v in case.arguments.items():
             if not isinstance(v, V):
                 continue
-            varied.setdefault(name, set()).add(parameter)
             other = call(parameter)
             if v.error is not any(isinstance(r[0], BaseException) for r in (usual, other)):
                 changed.append(f"{name}({parameter}) ends in an error, or not: {[r[0] for r in (usual, other)]!r:.300}")
@@ -1326,9 +1342,4 @@ def test_every_parameter_of_a_public_function_changes_what_it_gives(module, work
                     changed.append(f"{name}({parameter}): no comment says: for speed")
             elif usual[1] == other[1]:
                 ignored.append(f"{name}({parameter}) is ignored: {other[0]!r:.150}")
-    expected = {name: p for name, p in public(module).items() if (module.__name__[7:], name) not in UNSEEN}
-    missing = {name: sorted(p - varied.get(name, set())) for name, p in expected.items() if p - varied.get(name, set())}
-    unknown = {name: sorted(p - expected.get(name, set())) for name, p in varied.items()}
-    assert not missing, f"parameters of {module.__name__} that need an entry in CASES: {missing}"
-    assert not any(unknown.values()), f"entries for what is not there: {unknown}"
     assert not ignored and not changed, "\n".join([*ignored, *changed])

@@ -161,7 +161,7 @@ def _load(f, split, size): # ImageData, or None with the reason noted
     c = f.config
     try:
         data = load_data(
-            c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
+            c.data, size, split, filter=c.interpolation, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
             on_broken="skip", channels=f.data["channels"], progress=False)
         if data.labels is None or not c.conditional:
             return data

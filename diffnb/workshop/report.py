@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/workshop/report.ipynb #i1
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 # %% ../../nbs/workshop/report.ipynb #i2
-from ..core import write_whole
+from ..core import late_import, write_whole
 from ..doctor import _no_metrics, bin_floor, CHECKS, findings, picture_facts, PUBLISHED, spikes, verdict
 from ..train import BINS, lr_at, make_averages
 from .curves import plot_metrics
 from .facts import Facts, gather
 from .folder import check_place
 from .pages import render
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../../nbs/workshop/report.ipynb #c070
 def _fig_loss(f, ax):
@@ -331,7 +332,7 @@ def watch(run,        # the run folder that train will fill
 
 # %% ../../nbs/workshop/report.ipynb #c093
 def dashboard(facts # Facts with metrics
-             ) -> plt.Figure:
+             ) -> "plt.Figure":
     "Curves above; below them the verdict and up to six problems."
     fig, found = plot_metrics(facts.metrics, facts.floor_mean), findings(facts)
     problems = [f"{x.severity}: {x.title}. {x.evidence}" for x in found if x.severity != "good"]

@@ -23,7 +23,7 @@ from ..data import save_grid, to_uint8
 from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
 from ..unet import UNet
-from .folder import _alone_in, _check_place, _csv, _open_run, _rows, as_command, columns, read_config
+from .folder import _csv, _open_run, _rows, alone_in, as_command, check_run_place, columns, read_config
 from .memory import _memory_advice, checkpoint_activations
 from .settings import check_config, resolve, total_steps
 
@@ -318,7 +318,7 @@ def train(config,           # TrainConfig
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on
     NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
-    _check_place(run, check_config(config).data)
+    check_run_place(run, check_config(config).data)
     if config.precision == "auto" and (run / "config.json").exists():
         config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = ranks.first(lambda: resolve(config))
@@ -330,5 +330,8 @@ def train(config,           # TrainConfig
         raise DiffnbError(
             "optimizer='muon' works on whole matrices, and shard divides them: use adamw, or copies (without shard)")
     with ExitStack() as held, _memory_advice(net, config, pick_device(config.device)): # held: the lock of the folder
-        ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
+        ranks.first(
+            lambda: (
+                ranks.rank
+                or (held.enter_context(alone_in(run, "training", "--run")), _open_run(run, config, data, net))))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)

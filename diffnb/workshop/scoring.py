@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/workshop/scoring.ipynb #i1
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 # %% ../../nbs/workshop/scoring.ipynb #i2
-from ..core import SingleProcess, DiffnbError, pick_device, shown, write_whole
+from ..core import DiffnbError, late_import, pick_device, shown, SingleProcess, write_whole
 from ..data import ImageData, save_grid
 from ..evaluate import _check_comparable, evaluate, Evaluation, LEAST_IMAGES
 from ..sample import check_sampling, ddim
@@ -28,9 +27,11 @@ from .models import load_model
 from .reader import decode, list_images, match_classes, NoSplit, split_folders
 from .settings import pick_precision
 
+(plt := late_import("matplotlib.pyplot"))
+
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation
-         ) -> plt.Figure:
+         ) -> "plt.Figure":
     """The honesty panel: score and floors, score against n, precision and recall, distance to the training images,
     closest pairs."""
     fig = plt.figure(figsize=(11, 5.4), layout="constrained")
@@ -198,18 +199,9 @@ def _kind(source): # "run", "files" or "model"
 
 def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images
     here = source.resolve()                                              # of "." too, which has no name
-    out = check_place(
-        out
-        if out is not None
-        else source
-        if _kind(source) == "run"
-        else (here if source.name in ("", "..") else source).with_name(
-            f"{here.name if here.is_dir() else here.stem}.evaluation"))
-    for folder in pictures:
-        if out.resolve().is_relative_to(Path(folder).resolve()):
-            raise DiffnbError(f"the results would lie among the images of {folder} and be taken for some the next time: choose another "
-                              f"place than {out} (command line: --out)")
-    return out
+    beside = (here if source.name in ("", "..") else source).with_name(
+        f"{here.name if here.is_dir() else here.stem}.evaluation")
+    return check_place(out if out is not None else source if _kind(source) == "run" else beside, images=pictures)
 
 def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings):
     # -> (images, facts for evaluation.json)
@@ -261,7 +253,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         trained, n = load_model(source, device), n or 10_000
         guide, _ = guidance_for(trained, guidance), check_sampling(trained.schedule, steps=steps)
         like, config = torch.empty(1, *trained.shape), trained.config
-        reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
+        reference, filter, data_root = reference or config.data, config.interpolation, data_root or config.data_root
         # a longer list lets n grow later
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
     real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)
