@@ -29,8 +29,8 @@ def command(*args): # -> exit code, all that was printed
 # once, and forks a process for each command.
 _server = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
 if _server:
-    _server.set_forkserver_preload([
-        "torch", "torch._dynamo", "sklearn.datasets", *(f"diffnb.workshop.{m}" for m in ("cli", "run", "scoring", "report"))])
+    commands = [f"diffnb.workshop.{name}" for name in ("cli", "run", "scoring", "report")]
+    _server.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.datasets", *commands])
 
 
 def _run(args, folder, out):

@@ -4,7 +4,8 @@ Three tables name every field of `TrainConfig`, every option of every command, a
 function. Each entry holds two values, and the test calls twice and compares what comes out: weights, files, pictures,
 printed text. What is documented to change speed or memory alone must change nothing else. Reflection finds what has no
 entry: add one in the table."""
-import contextlib, dataclasses, functools, hashlib, importlib, inspect, io, json, os, pathlib, pkgutil, re, shutil, sys, types, warnings
+import contextlib, dataclasses, functools, hashlib, importlib, inspect, io, json, os, pathlib, pkgutil, re, shutil
+import sys, types, warnings
 from dataclasses import replace
 from functools import partial
 from unittest import mock
