@@ -320,6 +320,15 @@ def pairs(self, steps,       # how many, from 1 to T
     ts = self.timesteps(steps, spacing)
     return list(zip(ts, ts[1:] + [-1]))
 
+# %% ../nbs/02_schedule.ipynb #c091b
+@patch_to(NoiseSchedule)
+def transitions(self, steps,       # how many, from 1 to T
+                spacing="trailing" # see timesteps
+               ) -> list:          # of `steps` triples (t, t_next), (a, s), (a_next, s_next)
+    """What a sampler loops over: the timesteps of each step with signal and noise level, ints and floats, at both of them.
+    The last step ends at t_next = -1 with levels (1.0, 0.0). Raises DiffnbError for impossible steps or spacing."""
+    return [((t, t_next), self.signal_noise(t), self.signal_noise(t_next)) for t, t_next in self.pairs(steps, spacing)]
+
 # %% ../nbs/02_schedule.ipynb #c099
 def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
                    chunk=4096 # images taken at a time

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..core import (_step, addressed, Alone, checkpoints, DiffnbError, last_checkpoint, pick_device,
                          read_tensors, wanted, write_tensors, write_whole)
 from ..data import save_grid, to_uint8
+from ..sample import Denoiser
 from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
 from ..unet import UNet
@@ -65,7 +66,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=A
     rows = min(10, len(data.classes)) if config.conditional else rows
     labels = torch.arange(rows).repeat_interleave(per_row) if config.conditional else None
     x_T = torch.randn(rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.seed, "grid"))
-    def draw(x_T, y=None): return sampler(state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)
+    def draw(x_T, y=None): return sampler(Denoiser(state.ema.model, schedule, config.prediction, y), x_T, steps=config.sample_steps)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = ranks.map(draw, *(v.to(device) for v in (x_T, labels) if v is not None))
     if ranks.rank: return

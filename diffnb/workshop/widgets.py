@@ -19,13 +19,11 @@ import torch
 # %% ../../nbs/workshop/widgets.ipynb #i2
 from ..core import addressed, DiffnbError
 from ..data import tile, to_float, to_uint8
-from ..sample import ddim, draw_noise
+from ..sample import ddim, draw_noise, load_model
 from ..unet import Attention
 from .curves import plot_metrics
 from .datasets import load_data
 from .folder import read_metrics
-from .generate import guidance_for
-from .models import load_model
 
 # %% ../../nbs/workshop/widgets.ipynb #c008
 def _png(image): # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure, which is closed -> bytes
@@ -173,11 +171,13 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
 # %% ../../nbs/workshop/widgets.ipynb #c029
 def trajectory(trained,             # from load_model
                y=(3, 4, 5, 7, 8),   # classes, one digit of each
-               steps=50, seed=0, **settings): # for ddim
+               steps=50, seed=0, **settings # for ddim
+              ) -> Interactive:
     "A slider along a DDIM trajectory: x_t and the estimate of x0 side by side."
-    walk, n = [], len(y)
-    ddim(trained.model, trained.schedule, (n, *trained.shape), steps, y=torch.tensor(y), prediction=trained.config.prediction,
-         generator=addressed(seed, "trajectory"), callback=lambda t, t_next, x, x0: walk.append((t, t_next, x, x0)), **settings)
+    walk, n, dice = [], len(y), addressed(seed, "trajectory")
+    def keep(t, t_next, x, x0): walk.append((t, t_next, x, x0))
+    x_T = draw_noise((n, *trained.shape), dice)
+    ddim(trained.denoiser(torch.tensor(y)), x_T, steps, generator=dice, callback=keep, **settings)
     def draw(step):
         t, t_next, x, x0 = walk[step - 1]
         left, right = tile(x, n), tile(x0, n)
@@ -188,21 +188,20 @@ def trajectory(trained,             # from load_model
 # %% ../../nbs/workshop/widgets.ipynb #c033
 def sampling(trained,     # from load_model, a model with classes
              stored=None, # dict: name -> values drawn beforehand, for some of the axes offered
-             **axes,      # steps, eta, seed, guidance: a list or range of values for a control, or one value
-            ):
+             **axes,      # steps, eta, seed, guidance_scale: a list or range of values for a control, or one value
+            ) -> Interactive:
     "Controls over DDIM: one digit of each class, drawn anew whenever something changes. Raises DiffnbError for an unknown name."
-    fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance": 1.0}
+    fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance_scale": 1.0}
     if unknown := set(axes) - set(fixed): raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
     live = {k: v for k, v in axes.items() if isinstance(v, (list, tuple, range))}
     fixed |= {k: v for k, v in axes.items() if k not in live}
-    for w in live.get("guidance", [fixed["guidance"]]): guidance_for(trained, w)              # refused now, not when it is drawn
-    y = torch.arange(len(trained.classes))
+    y = torch.arange(len(trained.classes)) if trained.classes else None
+    denoisers = {w: trained.denoiser(y, w) for w in live.get("guidance_scale", [fixed["guidance_scale"]])} # refused now, not when drawn
     def draw(**values):
         s = fixed | values
-        guide = guidance_for(trained, s["guidance"])
-        network, told = (guide(trained.model, y), None) if guide else (trained.model, y)
-        out = ddim(network, trained.schedule, (len(y), *trained.shape), s["steps"], s["eta"], y=told,
-                   prediction=trained.config.prediction, generator=addressed(s["seed"], "sampling"))
+        dice = addressed(s["seed"], "sampling")
+        x_T = draw_noise((len(trained.classes), *trained.shape), dice)
+        out = ddim(denoisers[s["guidance_scale"]], x_T, s["steps"], s["eta"], generator=dice)
         return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
     return Interactive(draw, live, stored, "a sampled digit of each class", 546, eager=False, start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
