@@ -70,7 +70,7 @@ bug("linspace-beyond", "linspace spacing begins at T, one beyond the last timest
 bug("quadratic-doubles", "quadratic spacing visits a timestep twice", "max(j, round((T - 1) * u * u))", "round((T - 1) * u * u)")
 bug("ends-at-alpha-bar-0", "the last step ends at alpha_bar_0 instead of 1 and leaves noise in the image", "ts[1:] + [-1]", "ts[1:] + [0]", "Stability-AI/stablediffusion#345")
 bug("next-computed", "the next timestep is computed as t - T//S instead of taken from the list", "list(zip(ts, ts[1:] + [-1]))", "[(t, max(t - self.T // steps, -1)) for t in ts]", "huggingface/diffusers#12633")
-bug("leading-by-default", "samplers begin below T-1, where they have never seen pure noise", 'spacing="trailing" # see timesteps', 'spacing="leading" # see timesteps', "huggingface/diffusers#2585")
+bug("leading-by-default", "samplers begin below T-1, where they have never seen pure noise", 'spacing="trailing" # see timesteps\n               )', 'spacing="leading" # see timesteps\n               )', "huggingface/diffusers#2585")
 bug("spectrum-uncentred", "the covariance forgets to subtract the mean", "products / n - mean.outer(mean)", "products / n")
 bug("floor-eps-x0", "the loss floors of eps and x0 are exchanged", '{"eps": a ** 2, "x0": s ** 2,', '{"eps": s ** 2, "x0": a ** 2,')
 bug("floor-v", "the loss floor of v is that of eps", '"v": (a ** 2 + s ** 2) ** 2,', '"v": a ** 2,')
@@ -486,16 +486,16 @@ bug("resume-from-zero", "a resumed run counts from 0 and replays its first batch
 bug("metrics-twice", "a resumed run repeats rows of metrics.csv", 'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)", tests="test_train.py -k written_once")
 bug("picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if saved and sampler and", "if False and", tests="test_faults.py -k killed_20")
 bug("newest-removed", "the oldest checkpoints are kept instead of the newest", "checkpoints(self.run)[:-keep]", "checkpoints(self.run)[keep:]", tests="test_train.py")
-bug("samples-of-raw-weights", "sample grids come from the last weights, not from the average", "sampler(state.ema.model, schedule", "sampler(state.model, schedule", tests="test_train.py -k rate_of")
+bug("samples-of-raw-weights", "sample grids come from the last weights, not from the average", "Denoiser(state.ema.model, schedule", "Denoiser(state.model, schedule", tests="test_train.py -k rate_of")
 bug("processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)', "0.0", tests="test_train.py -k processor")
 bug("bf16-grids-inverted", "sample grids are drawn in bf16 by all runs but those that ask for it", 'enabled=config.precision == "bf16"):\n        made', 'enabled=config.precision != "bf16"):\n        made', tests="test_train.py")
-bug("grid-always-eps", "sample grids take every output for eps", "y=y, prediction=config.prediction)\n    with", 'y=y, prediction="eps")\n    with', tests="test_train.py")
+bug("grid-always-eps", "sample grids take every output for eps", "schedule, config.prediction, y), x_T", 'schedule, "eps", y), x_T', tests="test_train.py")
 
 
 # ---------------------------------------------------------------- workshop scoring
 bug = lesson("workshop/scoring", tests="")
 bug("read-layout", "pixels read from an .npz are reshaped where axes must be permuted", "torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous()", "torch.from_numpy(images[:n]).reshape(-1, images.shape[3], *images.shape[1:3])", tests="test_evaluate.py")
-bug("run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for", "steps=steps, seed=seed, prediction", "steps=50, seed=seed, prediction", tests="test_evaluate.py")
+bug("run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for", "steps=steps, seed=seed, **settings)", "steps=50, seed=seed, **settings)", tests="test_evaluate.py")
 
 
 # ---------------------------------------------------------------- workshop settings
