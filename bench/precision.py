@@ -13,10 +13,9 @@ from diffnb.data import save_grid
 from diffnb.workshop.datasets import load_data
 from diffnb.evaluate import Moments, frechet_distance, jackknife_error
 from diffnb.workshop.features import make_features
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.workshop.generate import sample_batches
 from diffnb.core import pick_device
-from diffnb.workshop.models import load_model
 from harness import HERE, machine, save
 
 VARIANTS = {"float32": dict(precision="float32", seed=0), "bf16": dict(precision="bf16", seed=0), "float32, other noise": dict(precision="float32", seed=1)}

@@ -7,11 +7,11 @@ import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, 
 import numpy as np, pytest, sklearn.datasets, torch
 
 import diffnb.data, diffnb.train as T
+from diffnb.sample import load_model
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
 from diffnb.workshop.folder import read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig
 

@@ -1,7 +1,7 @@
 "What people do by mistake when they sample, score, examine and export: it is refused in words, before work is done, or it is right."
 import errno, functools, json, math, os, re, shlex, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diffnb, hypothesis, numpy as np, pytest, torch
@@ -19,12 +19,10 @@ from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_erro
 from diffnb.workshop.features import make_features
 from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
-from diffnb.workshop.generate import guidance_for
-from diffnb.sample import check_sampling, ddim
+from diffnb.sample import Denoiser, check_sampling, ddim, load_model, save_weights, Trained
 from diffnb.workshop.folder import alone_in, check_place
 from diffnb.workshop.generate import fingerprint, sample_batches, sample_to
 from diffnb.schedule import linear_schedule
-from diffnb.workshop.models import Trained, load_model, save_weights
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
@@ -39,7 +37,7 @@ config = TrainConfig(base_channels=16, channel_mult=(1,), blocks=1, norm_groups=
 def untrained(classes=(), **change):
     torch.manual_seed(0)
     model = UNet(**net, num_classes=len(classes) or None).eval().requires_grad_(False)
-    return Trained(model, linear_schedule(), replace(config, conditional=bool(classes), **change), tuple(classes), 1)
+    return Trained(model, linear_schedule(), asdict(replace(config, conditional=bool(classes), **change)), tuple(classes), 1)
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def pictures(folder, images):
 
 @pytest.mark.parametrize("option, value", [
     ("--n", "0"), ("--n", "-1"), ("--n", "2000000"), ("--seed", "-1"), ("--seed", str(2**70)), ("--steps", "0"), ("--steps", "-3"),
-    ("--steps", "100000"), ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", "1e9")])
+    ("--steps", "100000"), ("--guidance-scale", "nan"), ("--guidance", "inf"), ("--guidance-scale", "1e9")])
 def test_impossible_numbers_are_refused_alike(here, option, value, capsys):
     before = left(here)
     for command in ("sample", "evaluate"):
@@ -77,14 +75,14 @@ def test_impossible_numbers_are_refused_alike(here, option, value, capsys):
 def test_python_callers_are_told_the_same(wrong, tmp_path):
     trained = untrained()
     with pytest.raises(DiffnbError): check_sampling(trained.schedule, **wrong)
-    with pytest.raises(DiffnbError): sample_to(tmp_path / "out", trained.model, trained.schedule, trained.shape, **{"n": 2, "progress": False, **wrong})
+    with pytest.raises(DiffnbError): sample_to(tmp_path / "out", trained.denoiser(), trained.shape, **{"n": 2, "progress": False, **wrong})
     assert not left(tmp_path)
     check_sampling(trained.schedule, n=np.int64(3), batch_size=1, seed=0, steps=1000, eta=1)
 
 def test_sample_batches_checks_what_it_is_given():
     trained = untrained()
     for wrong in (dict(batch_size=0), dict(seed=-1)):
-        with pytest.raises(DiffnbError): next(sample_batches(trained.model, trained.schedule, trained.shape, [0], progress=False, steps=1, **wrong))
+        with pytest.raises(DiffnbError): next(sample_batches(trained.denoiser(), trained.shape, [0], progress=False, steps=1, **wrong))
 
 @pytest.mark.parametrize("n", [1, 15])
 def test_too_few_images_to_score_are_not_sampled_first(here, n, capsys):
@@ -97,17 +95,21 @@ def test_too_few_images_to_score_are_not_sampled_first(here, n, capsys):
 def test_guidance_needs_classes_and_hidden_labels_in_every_command(here, model, says, w, capsys):
     before = left(here)
     for command in ("sample", "evaluate"):
-        assert main([command, f"{model}.safetensors", "--n", "20", *quick, "--guidance", w]) == 1
+        assert main([command, f"{model}.safetensors", "--n", "20", *quick, "--guidance-scale", w]) == 1
         assert says in capsys.readouterr().err
     trained = load_model(f"{model}.safetensors", "cpu")
-    for call in (lambda: guidance_for(trained, float(w)), lambda: sampling(trained, guidance=float(w)), lambda: sampling(trained, guidance=[1.0, float(w)])):
+    y = torch.arange(2) if trained.classes else None
+    for call in (lambda: trained.denoiser(y, float(w)), lambda: sampling(trained, guidance_scale=float(w)),
+                 lambda: sampling(trained, guidance_scale=[1.0, float(w)])):
         with pytest.raises(DiffnbError, match=says): call()
-    assert left(here) == before and guidance_for(trained, 1) is guidance_for(trained, 1.0) is None
+    assert left(here) == before and not trained.denoiser(y, 1).guides(None) and not trained.denoiser(y).guides(None)
 
 def test_guidance_that_can_work_is_what_guided_makes():
     m, y = load_model("digits", "cpu"), torch.arange(4)
-    x, t = torch.randn(4, 1, 8, 8, generator=addressed("x")), torch.full((4,), 500)
-    with torch.no_grad(): assert guidance_for(m, 3)(m.model, y)(x, t).equal(guided(m.model, y, 3)(x, t))
+    x = torch.randn(4, 1, 8, 8, generator=addressed("x"))
+    with torch.no_grad():
+        for mine, by_hand in zip(m.denoiser(y, 3)(x, 500), guided(m.denoiser(y), 3)(x, 500)): assert mine.equal(by_hand)
+    with pytest.raises(DiffnbError, match="needs labels"): m.denoiser(guidance_scale=3)
 
 class Wrapper(torch.nn.Module):
     def __init__(self, inner): super().__init__(); self.inner = inner
@@ -117,15 +119,17 @@ class Wrapper(torch.nn.Module):
                                   lambda m: torch.compile(m, backend="eager")], ids=["DataParallel", "own", "twice", "partial", "compile"])
 def test_guidance_finds_the_null_class_of_a_wrapped_model(wrap):
     model, y = untrained("abc").model, torch.tensor([0, 2])
-    assert guided(wrap(model), y, 2.0).null == 3
-    with pytest.raises(DiffnbError, match="without classes"): guided(wrap(untrained().model), y, 2.0)
-    with pytest.raises(DiffnbError, match="labels must lie"): guided(wrap(model), torch.tensor([4]), 2.0)
+    def told(model, y): return Denoiser(wrap(model), linear_schedule(), y=y, guidance_scale=2.0)
+    assert told(model, y).null == 3 and told(model, y)(torch.zeros(2, 1, 8, 8), 5)[0].shape == (2, 1, 8, 8)
+    with pytest.raises(DiffnbError, match="without classes"): told(untrained().model, y)
+    with pytest.raises(DiffnbError, match="labels must lie"): told(model, torch.tensor([4]))
 
 def test_a_model_that_says_nothing_of_classes_is_not_called_one_without(tmp_path):
     model = untrained("abc").model
     for closed in (lambda x, t, y: model(x, t, y), torch.nn.Identity()):
-        with pytest.raises(DiffnbError, match="null="): guided(closed, torch.tensor([0]), 2.0)
-        assert guided(closed, torch.tensor([0]), 2.0, null=3).null == 3
+        told = dict(schedule=linear_schedule(), y=torch.tensor([0]), guidance_scale=2.0)
+        with pytest.raises(DiffnbError, match="null="): Denoiser(closed, **told)
+        assert Denoiser(closed, **told, null=3).null == 3
 
 def test_a_wrapper_changes_no_fingerprint():
     m = untrained("abc")
@@ -152,7 +156,7 @@ def test_a_class_is_found_by_name_and_by_number_only_where_no_name_is_one():
                                torch.tensor([-1, 0]), torch.tensor([True, False])])
 def test_labels_that_are_no_class_numbers_are_refused_first(y, tmp_path):
     m = untrained("abc")
-    with pytest.raises(DiffnbError, match="class"): sample_to(tmp_path / "out", m.model, m.schedule, m.shape, 2, y=y, steps=1, progress=False)
+    with pytest.raises(DiffnbError, match="class"): sample_to(tmp_path / "out", m.denoiser(y), m.shape, 2, steps=1, progress=False)
     assert not left(tmp_path)
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def test_classes_of_a_reference_that_do_not_fit_are_named(here, digits):
 
 def test_an_npz_carries_the_names_of_its_labels(tmp_path):
     m = untrained(("bee", "ant"))
-    sample_to(tmp_path / "s.NPZ", m.model, m.schedule, m.shape, 3, y=torch.tensor([1, 0, 1]), classes=m.classes, steps=1, progress=False)
+    sample_to(tmp_path / "s.NPZ", m.denoiser(torch.tensor([1, 0, 1])), m.shape, 3, classes=m.classes, steps=1, progress=False)
     with np.load(tmp_path / "s.NPZ", allow_pickle=False) as file:
         assert file["arr_1"].tolist() == [1, 0, 1] and file["classes"].tolist() == ["bee", "ant"] and len(file.files) == 3
     assert left(tmp_path) == {"s.NPZ"}
@@ -364,7 +368,7 @@ def test_files_that_hold_no_images_and_no_model_are_named_as_such(here, name, ca
 
 def test_a_shape_that_does_not_fit_is_told_before_sampling(here, digits, capsys, monkeypatch):
     np.savez("big.npz", np.zeros((20, 16, 16, 1), np.uint8)); np.savez("colour.npz", np.zeros((20, 8, 8, 3), np.uint8)); np.savez("few.npz", np.zeros((9, 8, 8, 1), np.uint8))
-    monkeypatch.setattr("diffnb.evaluate.sample_to", lambda *a, **k: pytest.fail("sampled first"))
+    monkeypatch.setattr("diffnb.workshop.scoring.sample_to", lambda *a, **k: pytest.fail("sampled first"))
     for name, says in (("big", "(1, 16, 16)"), ("colour", "(3, 8, 8)"), ("few", "at least 16")):
         assert main(["evaluate", "digits.safetensors", "--n", "20", *quick, "--features", "digits", "--reference", f"{name}.npz", "--out", "out"]) == 1
         assert says in capsys.readouterr().err and not (here / "out").exists()
@@ -375,7 +379,7 @@ def test_another_seed_is_another_evaluation(here, capsys):
 
 @pytest.mark.parametrize("change, says", [
     (["--seed", "1"], "seed was 0 and is now 1 (--seed)"), (["--steps", "3"], "steps was 2 and is now 3 (--steps)"),
-    (["--guidance", "2"], "guidance was 1 and is now 2.0 (--guidance)"), (["--sampler", "heun"], "sampler was ddim and is now heun (--sampler)"),
+    (["--guidance-scale", "2"], "guidance_scale was 1.0 and is now 2.0 (--guidance-scale)"), (["--sampler", "heun"], "sampler was ddim and is now heun (--sampler)"),
     (["--eta", "0.5"], "eta was 0.0 and is now 0.5 (--eta)"), (["--spacing", "leading"], "spacing was 'trailing' and is now 'leading' (--spacing)"),
     (["--class", "3"], "image 0 was of class 0 and is now of class 3 (--class)"), (["--precision", "bf16"], "precision was 'float32' and is now 'bf16' (--precision)")])
 def test_a_folder_of_other_samples_says_which_option_differs(here, change, says, capsys):
@@ -407,12 +411,12 @@ def test_of_processes_that_start_together_each_finishes_or_is_refused(out, tmp_p
     "Six of three seeds: whatever wins, the pictures are those of one seed, and nobody dies."
     m = untrained()
     args = dict(n=8, steps=2, progress=False, batch_size=2)
-    expected = [torch.cat([b for _, b in sample_batches(m.model, m.schedule, m.shape, list(range(8)), seed=seed, steps=2, progress=False, batch_size=2)]) for seed in range(3)]
+    expected = [torch.cat([b for _, b in sample_batches(m.denoiser(), m.shape, list(range(8)), seed=seed, steps=2, progress=False, batch_size=2)]) for seed in range(3)]
     children = []
     for k in range(6):
         if (pid := os.fork()) == 0:
             code = 9
-            try: sample_to(tmp_path / out, m.model, m.schedule, m.shape, seed=k % 3, **args); code = 0
+            try: sample_to(tmp_path / out, m.denoiser(), m.shape, seed=k % 3, **args); code = 0
             except DiffnbError: code = 1
             finally: os._exit(code)
         children.append(pid)
@@ -483,7 +487,7 @@ def test_other_numbers_of_python_callers(digits):
         with pytest.raises((DiffnbError, KeyError, ValueError)) as caught: call()
         assert "invalid literal" not in str(caught.value) and "range()" not in str(caught.value)
 
-@pytest.mark.parametrize("option", [["--guidance", "3"], ["--guidance", "nan"], ["--steps", "7"]])
+@pytest.mark.parametrize("option", [["--guidance-scale", "3"], ["--guidance-scale", "nan"], ["--steps", "7"]])
 def test_options_of_sampling_are_refused_where_the_images_exist(here, digits, option, capsys):
     pictures(here / "set", digits.images[:20, 0].numpy())
     assert main(["evaluate", "set", "--reference", "digits", "--device", "cpu", *option]) == 1

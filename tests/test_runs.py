@@ -13,11 +13,11 @@ import diffnb.data, diffnb.train as T
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
 from diffnb.workshop.folder import read_config, read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
+from diffnb.workshop.scoring import _config_of
 from diffnb.workshop.settings import TrainConfig
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --batch-size 8 --device cpu --sample-steps 2 "
@@ -79,7 +79,7 @@ def test_moved_data_is_found_again_and_compared(here):
     assert code == 1 and "diffnb resume run --data FOLDER" in said
     code, said = shell("resume", "run", "--epochs", 3, "--data", "elsewhere")
     assert code == 0 and "at step 3 of 5" in said, said
-    assert shell("resume", "run")[0] == 0 and load_model("run").config.data == read_config("run")["config"].data == "elsewhere"
+    assert shell("resume", "run")[0] == 0 and _config_of(Path("run"), load_model("run")).data == read_config("run")["config"].data == "elsewhere"
     images("other", seed=1); before = state("run")
     for change, words in ((lambda: None, "other contents"), (lambda: images("other", ("emu",)), "18 with ['cat', 'dog', 'emu']"),
                           (lambda: shutil.rmtree("other/emu") or Path("other/cat/0.png").rename("other/dog/9.png"), "6 images of cat, now 5; 6 images of dog, now 7")):
@@ -100,7 +100,7 @@ def test_from_another_working_directory(here, monkeypatch):
     assert code == 0 and "at step 3 of 5" in said, said
     images("set", seed=3)                                                # of the same name: the run's own are meant
     assert shell("resume", "../run", "--epochs", 4)[0] == 0
-    assert load_model("../run").config.data == str(here / "set")
+    assert _config_of(Path("../run"), load_model("../run")).data == str(here / "set")
 
 
 def test_where_downloads_are_kept_does_not_matter(here):

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from torch import nn
 
+from diffnb.sample import load_model
 import diffnb.workshop.check, diffnb.workshop.cli as cli, diffnb.workshop.course, diffnb.data, diffnb.doctor, diffnb.evaluate, diffnb.guide
 import diffnb.workshop.interchange, diffnb.sample, diffnb.scale, diffnb.schedule, diffnb.train, diffnb.unet
 import diffnb.workshop.widgets, diffnb.workshop.workbook
@@ -21,7 +22,6 @@ from diffnb.core import addressed
 from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
 from diffnb.core import checkpoints
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 

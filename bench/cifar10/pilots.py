@@ -15,10 +15,10 @@ from score import *
 from dataclasses import dataclass, field
 
 from diffnb.data import save_grid, to_float
+from diffnb.sample import save_weights, Trained
 from diffnb.schedule import make_schedule
 from diffnb.train import make_averages, train_steps
 from diffnb.unet import count_parameters
-from diffnb.workshop.models import save_weights, Trained
 from diffnb.workshop.run import new_state
 from diffnb.scale import count_flops
 
