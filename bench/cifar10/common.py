@@ -83,7 +83,7 @@ def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at whic
 # ---- weights
 
 def weights_of(run, weights="ema", dtype=torch.float16): # -> (tensors, meta)
-    "One average of the last checkpoint, named and described as diffnb.workshop.models.save_weights does it."
+    "One average of the last checkpoint, named and described as diffnb.sample.save_weights does it."
     tensors, meta = last_checkpoint(run)
     return ({f"ema.{k.removeprefix(weights + '.')}": v.to(dtype) for k, v in tensors.items() if k.startswith(weights + ".")},
             {"step": meta["step"], "config": meta["config"], "model": meta["model"], "data": {"classes": meta["data"]["classes"]}})

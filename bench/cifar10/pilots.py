@@ -130,7 +130,7 @@ def pilot(name, a):
     facts = {"name": name, "change": PILOTS[name], "config": asdict(config), **plan, "steps": steps, "images": steps * config.batch_size,
              "minutes": minutes, "core_minutes": core_minutes, "losses": losses, "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
     for average, ema in state.averages.items():
-        save_weights(Trained(ema.model, schedule, config, data.classes, steps), a.out / f"{name}_{average}.safetensors")
+        save_weights(Trained(ema.model, schedule, asdict(config), data.classes, steps), a.out / f"{name}_{average}.safetensors")
         facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.prediction, test)}
     facts["ema"] |= score(state.ema.model, schedule, config, a, config.prediction, name)
     save_json(path, facts)

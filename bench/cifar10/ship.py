@@ -30,8 +30,8 @@ def main():
     weights = a.weights or better(a.out)
     path = ship(a.out, a.name, weights, a.folder)
     m = load_model(a.name if a.folder == Path(diffnb.__file__).parent / "weights" else path, "cpu")
-    images = torch.cat([x for _, x in sample_batches(m.model, m.schedule, m.shape, list(range(60)), y=torch.arange(60) % max(1, len(m.classes)), sampler=dpmpp_2m,
-                                                     steps=a.steps, prediction=m.config.prediction, progress=False)])
+    images = torch.cat([x for _, x in sample_batches(m.denoiser(torch.arange(60) % len(m.classes) if m.classes else None), m.shape, list(range(60)),
+                                                     sampler=dpmpp_2m, steps=a.steps, progress=False)])
     print(path, f"{path.stat().st_size:,} bytes, {weights};", save_grid(images, a.picture or HERE.parent.parent / "images" / f"{a.name}.png", cols=10, scale=2))
 
 if __name__ == "__main__": run_main(main)
