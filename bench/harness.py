@@ -18,7 +18,7 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffnb.core import fast_bf16
+from diffnb.core import has_native_bf16
 from diffnb.unet import UNet, count_parameters
 
 HERE = Path(__file__).parent
@@ -93,7 +93,7 @@ def parse(spec): # "diffusers:bf16,fused" -> ("diffusers", {"bf16", "fused"})
     return library, options
 
 def affordable(specs, device): # without bf16 where the device would imitate it, tens of times slower
-    return [s for s in specs if fast_bf16(device) or "bf16" not in parse(s)[1]]
+    return [s for s in specs if has_native_bf16(device) or "bf16" not in parse(s)[1]]
 
 def missing(spec): # why this variant cannot run here, or None
     library, _ = parse(spec)
@@ -235,13 +235,13 @@ def machine(device):
         try: return version(p)
         except PackageNotFoundError: return None
     return {"device": device.type, "name": torch.cuda.get_device_name(device) if device.type == "cuda" else (names or ["unknown"])[0],
-            "instructions": torch.backends.cpu.get_cpu_capability() + " with bf16" * (device.type == "cpu" and fast_bf16(device)), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(),
+            "instructions": torch.backends.cpu.get_cpu_capability() + " with bf16" * (device.type == "cpu" and has_native_bf16(device)), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(),
             "versions": {p: installed(p) for p in ("torch", "diffnb", "diffusers", "denoising-diffusion-pytorch", "accelerate", "ema-pytorch")}}
 
 def measure(specs, make, device, rounds, seconds, slice_seconds, quick, memory=None):
     "Build, time and summarise; `make(spec)` gives a Variant. Returns a dict for JSON."
     defaults = flags()
-    ceilings = ["bf16"] * (fast_bf16(device) or any("bf16" in s for s in specs)) + ["float32"] + ["tf32"] * (device.type == "cuda")
+    ceilings = ["bf16"] * (has_native_bf16(device) or any("bf16" in s for s in specs)) + ["float32"] + ["tf32"] * (device.type == "cuda")
     def any_of(spec): return matmul(device, spec.split(":")[1], quick) if spec.startswith("matmul") else make(spec)
     ready, skipped = build([*specs, *[f"matmul:{c}" for c in ceilings]], any_of, device, slice_seconds, defaults)
     gc.collect()

@@ -31,7 +31,7 @@ def main(argv=None):
     m = load_model(a.run, device)
     config = make_config(m.settings)
     features = make_features(a.features, config.data, device, a.inception)
-    real = load_data(config.data, config.image_size, split="test", filter=config.filter, root=a.data_root)
+    real = load_data(config.data, config.image_size, split="test", filter=config.interpolation, root=a.data_root)
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
         denoiser = m.denoiser(torch.arange(a.n) % len(m.classes) if m.classes else None)

@@ -30,23 +30,25 @@ def batch_of(data, batch): # floats in [-1, 1], mirrored at random: what the oth
 
 def our_state(shape, batch, device, options):
     "(TrainState, precision) as `diffnb.workshop.run.train` makes them."
-    import diffnb.train as dt
+    from diffnb.workshop.run import new_state
+    from diffnb.workshop.settings import pick_precision, TrainConfig
     asked = {}
     if options:                                                   # without options every setting stays as it comes
         asked = {"precision": "bf16" if "bf16" in options else "float32", "compile": "compile" in options,
-                 "channels_last": "channels_last" in options, "recompute": "recompute" in options}
-    config = dt.TrainConfig(**asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
-    return dt.new_state(shape.ours().config, config, device), dt.pick_precision(config.precision, device, config)
+                 "channels_last": "channels_last" in options, "activation_checkpointing": "recompute" in options}
+    config = TrainConfig(**asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
+    return new_state(shape.ours().config, config, device), pick_precision(config.precision, device, config)
 
 def ours(shape, batch, device, options):
-    import diffnb.train as dt
     from diffnb.data import ImageData
     from diffnb.schedule import make_schedule
+    from diffnb.train import train_steps
+    from diffnb.workshop.run import ready
     state, precision = our_state(shape, batch, device, options)
-    network, config, size = dt.ready(state, device), state.config, shape.image_size
+    network, config, size = ready(state, device), state.config, shape.image_size
     if "graphs" in options: network.compile(mode="reduce-overhead")
     data = ImageData(images(device, batch, size), None, (), size, size, name="random")
-    steps = dt.train_steps(state, data, make_schedule(config.schedule, config.T), 10**6, precision, network)
+    steps = train_steps(state, data, make_schedule(config.schedule, config.T), 10**6, precision, network)
     def run(n):
         for _ in range(n):
             next(steps)

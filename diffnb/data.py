@@ -11,14 +11,15 @@ from functools import lru_cache, partial
 
 # %% ../nbs/01_data.ipynb #i1
 from einops import rearrange
-import matplotlib.pyplot as plt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 import torch
 from torch.nn import functional as F
 
 # %% ../nbs/01_data.ipynb #i2
-from .core import addressed, write_whole
+from .core import addressed, late_import, write_whole
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../nbs/01_data.ipynb #c013
 def to_float(images, # uint8, any shape

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/13_scale.ipynb #i2
-from .core import Alone, DiffnbError, pick_device
+from .core import SingleProcess, DiffnbError, pick_device
 from .train import Batch, make_optimizer
 from .unet import Attention, ResBlock, UNet
 
@@ -65,17 +65,17 @@ def _fresh_store(store, rank, world, minutes=10):
     return dist.PrefixStore(name, store)
 
 # %% ../nbs/13_scale.ipynb #c032
-class Ranks(Alone):
+class Ranks(SingleProcess):
     "This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`."
     def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.address, self.shard, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
         if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world,
-                                store=_fresh_store(store, self.rank, self.world, minutes))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank, world_size=self.world_size,
+                                store=_fresh_store(store, self.rank, self.world_size, minutes))
 
-    def part(self, batch): return Batch(*[None if b is None else b.chunk(self.world)[self.rank] for b in batch])
+    def shard(self, batch): return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
     def sum(self, tensor):
         tensor = tensor.clone(); dist.all_reduce(tensor)
@@ -89,28 +89,28 @@ class Ranks(Alone):
         return done if self.rank == 0 else work()
 
     def map(self, f, *tensors): # f works on each image by itself; all ranks get the whole result
-        n, each = len(tensors[0]), -(-len(tensors[0]) // self.world)
+        n, each = len(tensors[0]), -(-len(tensors[0]) // self.world_size)
         mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)      # as many for each rank, some twice
         out = f(*[v[mine.to(v.device)] for v in tensors]).contiguous()
-        parts = [torch.empty_like(out) for _ in range(self.world)]
+        parts = [torch.empty_like(out) for _ in range(self.world_size)]
         dist.all_gather(parts, out)
         return torch.cat(parts)[:n]
 
-    def spread(self, state):
-        self.network = _divide(state, self.device) if self.shard else DistributedDataParallel(state.model)
+    def wrap(self, state):
+        self.network = _divide(state, self.device) if self.sharded else DistributedDataParallel(state.model)
         return self.network
 
-    def home(self, device):
+    def init_device(self, device):
         self.device = device
-        return "cpu" if self.shard else device                   # a model that is to be divided may be too large for one GPU
+        return "cpu" if self.sharded else device                   # a model that is to be divided may be too large for one GPU
 
-    def compiled(self, network): # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
-        if not self.shard: return [network]
+    def compile_targets(self, network): # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
+        if not self.sharded: return [network]
         torch._dynamo.config.recompile_limit = 64
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
     def sync_gradients(self, last):
-        if self.shard: self.network.set_requires_gradient_sync(last)
+        if self.sharded: self.network.set_requires_gradient_sync(last)
         else: self.network.require_backward_grad_sync = last
 
     @contextmanager
@@ -118,7 +118,7 @@ class Ranks(Alone):
         try: yield
         except RuntimeError as e:
             if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE): raise
-            raise DiffnbError(f"rank {self.rank} of {self.world} has lost another rank, which stopped or died: its own message says why. "
+            raise DiffnbError(f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its own message says why. "
                               "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
         dist.destroy_process_group()                             # not after an error: on GPUs it would wait for the dead
 

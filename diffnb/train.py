@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/04_train.ipynb #i2
-from .core import _bring, addressed, Alone, DiffnbError, unsharded
+from .core import to_device, addressed, SingleProcess, DiffnbError, unsharded
 from .data import augment, batch_indices, to_float
 
 # %% ../nbs/04_train.ipynb #c009
@@ -114,11 +114,11 @@ def draw_batch(data,   # ImageData
               ):       # Batch of x0 (B, C, H, W), t (B,), noise like x0, y (B,) or None
     "All that step `step` needs: a function of its arguments alone."
     g = addressed(config.seed, "batch", step, device=device)
-    index = _bring(batch_indices(len(data), config.batch_size, config.seed, step), data.images.device)
-    x0 = augment(to_float(_bring(data.take(index), device)), g, config.flip, config.jitter)
+    index = to_device(batch_indices(len(data), config.batch_size, config.seed, step), data.images.device)
+    x0 = augment(to_float(to_device(data.take(index), device)), g, config.flip, config.jitter)
     t = draw_timesteps(len(x0), config.T, g, config.logit_normal)
     noise = torch.randn(x0.shape, device=device, generator=g)
-    y = _bring(data.labels[index], device) if config.conditional and data.labels is not None else None
+    y = to_device(data.labels[index], device) if config.conditional and data.labels is not None else None
     return Batch(x0, t, noise, drop_labels(y, config.label_dropout, len(data.classes), g))
 
 # %% ../nbs/04_train.ipynb #c046
@@ -138,7 +138,7 @@ class Meter:
         clipped = (grad_norm > clip).float() if clip else torch.zeros_like(grad_norm)
         self.sums[2 * BINS:] += torch.stack([grad_norm, clipped, torch.ones_like(grad_norm)])
 
-    def read(self, ranks=Alone()): # dict: loss, loss_bin_0 … loss_bin_9 (nan: no sample), grad_norm, clipped (share of the steps)
+    def read(self, ranks=SingleProcess()): # dict: loss, loss_bin_0 … loss_bin_9 (nan: no sample), grad_norm, clipped (share of the steps)
         "The means since the last reading; the sums start again from zero."
         s = self.total(ranks).cpu().double().numpy()             # in this order: Apple's GPUs have no float64
         self.sums.zero_()
@@ -146,7 +146,7 @@ class Meter:
         return {"loss": s[:BINS].sum() / s[BINS:2 * BINS].sum(), **{f"loss_bin_{i}": b for i, b in enumerate(bins)},
                 "grad_norm": s[-3] / s[-1], "clipped": s[-2] / s[-1]}
 
-    def total(self, ranks=Alone()): # like sums; each rank saw its own images, but all saw the same gradient norms
+    def total(self, ranks=SingleProcess()): # like sums; each rank saw its own images, but all saw the same gradient norms
         return torch.cat([ranks.sum(self.sums[:2 * BINS]), self.sums[2 * BINS:]])
 
 # %% ../nbs/04_train.ipynb #c057b
@@ -228,7 +228,7 @@ class TrainState:
     @property
     def ema(self): return next(iter(self.averages.values())) # the one that draws the sample grids
 
-    def tensors(self, ranks=Alone()): # dict of named tensors
+    def tensors(self, ranks=SingleProcess()): # dict of named tensors
         "The state as named tensors: model.*, ema.* (and ema2.*, …), the optimiser's exp_avg.*, exp_avg_sq.*, momentum_buffer.*, and meter."
         moments = {f"{m}.{name}": v for name, p in self.model.named_parameters() for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
         averages = {f"{name}.{k}": v for name, ema in self.averages.items() for k, v in ema.model.state_dict().items()}
@@ -270,7 +270,7 @@ def train_steps(state,    # TrainState; changed in place
                 total,    # steps of the whole run
                 precision="float32",
                 network=None, # what is called instead of state.model: the same weights compiled, or spread over ranks
-                ranks=Alone(),
+                ranks=SingleProcess(),
                ):         # yields the number of steps done
     "Train from `state.step` to `total`, one step at a time: loss, gradients, clipping, AdamW, EMA."
     config, model, device = state.config, state.model, next(state.model.parameters()).device
@@ -279,13 +279,13 @@ def train_steps(state,    # TrainState; changed in place
     while state.step < total:
         for group in state.optimizer.param_groups: group["lr"] = lr_at(state.step, total, config.lr, config.warmup, config.decay_share)
         if config.dropout: torch.manual_seed(addressed(config.seed, "dropout", state.step, *ranks.address).initial_seed())
-        batch, losses = ranks.part(draw_batch(data, config, state.step, device)), []
-        parts = [*zip(*[[None] * config.accumulate if b is None else b.chunk(config.accumulate) for b in batch])]
+        batch, losses = ranks.shard(draw_batch(data, config, state.step, device)), []
+        parts = [*zip(*[[None] * config.grad_accum_steps if b is None else b.chunk(config.grad_accum_steps) for b in batch])]
         for i, (x0, t, noise, y) in enumerate(parts):
             ranks.sync_gradients(i == len(parts) - 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = diffusion_loss(network, schedule, x0, t, noise, y, config.prediction)
-            (loss.sum() * ranks.world / config.batch_size).backward()          # ranks average their gradients
+            (loss.sum() * ranks.world_size / config.batch_size).backward()          # ranks average their gradients
             losses.append(loss.detach())
         norm = unsharded(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
         state.optimizer.step(); state.optimizer.zero_grad()

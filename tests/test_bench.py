@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffnb.core import fast_bf16
+from diffnb.core import has_native_bf16
 
 BENCH = Path(__file__).parent.parent / "bench"
 OTHERS = [lib for lib, module in (("diffusers", "diffusers"), ("ddpm-pytorch", "denoising_diffusion_pytorch")) if importlib.util.find_spec(module)]
@@ -44,7 +44,7 @@ def test_sample(bench, results):
     r = json.loads((results / "sample_cpu.json").read_text())
     (b,) = r["batches"].values()
     assert b["variants"].keys() >= {"ours", "ours:float32", *OTHERS} and b["ceiling_flops_per_s"].keys() - {"bf16"} == {"float32"}
-    assert ("bf16" in b["ceiling_flops_per_s"]) == fast_bf16(torch.device("cpu")) == any("bf16" in spec for spec in b["variants"])      # not timed where it is imitated
+    assert ("bf16" in b["ceiling_flops_per_s"]) == has_native_bf16(torch.device("cpu")) == any("bf16" in spec for spec in b["variants"])      # not timed where it is imitated
     if "diffusers" in OTHERS:
         assert r["same_pictures"]["largest_difference"] <= 1 and r["same_pictures"]["share_of_bytes_that_differ"] < 0.01 and r["same_pictures"]["standard_deviation"] > 10
 

@@ -254,14 +254,40 @@ def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
 
 # ---- the process
 
-def process(*args, **kw):
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # a shell's background jobs are born deaf to it
+LARGE = "torch torchvision matplotlib sklearn scipy diffusers PIL einops tqdm".split()
+LOADED = """
+import sys
+from diffnb.__main__ import main
+try: code = main()
+except SystemExit as e: code = e.code
+print("CODE", code, "LOADED", *sys.modules)
+"""
+
+@pytest.mark.parametrize("args, code", [(["--help"], 0), (["train", "--help"], 0), (["sample", "--help"], 0), (["info", "{run}"], 0),
+                                        (["sampel", "x"], 2), (["train", "--epoch", "3"], 2), (["train", "--lr", "-1"], 1),
+                                        (["info", "nowhere"], 1)], ids=str)
+def test_what_computes_nothing_imports_nothing_large(args, code, a_run):
+    done = subprocess.run([sys.executable, "-c", LOADED, *(a.format(run=a_run) for a in args)], capture_output=True, text=True)
+    words = done.stdout.split()
+    loaded = set(words[words.index("LOADED"):])
+    assert words[words.index("CODE") + 1] == str(code) and "diffnb.workshop.cli" in loaded, done.stderr
+    assert not loaded & set(LARGE)
+
+def test_work_imports_what_it_uses():
+    "Training, sampling and scoring do without the libraries of figures, of a check and of an export."
+    names = "import sys, diffnb.sample, diffnb.workshop.run, diffnb.workshop.scoring, diffnb.workshop.report; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split())
+    assert "torch" in loaded and not loaded & {"torchvision", "matplotlib", "sklearn", "scipy", "diffusers"}
+
+def hear(): signal.signal(signal.SIGINT, signal.SIG_DFL)                     # a shell's background jobs are born deaf to it
+
+def process(*args, preexec_fn=hear):
     return subprocess.Popen([sys.executable, "-m", "diffnb", *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, preexec_fn=hear, **kw)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 def test_ctrl_c_while_pytorch_is_imported(a_run):
-    waiting = [(delay, process("info", a_run)) for delay in (0.3, 0.8)]
+    waiting = [(delay, process("doctor", a_run)) for delay in (0.3, 0.8)]
     for delay, p in waiting: time.sleep(delay); p.send_signal(signal.SIGINT)
     for _, p in waiting:
         out, err = p.communicate(timeout=60)

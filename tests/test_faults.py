@@ -6,16 +6,19 @@ import ctypes, dataclasses, errno, json, os, pathlib, platform, random, signal, 
 
 import numpy as np, pytest, sklearn.datasets, torch
 
-import diffnb.data, diffnb.train as T
+import diffnb.train as T
+import diffnb.core as C
+import diffnb.workshop.run as R
+import diffnb.workshop.folder as F
 from diffnb.sample import load_model
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.core import checkpoints, last_checkpoint, read_tensors
-from diffnb.workshop.folder import read_metrics
+from diffnb.workshop.folder import alone_in, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig
 
-resource = pytest.importorskip("resource")                                                        # not on Windows
+resource, fcntl = map(pytest.importorskip, ("resource", "fcntl"))                                 # not on Windows
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NET = "--data digits --base-channels 8 --channel-mult 1 --blocks 1 --attention --norm-groups 4 --dropout 0.1 --device cpu --precision float32"
 OFTEN = "--lr 2e-3 --warmup 20 --ema-decay 0.99 --log-every 7 --checkpoint-every 0.2 --sample-every 2 --sample-steps 2 --keep 2"
@@ -37,7 +40,7 @@ def begin(run, prepare=None, epochs=10):
 
 def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 def gone(pid): return os.waitpid(pid, os.WNOHANG)[0] != 0
-def reached(run): return T._step(checkpoints(run)[-1]) if checkpoints(run) else 0
+def reached(run): return C._step(checkpoints(run)[-1]) if checkpoints(run) else 0
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,12 +78,12 @@ def in_writing():
     new = lambda path, *_: "step_" in str(path) and str(path).endswith((".partial", ".safetensors"))
     is_folder = lambda fd: os.path.isdir(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").endswith("checkpoints")
     is_file = lambda fd: "step_" in os.readlink(f"/proc/self/fd/{fd}")
-    moments = {"config half written": half_written(diffnb.data, "config.json"), "config before its rename": at_call(os, "replace", lambda a, b: "config" in str(b)),
-               "lock just taken": at_call(T, "_open_run", lambda *_: True), "metrics half rewritten": half_written(diffnb.data, "metrics.csv"),
-               "row half written": half_written(T, "metrics.csv"), "checkpoint half written": half_written(diffnb.data, "step_"),
+    moments = {"config half written": half_written(C, "config.json"), "config before its rename": at_call(os, "replace", lambda a, b: "config" in str(b)),
+               "lock just taken": at_call(R, "_open_run", lambda *_: True), "metrics half rewritten": half_written(C, "metrics.csv"),
+               "row half written": half_written(R, "metrics.csv"), "checkpoint half written": half_written(C, "step_"),
                "checkpoint before its rename": at_call(os, "replace", lambda a, b: new(b)), "checkpoint after its rename": at_call(os, "replace", lambda a, b: new(b), False),
                "before rotation": at_call(pathlib.Path, "unlink", new), "after rotation": at_call(pathlib.Path, "unlink", new, False),
-               "before the picture": at_call(T, "sample_grid", lambda *_: True), "picture before its rename": at_call(os, "replace", lambda a, b: str(b).endswith(".png"))}
+               "before the picture": at_call(R, "sample_grid", lambda *_: True), "picture before its rename": at_call(os, "replace", lambda a, b: str(b).endswith(".png"))}
     if pathlib.Path("/proc/self/fd").exists():
         moments |= {"checkpoint before fsync": at_call(os, "fsync", is_file), "folder before fsync": at_call(os, "fsync", is_folder)}
     return moments
@@ -151,7 +154,7 @@ def same_run(a, b):
     (x, m), (y, n) = (read_tensors(checkpoints(run)[-1]) for run in (a, b))
     assert m["step"] == n["step"] and x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
     assert {k.split(".")[0] for k in x} == {"model", "ema", "exp_avg", "exp_avg_sq", "meter"}
-    p, q = ([dict(zip(T.columns, line.split(","))) for line in (run / "metrics.csv").read_text().splitlines()] for run in (a, b))
+    p, q = ([dict(zip(F.columns, line.split(","))) for line in (run / "metrics.csv").read_text().splitlines()] for run in (a, b))
     for rows in (p, q):
         for r in rows: del r["seconds"], r["processor_seconds"], r["images_per_s"]
     assert p == q and len({r["step"] for r in p}) == len(p)
@@ -184,7 +187,7 @@ tiny = TrainConfig(data="digits", base_channels=8, channel_mult=(1,), blocks=1, 
 change = dataclasses.replace
 
 
-@pytest.mark.parametrize("where, nth", [(T, 7), (diffnb.data, 4)])                                # a row of metrics; a checkpoint
+@pytest.mark.parametrize("where, nth", [(R, 7), (C, 4)])                                # a row of metrics; a checkpoint
 def test_no_space_left(tmp_path, monkeypatch, where, nth):
     real, calls = open, [0]
     def full(path, mode="r", *args, **kw):
@@ -214,26 +217,17 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
         assert main(["info", str(run)]) == 0 and f"running (process {process.pid} on {platform.node()})" in capsys.readouterr().out
     finally: process.kill(); process.wait()
     assert main(["info", str(run)]) == 0 and "interrupted" in capsys.readouterr().out
-    epochs = str((T._step(checkpoints(run)[-1]) + 5) * 64 / 1498)
+    epochs = str((C._step(checkpoints(run)[-1]) + 5) * 64 / 1498)
     assert main(["resume", str(run), "--epochs", epochs]) == 0                                   # the lock died with its holder
     capsys.readouterr(); assert main(["info", str(run)]) == 0 and "state        finished" in capsys.readouterr().out
 
 
-def test_lock_without_fcntl_and_without_any(tmp_path, monkeypatch):
-    held = []
-    def locking(fd, mode, n):
-        if os.fstat(fd).st_ino in held: raise OSError(errno.EACCES, "denied")
-        held.append(os.fstat(fd).st_ino)
-    with monkeypatch.context() as m:                                                             # as on Windows
-        m.setitem(sys.modules, "fcntl", None); m.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
-        with T._alone_in(tmp_path / "a"):
-            with pytest.raises(DiffnbError, match=f"process {os.getpid()}"):
-                with T._alone_in(tmp_path / "a"): pass
-    import fcntl
+def test_where_the_file_system_cannot_lock(tmp_path, monkeypatch):
+    "A warning, and the work goes on."
     def cannot(*_): raise OSError(errno.ENOLCK, "no locks here")
     monkeypatch.setattr(fcntl, "flock", cannot)
     with pytest.warns(UserWarning, match="cannot lock"):
-        with T._alone_in(tmp_path / "b"): pass
+        with alone_in(tmp_path / "a", "training"): pass
 
 
 def test_lock_is_free_again_after_an_error(tmp_path):
@@ -242,7 +236,7 @@ def test_lock_is_free_again_after_an_error(tmp_path):
         with pytest.raises(DiffnbError, match="lr="): train(change(tiny, lr=1e-4), run, progress=False)
     def boom(run): raise RuntimeError("in a callback")
     with pytest.raises(RuntimeError): train(change(tiny, epochs=2), run, on_log=boom, progress=False)
-    assert T.training_now(run) is None
+    assert F.training_now(run) is None
     assert train(change(tiny, epochs=2), run, progress=False).step == 47
 
 
@@ -278,12 +272,12 @@ def test_rotation_never_removes_the_last_good_checkpoint(tmp_path, keep):
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "empty", "zeros", "header"])
 def test_checkpoint_damaged_as_it_is_written_costs_no_other(tmp_path, monkeypatch, how):
-    real, run = T.write_tensors, tmp_path / "run"
+    real, run = C.write_tensors, tmp_path / "run"
     def failing(path, tensors, meta):
         real(path, tensors, meta)
         if meta["step"] >= 12: damage(path, how)
         return path
-    monkeypatch.setattr(T, "write_tensors", failing)
+    monkeypatch.setattr(R, "write_tensors", failing)
     with pytest.warns(UserWarning, match="may be failing"): train(change(tiny, keep=1), run, progress=False)
     monkeypatch.undo()
     with pytest.warns(UserWarning, match="step_000000024"): assert last_checkpoint(run)[1]["step"] == 6
@@ -308,13 +302,13 @@ def test_loss_spike_is_said_and_the_checkpoint_before_it_stays(tmp_path, monkeyp
         for step in real(state, *args):
             if 60 <= step < 84: state.meter.sums[:T.BINS] *= 4                                   # as seen by the meter; the weights are not harmed
             yield step
-    monkeypatch.setattr(T, "train_steps", unlucky)
+    monkeypatch.setattr(R, "train_steps", unlucky)
     config, seen = change(tiny, epochs=6, log_every=2, checkpoint_every=0.1, keep=1), {}
-    def look(run): seen[int(read_metrics(run)["step"][-1])] = [T._step(p) for p in checkpoints(run)]
+    def look(run): seen[int(read_metrics(run)["step"][-1])] = [C._step(p) for p in checkpoints(run)]
     def until(last): return lambda run: look(run) or read_metrics(run)["step"][-1] == last
     with pytest.warns(UserWarning, match=r"leapt to .* at step (60|62).*step_0000000(57|58|59|60) ?.*from before stays"): train(config, run, on_log=until(70), progress=False)
     held = checkpoints(run)[0]
-    assert T._step(held) < 62 and T._step(checkpoints(run)[-1]) == 70
+    assert C._step(held) < 62 and C._step(checkpoints(run)[-1]) == 70
     train(config, run, on_log=until(80), progress=False)                                          # a new process knows of the spike too
     assert checkpoints(run)[0] == held and len(checkpoints(run)) == 2
     train(config, run, on_log=look, progress=False)
@@ -333,7 +327,7 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path, monkeypatch):
         for step in real(state, *args):
             if step == 12: next(state.model.parameters()).data[0] = float("inf")                 # between the loss and the checkpoint
             yield step
-    monkeypatch.setattr(T, "train_steps", overflow)
+    monkeypatch.setattr(R, "train_steps", overflow)
     with pytest.raises(TrainingStopped, match="no longer finite at step 12.*step_000000006"): train(tiny, run, progress=False)
     assert all(v.isfinite().all() for v in last_checkpoint(run)[0].values())
 

@@ -16,7 +16,7 @@ from diffnb.workshop.report import examine
 from diffnb.workshop.check import check
 from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep, nearest,
                              precision_recall, score_against_n)
-from diffnb.workshop.features import make_features
+from diffnb.workshop.features import digits_features, make_features
 from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
 from diffnb.sample import Denoiser, check_sampling, ddim, load_model, save_weights, Trained
@@ -400,9 +400,9 @@ def test_a_damaged_list_of_settings_is_named(here, capsys):
 def test_a_second_process_is_refused(here, capsys):
     command = ["sample", "digits.safetensors", "--n", "2", *quick, "--out"]
     with alone_in(here / "s", "sampling"), alone_in(here / "x.npz.parts", "sampling"), alone_in(here / "out", "evaluating"):
-        for out in ("s", "x.npz"): assert main([*command, out]) == 1 and "another process is sampling" in capsys.readouterr().err
+        for out in ("s", "x.npz"): assert main([*command, out]) == 1 and "is sampling in it" in capsys.readouterr().err
         assert main(["evaluate", "digits.safetensors", "--n", "20", *quick, "--out", "out"]) == 1
-        assert "another process is evaluating" in capsys.readouterr().err and not (here / "out/evaluation").exists()
+        assert "is evaluating in it" in capsys.readouterr().err and not (here / "out/evaluation").exists()
     for out in ("s", "x.npz"): assert main([*command, out]) == 0
     assert left(here / "s") == {"000000.png", "000001.png", "samples.json"}     # no lock stays behind
 
@@ -481,7 +481,7 @@ def test_metrics_without_some_columns_or_with_others(tmp_path, capsys):
 def test_other_numbers_of_python_callers(digits):
     x = cloud(20, 3, "x")
     for call in (lambda: precision_recall(x, x, k=0), lambda: precision_recall(x, x, k=1.5), lambda: score_against_n(x, Moments(x), [5], repeats=0),
-                 lambda: evaluate(digits.images[:20], digits, batch_size=0), lambda: evaluate(digits.images[:20], digits, seed=-1),
+                 lambda: evaluate(digits.images[:20], digits, digits_features(), batch_size=0), lambda: evaluate(digits.images[:20], digits, digits_features(), seed=-1),
                  lambda: loss_by_timestep(None, linear_schedule(), digits.images[:2], batch_size=0), lambda: make_features("inception-²"),
                  lambda: check("²", None)):
         with pytest.raises((DiffnbError, KeyError, ValueError)) as caught: call()

@@ -13,7 +13,7 @@ from diffnb.sample import ddim, load_model
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
 from diffnb.workshop.planning import plan
-from diffnb.core import Alone, checkpoints, read_tensors
+from diffnb.core import SingleProcess, checkpoints, read_tensors
 from diffnb.workshop.folder import read_metrics
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
@@ -49,7 +49,7 @@ def script(folder):
     def go(run, shard=False, on_log=None, config=tiny, **change):
         ranks = Ranks(shard, "cpu")
         with ranks.guard(): train(replace(config, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
-    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(accumulate=2)), ("divided", 2, True, {}), ("divided_last", 2, True, dict(channels_last=True))):
+    for name, world, shard, change in (("two", 2, False, {}), ("four", 4, False, dict(grad_accum_steps=2)), ("divided", 2, True, {}), ("divided_last", 2, True, dict(channels_last=True))):
         done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
     done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]                # by two ranks, ended by two divided ones
@@ -74,7 +74,7 @@ def script(folder):
             draw("png_two", ranks); draw("two.npz", ranks)
             e = evaluate_run(folder / "two", 40, out=folder / "eval_two", device="cpu", steps=2, progress=False, ranks=ranks)
             (folder / f"score_{rank}").write_text(repr(e.score.value))
-    draw("png_one", Alone()); draw("one.npz", Alone())
+    draw("png_one", SingleProcess()); draw("one.npz", SingleProcess())
     done["score"] = repr(evaluate_run(folder / "two", 40, out=folder / "eval_one", device="cpu", steps=2, progress=False).score.value)
     done["sampled"] = fork(2, shared)[0]
     (folder / "done.json").write_text(json.dumps(done))
@@ -219,8 +219,8 @@ def test_torchrun_takes_a_signal_for_all_ranks(tmp_path):
 
 
 def test_a_plan_counts_what_a_run_will_do(capsys):
-    p = plan(replace(tiny, batch_size=32, accumulate=2), steps=2)
+    p = plan(replace(tiny, batch_size=32, grad_accum_steps=2), steps=2)
     assert p["steps"] == 40 and p["seconds_per_step"] > 0 and p["memory"] > 5 * 4 * p["parameters"]
     assert "in 2 parts" in capsys.readouterr().out
-    less = plan(replace(tiny, batch_size=32, recompute=True), steps=1)
+    less = plan(replace(tiny, batch_size=32, activation_checkpointing=True), steps=1)
     assert less["memory"] < plan(replace(tiny, batch_size=32), steps=1)["memory"]

@@ -9,11 +9,16 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-import diffnb.data, diffnb.train as T
+import diffnb.train as T
+import diffnb.core as C
+import diffnb.workshop.run as R
+import diffnb.workshop.folder as F
+import diffnb.workshop.datasets, diffnb.workshop.settings as S
 from diffnb.workshop.cli import main
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim, load_model
+from diffnb.unet import UNet
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
 from diffnb.workshop.folder import read_config, read_metrics
 from diffnb.workshop.run import train
@@ -135,7 +140,7 @@ def stopping(monkeypatch, at): # as Ctrl-C at that step
         for step in real(state, *args):
             if step == at: signal.raise_signal(signal.SIGINT)
             yield step
-    monkeypatch.setattr(T, "train_steps", steps)
+    monkeypatch.setattr(R, "train_steps", steps)
 
 
 def test_extended_interrupted_and_back(here, monkeypatch):
@@ -160,7 +165,7 @@ def test_extended_interrupted_and_back(here, monkeypatch):
 def test_extended_and_stopped_before_its_first_checkpoint(here, monkeypatch):
     def fails(*args): raise RuntimeError("out of luck")
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
-        m.setattr(T, "train_steps", fails); shell("resume", "run", "--epochs", 6)
+        m.setattr(R, "train_steps", fails); shell("resume", "run", "--epochs", 6)
     said = shell("info", "run")[1]
     assert "step 3 of 9" in said and "finished" not in said
     code, said = train_in("run", epochs=2)                               # nothing was done under the other plan: this one is finished
@@ -237,12 +242,12 @@ def test_what_is_written_is_read_back_or_refused(tmp_path, names, data, seed, lr
     "Any class names, folder name and settings: refused with a message, or the same after config.json and a checkpoint."
     run, config = tmp_path / "run", None
     shutil.rmtree(run, ignore_errors=True)
-    net = T.UNet(image_size=8, in_channels=1, num_classes=len(names), base_channels=8, channel_mult=(1,), blocks=1, attention=(), norm_groups=4).config
+    net = UNet(image_size=8, in_channels=1, num_classes=len(names), base_channels=8, channel_mult=(1,), blocks=1, attention=(), norm_groups=4).config
     set_ = replace(load_data("digits"), labels=None, classes=tuple(names), name="digits")
     try:
-        config = T.check_config(TrainConfig(data=data, seed=seed, lr=lr, channel_mult=tuple(widths), device="cpu"))
-        T._check_names(set_.classes)
-        T._open_run(run, config, set_, net)
+        config = S.check_config(TrainConfig(data=data, seed=seed, lr=lr, channel_mult=tuple(widths), device="cpu"))
+        S._check_names(set_.classes)
+        F._open_run(run, config, set_, net)
     except DiffnbError as e:
         str(e).encode(); assert not run.exists()
         bad = lambda s: not s.strip() or len(s) > 1000 or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in s)
@@ -253,7 +258,7 @@ def test_what_is_written_is_read_back_or_refused(tmp_path, names, data, seed, lr
     meta = {"step": 1, "seconds": 0.5, "config": asdict(config), "model": net, "data": {"classes": names}}
     assert read_tensors(write_tensors(run / "x.safetensors", {}, meta))[1] == json.loads(json.dumps(meta))
     assert shell("info", run)[0] == 0
-    T._open_run(run, config, set_, net)                                  # and it is the same run
+    F._open_run(run, config, set_, net)                                  # and it is the same run
 
 
 @pytest.mark.parametrize("more", [["--data", "d\udcff"], ["--data-root", "d\udcff"], ["--data", "d\0"], ["--run", "r\udcff"], ["--run", "r\nr"], ["--run", "r\0"], ["--run", ""],
@@ -366,14 +371,14 @@ def test_plans_that_somebody_wrote_by_hand(here, plans):
 
 def test_a_checkpoint_rotated_away_while_it_is_read(here, monkeypatch):
     "Rotation removes the file that a reader has just chosen; with --keep 1 there is no other to fall back on."
-    real, moved = T.read_tensors, []
+    real, moved = C.read_tensors, []
     def slow(path, *args):
         if not moved: # a training run writes the next checkpoint and removes this one
             moved.append(path); tensors, meta = real(path)
             write_tensors(path.with_name(f"step_{meta['step'] + 1:09d}.safetensors"), tensors, {**meta, "step": meta["step"] + 1}); path.unlink()
         return real(path, *args)
     for path in checkpoints("run")[:-1]: path.unlink()
-    monkeypatch.setattr(T, "read_tensors", slow)
+    monkeypatch.setattr(C, "read_tensors", slow)
     with warnings.catch_warnings():
         warnings.simplefilter("error"); assert load_model("run").step == 4
     moved.clear(); assert shell("sample", "run", "--n", 2, "--steps", 2, "--device", "cpu", "--out", "new.png")[0] == 0
@@ -390,7 +395,7 @@ def test_what_others_write_in_a_run_is_left_alone(here):
 def test_two_that_begin_at_the_same_moment(here):
     "Of several trainings in one new folder one trains, and the others are told who does."
     barrier, told = threading.Barrier(4), []
-    config = T.make_config({**json.loads(Path("run/config.json").read_text())["config"], "epochs": 40.0, "log_every": 10})
+    config = F.make_config({**json.loads(Path("run/config.json").read_text())["config"], "epochs": 40.0, "log_every": 10})
     def one():
         barrier.wait()
         try: told.append(train(config, "new", progress=False).step)
@@ -401,7 +406,7 @@ def test_two_that_begin_at_the_same_moment(here):
     done, refused = [x for x in told if x == 60], [x for x in told if x != 60]
     assert done and all("is in use: " in x and f"process {os.getpid()}" in x for x in refused), told
     assert read_metrics("new")["step"].tolist() == [*range(10, 61, 10)]
-    assert T.training_now("new") is None
+    assert F.training_now("new") is None
 
 
 def test_readers_while_it_trains(here):
@@ -431,7 +436,7 @@ def test_a_reader_that_loads_without_a_pause(here):
         warnings.simplefilter("error", UserWarning)
         trainer.start()
         while trainer.is_alive():
-            if checkpoints("new"): steps.append(load_model("new").step); read_metrics("new"); T.training_now("new")
+            if checkpoints("new"): steps.append(load_model("new").step); read_metrics("new"); F.training_now("new")
     assert told == [45] and steps == sorted(steps) and len(set(steps)) > 5, (told, steps)
 
 
@@ -445,8 +450,8 @@ def test_a_run_that_is_moved_while_it_trains(here):
 # --- Ctrl-C and full disks --------------------------------------------------------------------------------------------
 
 def moments(): # (owner, name) of what a training does before its first step
-    return [(T, "load_data"), (T, "resolve"), (T, "_check_names"), (T, "_alone_in"), (T, "_open_run"), (T, "_describe"), (T, "strict_json"), (T, "new_state"), (T, "ready"),
-            (T, "_rows"), (os, "replace"), (os, "fsync"), (os, "ftruncate"), (Path, "mkdir"), (T, "_stop_signals")]
+    return [(diffnb.workshop.datasets, "load_data"), (R, "resolve"), (S, "_check_names"), (R, "alone_in"), (R, "_open_run"), (F, "_describe"), (F, "strict_json"), (R, "new_state"),
+            (R, "ready"), (R, "_rows"), (os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "write_text"), (R, "_stop_signals")]
 
 @pytest.mark.parametrize("owner, name", moments(), ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("after", [False, True])
@@ -462,7 +467,7 @@ def test_interrupted_while_it_starts(here, monkeypatch, owner, name, after):
     code, said = train_in("new")
     monkeypatch.undo(); os.chdir(here)
     assert code == 130 and "Traceback" not in said and hit
-    assert T.training_now("new") is None and not [p for p in here.rglob("*.partial")]
+    assert F.training_now("new") is None and not [p for p in here.rglob("*.partial")]
     if Path("new/config.json").exists(): assert shell("info", "new")[0] == shell("resume", "new")[0] == 0
     else: assert train_in("new")[0] == 0
     assert same("new", "run")

@@ -5,6 +5,9 @@ import numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 
 import diffnb.train as T
+import diffnb.workshop.run as R
+import diffnb.workshop.settings as S
+import diffnb.workshop.memory as M
 from diffnb.core import DiffnbError, addressed
 from diffnb.sample import ddim, load_model, save_weights
 from diffnb.schedule import make_schedule
@@ -12,6 +15,7 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensor
 from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.workshop.settings import TrainConfig, check_config
+from diffnb.unet import UNet, count_parameters
 
 tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1, batch_size=64, lr=1e-3,
                    log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu", sample_steps=3)
@@ -78,9 +82,9 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tm
 def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
     cpu, config = torch.device("cpu"), change(tiny, base_channels=32, image_size=32)
     for fast, auto in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(T, "fast_bf16", lambda device: fast)
-        assert T.pick_precision("auto", cpu, config) == auto and T.pick_precision("auto", cpu, change(config, image_size=8)) == "float32"
-    with pytest.warns(UserWarning, match="imitates"): assert T.pick_precision("bf16", cpu, config) == "bf16"
+        monkeypatch.setattr(S, "has_native_bf16", lambda device: fast)
+        assert S.pick_precision("auto", cpu, config) == auto and S.pick_precision("auto", cpu, change(config, image_size=8)) == "float32"
+    with pytest.warns(UserWarning, match="imitates"): assert S.pick_precision("bf16", cpu, config) == "bf16"
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -98,7 +102,7 @@ def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
 def test_one_flag_takes_the_fused_calls_away_and_changes_nothing_else():
     ends = []
     for fused in (True, False):
-        config, data, net = T.resolve(change(tiny, fused=fused)); state = T.new_state(net, config, torch.device("cpu"))
+        config, data, net = S.resolve(change(tiny, fused=fused)); state = R.new_state(net, config, torch.device("cpu"))
         assert state.optimizer.defaults["fused"] == fused and state.ema.fused == fused
         for step in T.train_steps(state, data, make_schedule(config.schedule), 3): pass
         ends.append({k: v for k, v in state.tensors().items() if k.startswith(("model.", "ema."))})
@@ -126,7 +130,7 @@ def test_no_write_access(tmp_path):
 @pytest.mark.parametrize("setting, word", [(dict(data="imagenet"), "imagenet"), (dict(schedule="exp"), "schedule"), (dict(sample_steps=1001), "sample_steps"),
                                            (dict(sample_steps=0), "sample_steps"), (dict(attention=(3,)), "attention"), (dict(base_channels=17), "17"),
                                            (dict(device="cuda:99"), "cuda:99"), (dict(prediction="noise"), "prediction"), (dict(epochs=float("nan")), "epochs"),
-                                           (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"), (dict(accumulate=7), "accumulate")])
+                                           (dict(image_size=10), "image_size"), (dict(ema_decay=1.0), "ema_decay"), (dict(grad_accum_steps=7), "grad_accum_steps")])
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, setting, word):
     if setting == dict(image_size=10): setting = dict(image_size=10, channel_mult=(1, 2, 2), attention=())
     with pytest.raises(DiffnbError, match=word): train(change(tiny, **setting), tmp_path / "run", progress=False)
@@ -141,7 +145,6 @@ def test_config_from_json_is_validated():
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    import diffnb.train as T
     real = T.diffusion_loss; count = [0]
     def poisoned(*args, **kw):
         count[0] += 1
@@ -250,11 +253,10 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
 
 def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
     from diffnb.workshop.memory import _memory_advice, training_memory
-    from diffnb.unet import UNet
     config, net = change(tiny, batch_size=10**7, precision="float32"), UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
         with _memory_advice(net, config, torch.device("cpu")): raise torch.OutOfMemoryError("CUDA out of memory")
-    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--accumulate "))
+    fits, parts = (int(str(e.value).split(option)[1].split()[0].rstrip(",.;")) for option in ("--batch-size ", "--grad-accum-steps "))
     fixed, each = training_memory(net)
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0.8 * room < fixed + fits * each < 0.9 * room and parts == min(n for n in range(1, 10**4) if 10**7 % n == 0 and 10**7 // n <= fits)
@@ -262,20 +264,19 @@ def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
         with _memory_advice(net, config, torch.device("cpu")): torch.empty(10**15)
     with pytest.raises(RuntimeError, match="something else"):
         with _memory_advice(net, config, torch.device("cpu")): raise RuntimeError("something else")
-    monkeypatch.setattr(T, "_open_run", lambda *_: torch.empty(10**15))              # before the first step, too
+    monkeypatch.setattr(R, "_open_run", lambda *_: torch.empty(10**15))              # before the first step, too
     with pytest.raises(DiffnbError, match="out of memory.*images fit"): train(tiny, tmp_path / "run", progress=False)
 
 
 def test_memory_is_counted_on_tensors_that_hold_nothing():
     from diffnb.workshop.memory import kept_bytes
-    from diffnb.unet import UNet
     model = UNet(image_size=16, in_channels=3, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(8,)); kept = {}
     def note(x):
         if x.data_ptr() not in {p.data_ptr() for p in model.parameters()}: kept[x.untyped_storage().data_ptr()] = x
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): model(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64))
     assert kept_bytes(model.config, 2) == sum(x.untyped_storage().nbytes() for x in kept.values())      # as a real pass keeps
-    assert kept_bytes(model.config, 2, recomputed=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
+    assert kept_bytes(model.config, 2, activation_checkpointing=True) < kept_bytes(model.config, 2) / 2 < kept_bytes(model.config, 2, "bf16")
     assert kept_bytes(model.config, 10**6) > 10**11
 
 
@@ -315,7 +316,7 @@ def test_probabilities_are_those_of_the_draws(T_, draw):
 
 
 def test_draws_depend_on_their_address_alone():
-    config, data, _ = T.resolve(change(tiny, logit_normal=(-1.0, 1.0), flip=True))
+    config, data, _ = S.resolve(change(tiny, logit_normal=(-1.0, 1.0), flip=True))
     a, b, other = (T.draw_batch(data, config, step, "cpu") for step in (7, 7, 8))
     torch.manual_seed(123)
     assert all(x.equal(y) for x, y in zip(a, b)) and T.draw_batch(data, config, 7, "cpu").t.equal(a.t)
@@ -326,7 +327,7 @@ def test_draws_depend_on_their_address_alone():
 @pytest.mark.parametrize("step", [0, 7, 1000])
 def test_the_uniform_draw_is_that_of_version_0_1(step):
     "Bit for bit: timesteps first, then noise, then hidden labels, from one generator."
-    config, data, _ = T.resolve(tiny)
+    config, data, _ = S.resolve(tiny)
     batch, g = T.draw_batch(data, config, step, "cpu"), addressed(config.seed, "batch", step)
     t = torch.randint(config.T, (64,), generator=g)
     noise = torch.randn(64, 1, 8, 8, generator=g)
@@ -496,9 +497,9 @@ def test_a_step_of_muon_does_not_depend_on_the_size_of_the_gradient():
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_is_no_hidden_matrix_takes_the_steps_of_adamw(fused):
     "Bit for bit, in a real network, with weights that have no gradient left alone."
-    config, data, net = T.resolve(change(tiny, optimizer="muon", weight_decay=0.01, fused=fused))
+    config, data, net = S.resolve(change(tiny, optimizer="muon", weight_decay=0.01, fused=fused))
     torch.manual_seed(0)
-    model = T.UNet(**net)
+    model = UNet(**net)
     twin = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
     hidden = {n for n, p in model.named_parameters() if any(p is h for h in T.hidden_matrices(model))}
     outside = {n for n, p in model.named_parameters() if p.ndim >= 2} - hidden
@@ -566,11 +567,11 @@ def test_a_checkpoint_of_another_optimiser_is_refused(fast_run, finished, tmp_pa
         with pytest.raises(DiffnbError, match="optimiser state or meter is missing or belongs to another"):
             train(change(config, optimizer=other), copied, progress=False)
     tensors, meta = last_checkpoint(fast_run[0])
-    state = T.new_state(meta["model"], change(fast, ema_half_lives=(0.1,)), torch.device("cpu"))
+    state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1,)), torch.device("cpu"))
     with pytest.raises(DiffnbError, match="holds 'ema2', which this configuration"): state.restore(tensors, 24, 0.0)
-    state = T.new_state(meta["model"], change(fast, ema_half_lives=(0.1, 320.0, 0.2)), torch.device("cpu"))
+    state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1, 320.0, 0.2)), torch.device("cpu"))
     with pytest.raises(DiffnbError, match="is missing"): state.restore(tensors, 24, 0.0)
-    state = T.new_state(meta["model"], fast, torch.device("cpu"))
+    state = R.new_state(meta["model"], fast, torch.device("cpu"))
     less = {k: v for k, v in tensors.items() if k != next(k for k in tensors if k.startswith("exp_avg_sq."))}
     with pytest.raises(DiffnbError, match="optimiser state"): state.restore(less, 24, 0.0)
 
@@ -580,7 +581,7 @@ def test_each_average_can_be_loaded(fast_run):
     loaded = {w: load_model(run, "cpu", w) for w in ("ema", "ema2", "model")}
     for name, ema in state.averages.items():
         assert all(v.equal(loaded[name].model.state_dict()[k]) for k, v in ema.model.state_dict().items())
-    begun = T.new_state(read_config(run)["model"], fast, torch.device("cpu")).model
+    begun = R.new_state(read_config(run)["model"], fast, torch.device("cpu")).model
     assert len({m.conv_in.weight.sum().item() for m in (begun, *(m.model for m in loaded.values()))}) == 4
     m = loaded["ema2"]
     assert m.schedule == make_schedule("flow") and m.model.config["patch_size"] == 2 and m.shape == (1, 8, 8)
@@ -620,19 +621,18 @@ def test_dry_run_counts_muon_and_all_averages(tmp_path):
 
 
 def test_memory_counts_what_the_configuration_keeps():
-    from diffnb.unet import UNet, count_parameters
     net = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,)).config
     model = UNet(**net)
     n, hidden = count_parameters(model), sum(p.numel() for p in T.hidden_matrices(model))
     configs = (tiny, change(tiny, optimizer="muon"), change(tiny, ema_half_lives=(0.1, 0.2, 0.3)))
-    plain, muon, three = (T.training_memory(net, config=c)[0] for c in configs)
+    plain, muon, three = (M.training_memory(net, config=c)[0] for c in configs)
     assert plain - muon == 4 * hidden                                 # one moment where AdamW keeps two
-    assert three - plain == 2 * 4 * n and plain == T.training_memory(net)[0] and plain >= 4 * 5 * n
+    assert three - plain == 2 * 4 * n and plain == M.training_memory(net)[0] and plain >= 4 * 5 * n
 
 
 def test_patched_run_is_read_back(fast_run):
     facts = read_config(fast_run[0])
-    assert facts["model"]["patch_size"] == facts["config"].patch_size == 2 and facts["config"] == T.resolve(fast)[0]
+    assert facts["model"]["patch_size"] == facts["config"].patch_size == 2 and facts["config"] == S.resolve(fast)[0]
     whole = change(fast, patch_size=1, attention=(4,))
     with pytest.raises(DiffnbError, match="with patch_size=2"): train(whole, fast_run[0], progress=False)
 

@@ -16,7 +16,7 @@ from diffnb.core import DiffnbError, write_whole
 from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim, load_model
 from diffnb.workshop.planning import time_steps
-from diffnb.core import Alone, checkpoints, last_checkpoint, pick_device, read_tensors, write_tensors
+from diffnb.core import SingleProcess, checkpoints, last_checkpoint, pick_device, read_tensors, write_tensors
 from diffnb.workshop.folder import free_to_change, make_config
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig, resolve

@@ -10,7 +10,7 @@ and OUT/reference/cifar10_SIZE_inception768.safetensors: mean and covariance of 
 from score import *
 
 from diffnb.data import save_grid
-from diffnb.core import wanted
+from diffnb.core import default_on_cuda
 from diffnb.workshop.settings import pick_precision
 
 SETTINGS = [("ddim", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 15), ("dpmpp_2m", 10), ("ddim", 20), ("ddim", 10), ("ddim", 100)] # the most wanted first
@@ -32,7 +32,7 @@ class Scorer:
     def model(self, run, weights):
         if (run, weights) not in self.models:
             m = open_model(run, weights, self.device)
-            if wanted(None, self.device): m.model.to(memory_format=torch.channels_last); m.model.compile()
+            if default_on_cuda(None, self.device): m.model.to(memory_format=torch.channels_last); m.model.compile()
             self.models[run, weights] = m
         return self.models[run, weights]
 

@@ -137,16 +137,16 @@ def planned_config(a, rank=0): # -> TrainConfig, the same for all ranks
 
 @contextmanager
 def ranks_of(device): # one process, or one of several that torchrun has started
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield Alone(); return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield SingleProcess(); return
     ranks = Ranks(device=device)
     with ranks.guard(): yield ranks
 
-def train_long(a, ranks=Alone()): # -> TrainState
+def train_long(a, ranks=SingleProcess()): # -> TrainState
     "Start or resume the run in OUT/run, and log that; return when it is stopped or done."
     config, run = ranks.first(lambda: planned_config(a, ranks.rank)), a.out / "run"
     def note(*args, **facts): ranks.rank or log(a.out, *args, **facts)
     before = steps_done(run)
-    note("resumed" if before else "started", before, ranks=ranks.world, threads=torch.get_num_threads(),
+    note("resumed" if before else "started", before, ranks=ranks.world_size, threads=torch.get_num_threads(),
          **machine(a.device))
     try: state = train(config, run, sampler=dpmpp_2m, progress=sys.stderr.isatty(), ranks=ranks)
     except BaseException as e:

@@ -7,13 +7,12 @@ __all__ = ['plot_metrics', 'live_curves', 'to_tensorboard']
 import shutil
 from pathlib import Path
 
-# %% ../../nbs/workshop/curves.ipynb #i1
-import matplotlib.pyplot as plt
-
 # %% ../../nbs/workshop/curves.ipynb #i2
-from ..core import DiffnbError
+from ..core import DiffnbError, late_import
 from ..train import BINS
 from .folder import read_metrics
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../../nbs/workshop/curves.ipynb #c050
 def plot_metrics(metrics,    # from read_metrics

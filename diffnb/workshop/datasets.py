@@ -11,7 +11,6 @@ from pathlib import Path
 
 # %% ../../nbs/workshop/datasets.ipynb #i1
 import diffnb
-from filelock import FileLock, Timeout
 import numpy as np
 from PIL import Image
 import torch
@@ -20,20 +19,13 @@ from tqdm.auto import tqdm
 # %% ../../nbs/workshop/datasets.ipynb #i2
 from ..core import DiffnbError, shown, write_whole
 from ..data import filters, ImageData
+from .folder import locked
 from .reader import _below, _read_split, decode, list_images
 
 # %% ../../nbs/workshop/datasets.ipynb #c024b
-@contextmanager
 def _alone(path):
-    "One process or thread at a time passes for each `path`. Gives False where files cannot be locked: all pass there."
-    lock = FileLock(f"{path}.lock")
-    try: lock.acquire(timeout=1)
-    except Timeout:
-        print(f"another process is making {shown(path)}: waiting for it")
-        lock.acquire()
-    except (OSError, NotImplementedError): pass
-    try: yield lock.is_locked
-    finally: lock.release()
+    "One process or thread at a time passes for each `path`; the others wait. Gives False where files cannot be locked: all pass there."
+    return locked(f"{path}.lock", lambda: print(f"another process is making {shown(path)}: waiting for it"))
 
 # %% ../../nbs/workshop/datasets.ipynb #c031
 def _digits(split, **_):

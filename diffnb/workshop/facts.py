@@ -130,7 +130,7 @@ FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes s
 def _load(f, split, size): # ImageData, or None with the reason noted
     c = f.config
     try:
-        data = load_data(c.data, size, split, filter=c.filter, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
+        data = load_data(c.data, size, split, filter=c.interpolation, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
                          on_broken="skip", channels=f.data["channels"], progress=False)
         if data.labels is None or not c.conditional: return data
         labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.data}")

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/workshop/features.ipynb #i2
-from ..core import addressed, Alone, DiffnbError, read_tensors, write_tensors
+from ..core import addressed, SingleProcess, DiffnbError, read_tensors, write_tensors
 from ..data import ImageData, resize, to_float
 from .datasets import load_data
 
@@ -31,7 +31,7 @@ class Features:
     name: str
     dim: int
     device: str = "cpu" # where the network is
-    ranks: Alone = Alone() # several processes share the images; each gets all features
+    ranks: SingleProcess = SingleProcess() # several processes share the images; each gets all features
 
     @torch.no_grad()
     def batches(self, images, # uint8 (N, C, H, W), or ImageData
@@ -48,7 +48,7 @@ class Features:
     def __call__(self, images, batch_size=256):
         def some(index): return torch.cat(list(self.batches(replace(images, images=images.images[index], labels=None) if isinstance(images, ImageData)
                                                             else images[index], batch_size)))
-        return self.ranks.map(some, torch.arange(len(images))) if self.ranks.world > 1 else torch.cat(list(self.batches(images, batch_size)))
+        return self.ranks.map(some, torch.arange(len(images))) if self.ranks.world_size > 1 else torch.cat(list(self.batches(images, batch_size)))
 
 # %% ../../nbs/workshop/features.ipynb #c036
 class DigitsNetwork(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/workshop/generate.ipynb #i2
-from ..core import addressed, Alone, DiffnbError, write_whole
+from ..core import addressed, SingleProcess, DiffnbError, write_whole
 from ..data import to_uint8
 from ..sample import check_sampling, ddim, Denoiser, draw_noise
 from ..schedule import NoiseSchedule
@@ -64,7 +64,7 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
               denoiser, # Denoiser; its labels, if it has any, are those of images 0, 1, 2, …: n of them or more
               shape,    # of one image: (C, H, W)
               n,        # how many images
-              *, seed=0, classes=(), ranks=Alone(), **settings # as in sample_batches; ranks: each process makes its share
+              *, seed=0, classes=(), ranks=SingleProcess(), **settings # as in sample_batches; ranks: each process makes its share
              ) -> Path: # the folder or file
     """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
     Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
@@ -78,7 +78,7 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
     facts, told = folder / "samples.json", _made_with(denoiser, shape, n, seed, settings)
     with ExitStack() as held:
         ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told, held, out if packed else None))
-        missing = [k for k in range(ranks.rank, n, ranks.world) if not (folder / f"{k:06d}.png").exists()]
+        missing = [k for k in range(ranks.rank, n, ranks.world_size) if not (folder / f"{k:06d}.png").exists()]
         for ks, images in sample_batches(denoiser, shape, missing, seed=seed, **settings):
             for k, image in zip(ks, images): _write_png(image, folder / f"{k:06d}.png")
         if ranks.any(False) or ranks.rank: return out                                        # asked, so that all ranks have finished

@@ -35,18 +35,18 @@ def plan(config, # TrainConfig
     "Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes nothing."
     if steps < 1: raise DiffnbError(f"steps={steps}: at least one has to be measured")
     config, data, net = resolve(config)
-    device, micro = pick_device(config.device), config.batch_size // config.accumulate
+    device, micro = pick_device(config.device), config.batch_size // config.grad_accum_steps
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    fixed, each = training_memory(net, config.precision, device, config.recompute, config)
+    fixed, each = training_memory(net, config.precision, device, config.activation_checkpointing, config)
     kept = 4 * sum(p.numel() * (1 + len(state.averages) + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
     total, flops = total_steps(config, len(data)), count_flops(state.model, train=True)
     p = dict(parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each, seconds_per_step=seconds,
              steps=total, hours=total * seconds / 3600)
     print(f"model    {p['parameters'] / 1e6:.1f}M parameters; a checkpoint takes {kept / 1e6:.0f} MB on disk")
     print(f"work     {flops / 1e9:.2f} GFLOP for each image of a training step, {config.batch_size / seconds * flops / 1e9:.0f} GFLOP/s reached on {device}, in {config.precision}")
-    print(f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch {config.batch_size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    print(f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch {config.batch_size}" + (f" in {config.grad_accum_steps} parts" if config.grad_accum_steps > 1 else "")
           + f": {fixed / 1e9:.2f} GB whatever the batch, {each / 1e6:.1f} MB for each image at a time")
     print(f"time     {config.batch_size / seconds:.0f} images/s, {total:,} steps: {p['hours']:.1f} hours ({p['hours'] * 60:.0f} minutes), sample grids and compilation not counted")
     return p

@@ -8,17 +8,18 @@ import base64, html, io, itertools, math, textwrap, warnings
 from dataclasses import dataclass
 
 # %% ../../nbs/workshop/report.ipynb #i1
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 # %% ../../nbs/workshop/report.ipynb #i2
-from ..core import write_whole
+from ..core import late_import, write_whole
 from ..doctor import _no_metrics, bin_floor, CHECKS, findings, picture_facts, PUBLISHED, spikes, verdict
 from ..train import BINS, lr_at, make_averages
 from .curves import plot_metrics
 from .facts import Facts, gather
 from .folder import check_place
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../../nbs/workshop/report.ipynb #c070
 def _fig_loss(f, ax):

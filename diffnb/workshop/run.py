@@ -16,33 +16,33 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/workshop/run.ipynb #i2
-from ..core import (_step, addressed, Alone, checkpoints, DiffnbError, last_checkpoint, pick_device,
-                         read_tensors, wanted, write_tensors, write_whole)
+from ..core import (_step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, pick_device,
+                         read_tensors, write_tensors, write_whole)
 from ..data import save_grid, to_uint8
 from ..sample import Denoiser
 from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
 from ..unet import UNet
-from .folder import _alone_in, _check_place, _csv, _open_run, _rows, as_command, columns, read_config
-from .memory import _memory_advice, recompute
+from .folder import _csv, _open_run, _rows, alone_in, as_command, check_run_place, columns, read_config
+from .memory import _memory_advice, checkpoint_activations
 from .settings import check_config, resolve, total_steps
 
 # %% ../../nbs/workshop/run.ipynb #c073
 def new_state(net, config, device, # UNet configuration, TrainConfig, torch.device
-              ranks=Alone()):      # TrainState at step 0
+              ranks=SingleProcess()):      # TrainState at step 0
     "A network with the weights of `config.seed`, laid out as the configuration asks, its EMA, optimiser and meter."
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(addressed(config.seed, "weights").initial_seed())
-    model = UNet(**net).to(ranks.home(device))
-    if wanted(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
+    model = UNet(**net).to(ranks.init_device(device))
+    if default_on_cuda(config.channels_last, device): model = model.to(memory_format=torch.channels_last)
     return TrainState(model, config)
 
-def ready(state, device, ranks=Alone()): # -> the network to call: the model, or what stands for it
+def ready(state, device, ranks=SingleProcess()): # -> the network to call: the model, or what stands for it
     "Spread over the ranks, recomputing, compiled: as the configuration asks."
-    network = ranks.spread(state)
-    if state.config.recompute: recompute(state.model)
-    if wanted(state.config.compile, device):
-        for part in ranks.compiled(network): part.compile()            # in place, so no _orig_mod in the names of weights
+    network = ranks.wrap(state)
+    if state.config.activation_checkpointing: checkpoint_activations(state.model)
+    if default_on_cuda(state.config.compile, device):
+        for part in ranks.compile_targets(network): part.compile()            # in place, so no _orig_mod in the names of weights
     return network
 
 # %% ../../nbs/workshop/run.ipynb #c093
@@ -60,7 +60,7 @@ def _stop_signals():
         for s, handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/workshop/run.ipynb #c095
-def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=Alone()):
+def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()):
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
     rows = min(10, len(data.classes)) if config.conditional else rows
@@ -162,7 +162,7 @@ def _change_of_plan(config, data, meta, step, total, run="RUN"):
 def _train(config, data, net, run, sampler, on_log, progress, ranks):
     "The run, in a folder that is ours."
     device, schedule = pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
-    if config.resident or wanted(config.resident, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2: data = data.to(device)
+    if config.resident or default_on_cuda(config.resident, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2: data = data.to(device)
     state, total = new_state(net, config, device, ranks), total_steps(config, len(data))
     if saved := last_checkpoint(run, net, set_aside=ranks.rank == 0):
         tensors, meta = saved
@@ -230,19 +230,19 @@ def train(config,           # TrainConfig
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
           on_log=None,      # called as on_log(run) after each row of metrics and each grid; returning True stops the run
           progress=True,    # a progress bar
-          ranks=Alone(),    # or diffnb.scale.Ranks: many processes, one run
+          ranks=SingleProcess(),    # or diffnb.scale.Ranks: many processes, one run
          ):                 # the TrainState at the end
     """Train as `config` says, in the folder `run`: config.json, metrics.csv, samples/, checkpoints/.
     Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
-    _check_place(run, check_config(config).data)
+    check_run_place(run, check_config(config).data)
     if config.precision == "auto" and (run / "config.json").exists(): config = replace(config, precision=read_config(run)["config"].precision)
     config, data, net = ranks.first(lambda: resolve(config))
-    if config.batch_size % (config.accumulate * ranks.world):
-        raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.accumulate} parts (accumulate) on each of {ranks.world} ranks: choose a multiple of both")
-    if ranks.shard and config.optimizer == "muon":
+    if config.batch_size % (config.grad_accum_steps * ranks.world_size):
+        raise DiffnbError(f"batch_size={config.batch_size} cannot be cut into {config.grad_accum_steps} parts (grad_accum_steps) on each of {ranks.world_size} ranks: choose a multiple of both")
+    if ranks.sharded and config.optimizer == "muon":
         raise DiffnbError("optimizer='muon' works on whole matrices, and shard divides them: use adamw, or copies (without shard)")
     with ExitStack() as held, _memory_advice(net, config, pick_device(config.device)): # held: the lock of the folder
-        ranks.first(lambda: ranks.rank or (held.enter_context(_alone_in(run)), _open_run(run, config, data, net)))
+        ranks.first(lambda: ranks.rank or (held.enter_context(alone_in(run, "training", "--run")), _open_run(run, config, data, net)))
         return _train(config, data, net, run, sampler, on_log, progress, ranks)

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/workshop/scoring.ipynb #i1
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 # %% ../../nbs/workshop/scoring.ipynb #i2
-from ..core import Alone, DiffnbError, pick_device, shown, write_whole
+from ..core import DiffnbError, late_import, pick_device, shown, SingleProcess, write_whole
 from ..data import ImageData, save_grid
 from ..evaluate import _check_comparable, evaluate, LEAST_IMAGES
 from ..sample import check_sampling, ddim, load_model
@@ -26,6 +25,8 @@ from .folder import alone_in, check_place, make_config, read_config
 from .generate import sample_to
 from .reader import decode, list_images, match_classes, NoSplit, split_folders
 from .settings import pick_precision
+
+(plt := late_import("matplotlib.pyplot"))
 
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation
@@ -155,13 +156,8 @@ def _kind(source): # "run", "files" or "model"
 
 def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images
     here = source.resolve()                                              # of "." too, which has no name
-    out = check_place(out if out is not None else source if _kind(source) == "run" else
-                      (here if source.name in ("", "..") else source).with_name(f"{here.name if here.is_dir() else here.stem}.evaluation"))
-    for folder in pictures:
-        if out.resolve().is_relative_to(Path(folder).resolve()):
-            raise DiffnbError(f"the results would lie among the images of {folder} and be taken for some the next time: choose another "
-                              f"place than {out} (command line: --out)")
-    return out
+    beside = (here if source.name in ("", "..") else source).with_name(f"{here.name if here.is_dir() else here.stem}.evaluation")
+    return check_place(out if out is not None else source if _kind(source) == "run" else beside, images=pictures)
 
 def _config_of(source, trained): # TrainConfig; of a run with its images where they are now
     config = make_config(trained.settings)
@@ -181,7 +177,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
                  steps=50, guidance_scale=1.0, sampler=ddim, seed=0, # of the sampling; scale 1: conditional, where the model has classes
-                 device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=Alone(),
+                 device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ):                  # Evaluation
     """Sample (what is there already is kept), score, and write evaluation.json, panel.png and real_beside_generated.png.
     Raises DiffnbError, before sampling starts, if data or feature network are missing, if images and reference differ in shape or
@@ -204,7 +200,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         trained, n = load_model(source, device), n or 10_000
         check_sampling(trained.schedule, steps=steps)
         like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
-        reference, filter, data_root = reference or config.data, config.filter, data_root or config.data_root
+        reference, filter, data_root = reference or config.data, config.interpolation, data_root or config.data_root
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None  # a longer list lets n grow later
         denoiser = trained.denoiser(y, guidance_scale)
     real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)

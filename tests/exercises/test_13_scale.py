@@ -10,9 +10,9 @@ def noise(shape, *key): return torch.randn(shape, generator=addressed(*key))
 def conv(factor=2, side=2, down=2): return lambda a, b, k, s, stride=1: factor * a * b * k ** side * s * s // stride ** down
 
 def memory(sets=5, size=4, whole=False, divide=False):
-    def bytes_(p, kept, batch, accumulate=1):
+    def bytes_(p, kept, batch, grad_accum_steps=1):
         fixed, images = sets * size * p, batch * kept
-        return (fixed + images) / accumulate if divide else fixed + (images if whole else images // accumulate)
+        return (fixed + images) / grad_accum_steps if divide else fixed + (images if whole else images // grad_accum_steps)
     return bytes_
 
 
@@ -20,7 +20,7 @@ WRONG = {
     "9.1": [(conv(factor=1), "half the work is missing"), (conv(side=1), "its side counts twice"), (conv(down=1), "in both directions"),
             (conv(down=0), "the stride was left out"), (lambda a, b, k, s, stride=1: 2 * b * k * k * (s // stride) ** 2, "both numbers are factors")],
     "9.2": [(memory(sets=4), "one set is missing"), (memory(sets=3), "two sets are missing"), (memory(size=1), "four bytes"),
-            (memory(whole=True), "the whole batch is held at once"), (memory(divide=True), "not divided by accumulate")],
+            (memory(whole=True), "the whole batch is held at once"), (memory(divide=True), "not divided by grad_accum_steps")],
     "9.3": [(lambda g, n: g.mean(0), "mean over ranks"), (lambda g, n: g.sum(0), "the sum is too large"),
             (lambda g, n: (n[:, None] * g).mean(0), "not by the number of ranks"), (lambda g, n: (n[:, None] * g).sum(0), "the mean is asked for"),
             (lambda g, n: (g / n[:, None]).sum(0) / (1 / n).sum(), "the wrong way round")],

@@ -31,15 +31,15 @@ def check_conv_flops(answer):
 # %% ../../../nbs/workshop/checks/13_scale.ipynb #c009
 @exercise("13.2", "Will it fit?", minutes=10, level=2)
 def check_memory(answer):
-    p, kept, accumulate = _draw(10**6, 10**7), _draw(10**5, 10**6), _draw(2, 4)
-    batch = accumulate * _draw(3, 9)
-    at_work = batch // accumulate * kept
-    same(float(answer(p, kept, batch, accumulate)), 20.0 * p + at_work, "the memory", {
+    p, kept, grad_accum_steps = _draw(10**6, 10**7), _draw(10**5, 10**6), _draw(2, 4)
+    batch = grad_accum_steps * _draw(3, 9)
+    at_work = batch // grad_accum_steps * kept
+    same(float(answer(p, kept, batch, grad_accum_steps)), 20.0 * p + at_work, "the memory", {
         "one set is missing: weights, gradients, EMA, and two moments of Adam are five.": 16.0 * p + at_work,
         "two sets are missing: weights, gradients, EMA, and two moments of Adam are five.": 12.0 * p + at_work,
         "a float32 number takes four bytes, and you counted one for each.": 5.0 * p + at_work,
         "the whole batch is held at once in your answer; the parts are worked on one after the other.": 20.0 * p + batch * kept,
-        "the weights are not divided by accumulate: only the images at work are.": (20.0 * p + batch * kept) / accumulate,
+        "the weights are not divided by grad_accum_steps: only the images at work are.": (20.0 * p + batch * kept) / grad_accum_steps,
         "what is put aside is counted for one image only.": 20.0 * p + kept}, atol=1)
 
 # %% ../../../nbs/workshop/checks/13_scale.ipynb #c012
