@@ -125,9 +125,16 @@ def draw_noise(shape,          # (B, C, H, W)
     "Noise for a batch; with a list of generators each image draws from its own. Raises DiffnbError if there are not B."
     if not isinstance(generator, (list, tuple)):
         return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-    if len(generator) != shape[0]:
-        raise DiffnbError(f"{len(generator)} generators for {shape[0]} images: give one, or one for each")
+    _check_generators(generator, shape[0])
     return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+def _check_generators(generator, n):
+    if isinstance(generator, (list, tuple)) and len(generator) != n:
+        raise DiffnbError(f"{len(generator)} generators for {n} images: give one, or one for each")
+
+def _start(x_T, generator): # also of samplers that draw nothing, so that one can take the place of another
+    _check_generators(generator, len(x_T))
+    return x_T.float()
 
 def _report(callback, t, t_next, x, x0):
     "Tell the callback; what it returns, if anything, takes the place of x."
@@ -145,7 +152,7 @@ def ddpm(denoiser,          # Denoiser, or any denoiser(x_t, t) -> (x0, eps) wit
         ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] if the denoiser clips
     """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2 with mean and variance of eq. 7): a random step
     at each timestep. Raises DiffnbError for impossible steps or spacing."""
-    x, T = x_T.float(), denoiser.schedule.T
+    x, T = _start(x_T, generator), denoiser.schedule.T
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(T if steps is None else steps, spacing):
         x0, _ = denoiser(x, t)
         kept = a / a_next                            # of the amplitude, from t_next to t: root of the paper's alpha
@@ -171,7 +178,7 @@ def ddim(denoiser,          # Denoiser, or any denoiser(x_t, t) -> (x0, eps) wit
     """Denoising diffusion implicit models (Song, Meng & Ermon 2021, arXiv:2010.02502, eq. 12 and 16).
     Raises DiffnbError for impossible steps, eta or spacing."""
     _check_eta(eta)
-    x = x_T.float()
+    x = _start(x_T, generator)
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):
         x0, eps = denoiser(x, t)
         sigma = eta * s_next * math.sqrt(1 - (a / a_next * s_next / s) ** 2) # eq. 16, for schedules with any a and s
@@ -281,13 +288,13 @@ def save_weights(trained, # Trained
 def heun(denoiser,          # as in `ddim`
          x_T,               # noise to begin with, (B, C, H, W)
          steps=25,          # transitions, 1 … T; the network is asked 2·steps - 1 times
-         generator=None,    # not needed: nothing is drawn
+         generator=None,    # as in `ddim`; nothing is drawn from it
          callback=None,     # as in `ddim`
          spacing="trailing" # as in `ddim`
         ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] is only each estimate, if the denoiser clips
     """Heun's second-order method on the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1),
     deterministic. Two network evaluations in each step, one in the last. Raises DiffnbError for impossible steps or spacing."""
-    x = x_T.float()
+    x = _start(x_T, generator)
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):
         x0, eps = denoiser(x, t)
         x_next = euler = a_next * x0 + s_next * eps  # where one slope leads
@@ -303,13 +310,13 @@ def heun(denoiser,          # as in `ddim`
 def dpmpp_2m(denoiser,          # as in `ddim`
              x_T,               # noise to begin with, (B, C, H, W)
              steps=20,          # transitions, 1 … T; the network is asked as often
-             generator=None,    # not needed: nothing is drawn
+             generator=None,    # as in `ddim`; nothing is drawn from it
              callback=None,     # as in `ddim`
              spacing="trailing" # as in `ddim`
             ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] if the denoiser clips
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order, deterministic, one network
     evaluation in each step. First and last steps are of first order. Raises DiffnbError for impossible steps or spacing."""
-    x, before, h_before = x_T.float(), None, None
+    x, before, h_before = _start(x_T, generator), None, None
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):
         x0, _ = denoiser(x, t)
         h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 and a > 0 else math.inf
