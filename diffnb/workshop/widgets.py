@@ -37,7 +37,7 @@ def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib fig
             alt,          # what it shows, in words
             width,        # on the screen, pixels; narrower screens shrink it
             smooth=True,  # enlarge softly; False: hard-edged pixels
-           ):             # HTML
+           ) -> str:      # HTML
     "An image as an HTML tag that needs no other file."
     style = "max-width: 100%; height: auto" + ("" if smooth else "; image-rendering: pixelated")
     return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{base64.b64encode(_png(image)).decode()}">'
@@ -77,7 +77,7 @@ def frames(images,      # one for each combination of the axes' values, the last
            width,       # on the screen, pixels
            smooth=True, # enlarge softly
            start=None,  # dict: name -> the value shown first; default: the first
-          ):            # HTML
+          ) -> str:     # HTML
     "Pictures to scrub through without a kernel or a network; a plain row of pictures where scripts are forbidden. Raises DiffnbError."
     cells, numbers = [], [len(v) for v in axes.values()]
     if not len(images) == len(captions) == np.prod(numbers):
@@ -128,17 +128,19 @@ class Interactive:
         self.draw, self.live, self.stored, self.alt, self.width, self.smooth, self.eager, self.more = draw, live, stored, alt, width, smooth, eager, more
         self.start, self.box = {k: v[0] for k, v in live.items()} | (start or {}), None
 
-    def html(self, **values): # one picture with its caption
+    def html(self, **values) -> str:
+        "One picture with its caption, as HTML."
         image, caption = self.draw(**values)
         told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace("<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
         return told + f'<div aria-live="polite">{escape(caption)}</div>'
 
-    def frames(self):
+    def frames(self) -> str:
+        "The pictures of `stored`, as HTML that works without a kernel."
         every = [dict(zip(self.stored, values)) for values in itertools.product(*self.stored.values())]
         images, captions = zip(*[self.draw(**values) for values in every])
         return frames(images, self.stored, captions, self.alt, self.width, self.smooth, {k: v for k, v in self.start.items() if v in self.stored[k]})
 
-    def widget(self):
+    def widget(self) -> object: # ipywidgets.VBox
         "The live figure: an ipywidgets box with a control for each axis and the picture below. Made once, shown as often as wanted."
         if self.box: return self.box
         import ipywidgets as w
@@ -148,8 +150,8 @@ class Interactive:
         self.box = w.VBox([*self.controls.values(), *([self.more(self)] if self.more else []), self.out])
         return self.box
 
-    def values(self): return {name: control.value for name, control in self.controls.items()}
-    def redraw(self): self.out.value = self.html(**self.values())
+    def values(self) -> dict: return {name: control.value for name, control in self.controls.items()}
+    def redraw(self) -> None: self.out.value = self.html(**self.values())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if not _watched(): return {"text/plain": self.alt, "text/html": self.frames()}
@@ -158,7 +160,8 @@ class Interactive:
 # %% ../../nbs/workshop/widgets.ipynb #c025
 def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
              schedules, # dict: name -> NoiseSchedule, all of the same T
-             seed=0):
+             seed=0       # of the noise
+            ) -> Interactive:
     "A slider over t: the image under a chosen schedule, with its signal-to-noise ratio."
     noise, T = draw_noise(x0.shape, addressed(seed, "dissolve"), "cpu"), next(iter(schedules.values())).T
     def draw(schedule, t):
@@ -209,7 +212,10 @@ def sampling(trained,     # from load_model, a model with classes
 # %% ../../nbs/workshop/widgets.ipynb #c038
 @torch.no_grad()
 def attention_weights(model, # a UNet
-                      x_t, t, y=None):
+                      x_t,   # (B, C, H, W)
+                      t,     # int64 (B,)
+                      y=None # classes, int64 (B,), or None
+                     ) -> dict:
     "Runs the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; a row says where that position looks."
     found = {}
     def look(name):
@@ -246,8 +252,10 @@ def _pixel_buttons(image, cell, figure): # an ipywidget
 def attention_maps(trained=None, # from load_model; None: the embedded digits model
                    x0=None,      # a grey image (1, 1, H, W) in [-1, 1]; None: a test digit
                    t=100,        # how much noise it gets
-                   y=None, seed=0):
-    "Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer."
+                   y=None, seed=0
+                  ) -> Interactive:
+    """Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer.
+    Raises DiffnbError for a model without attention."""
     trained = trained or load_model("digits", device="cpu")
     if x0 is None: x0 = to_float(load_data("digits", split="test").images[:1])
     x_t = trained.schedule.add_noise(x0, draw_noise(x0.shape, addressed(seed, "attention"), "cpu"), t)
@@ -292,8 +300,10 @@ def _bytes(image):
     return out.getvalue()
 
 def dashboard(run,          # a run folder, also while it is training
-              floor=None):  # loss of the best Gaussian denoiser, drawn as a dashed line
-    "Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it trains."
+              floor=None,   # loss of the best Gaussian denoiser, drawn as a dashed line
+             ) -> Interactive:
+    """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it trains.
+    Raises DiffnbError for a run that has logged nothing yet."""
     def steps(): # a single row makes no curve
         logged = [int(s) for s in read_metrics(run)["step"]]
         return logged[1:] or logged
