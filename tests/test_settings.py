@@ -1147,12 +1147,12 @@ def of_widgets(w):
     seeing = [replace(model, model=small(patch_size=2, attention=(4,), blocks=n)) for n in (1, 2)]
     yield "attention_maps", Case(W.attention_maps, shown, trained=V(*seeing), x0=V(x0, -x0), t=V(100, 500),
         y=V(torch.tensor([1]), torch.tensor([2])), seed=V(0, 1))
-    @functools.wraps(W.dashboard)
-    def dashboard(**kw): # its curves are those of plot_metrics
+    @functools.wraps(W.replay)
+    def replay(**kw): # its curves are those of plot_metrics
         def curves(metrics, floor): # the floor first: the end of a long text lies outside the picture
             return plt.figure(figsize=(2, 1)).text(0, 0, f"{floor} {metrics['loss']}").figure
-        with mock.patch.object(W, "plot_metrics", curves): return W.dashboard(**kw).frames()
-    yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
+        with mock.patch.object(W, "plot_metrics", curves): return W.replay(**kw).frames()
+    yield "replay", Case(replay, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
 
 def of_workbook(w):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['picture', 'frames', 'Interactive', 'dissolve', 'trajectory', 'sampling', 'attention_weights', 'attention_maps',
-           'dashboard']
+           'replay']
 
 # %% ../../nbs/workshop/widgets.ipynb #i0
 import base64, importlib.util, io, itertools, json, os, sys
@@ -299,9 +299,9 @@ def _bytes(image):
     out = io.BytesIO(); image.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
-def dashboard(run,          # a run folder, also while it is training
-              floor=None,   # loss of the best Gaussian denoiser, drawn as a dashed line
-             ) -> Interactive:
+def replay(run,        # a run folder, also while it is training
+           floor=None, # loss of the best Gaussian denoiser, drawn as a dashed line
+          ) -> Interactive:
     """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it trains.
     Raises DiffnbError for a run that has logged nothing yet."""
     def steps(): # a single row makes no curve
