@@ -115,7 +115,8 @@ def test_impossible_requests_are_refused(sampler):
     with pytest.raises(DiffnbError, match="prediction must be"): Denoiser(model, schedule, "noise")
     for call in (lambda: draw_noise(x_T.shape, [addressed(0)] * 3), lambda: sampler(Denoiser(model, schedule), x_T, generator=[addressed(0)] * 3)):
         with pytest.raises(DiffnbError, match="3 generators for 8 images"): call()
-    with pytest.raises(DiffnbError, match="2 labels for 8 images"): sampler(Denoiser(model, schedule, y=torch.zeros(2, dtype=int)), x_T, 5)
+    for n in (2, 9):
+        with pytest.raises(DiffnbError, match=f"{n} labels for 8 images"): sampler(Denoiser(model, schedule, y=torch.zeros(n, dtype=int)), x_T, 5)
     with pytest.raises(DiffnbError, match="shape"): sampler(Denoiser(lambda x, t, y: x[:, :1], schedule), x_T, 5)
     with pytest.raises(DiffnbError, match="zero terminal SNR"): sampler(Denoiser(model, schedule.zero_terminal_snr()), x_T, 5)
 
