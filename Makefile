@@ -8,11 +8,11 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: .venv/ready  ## train on 10,000 pictures of clothes (three minutes on two cores with bf16), then sample; the last line is the picture
 	$(BIN)/diffnb train --preset clothes --run $(RUN)
-	@$(BIN)/diffnb sample $(RUN) --guidance 2 --sampler dpmpp_2m --steps 20 --out $(RUN)/samples.png
+	@$(BIN)/diffnb sample $(RUN) --guidance-scale 2 --sampler dpmpp_2m --steps 20 --out $(RUN)/samples.png
 
 cifar10: .venv/ready  ## the same for CIFAR-10 in twenty minutes; DATA=FOLDER if you have it already
 	$(BIN)/diffnb train --preset cifar10-20min --run runs/cifar10-20min $(if $(DATA),--data-root $(DATA))
-	@$(BIN)/diffnb sample runs/cifar10-20min --guidance 2 --sampler dpmpp_2m --steps 20 --out runs/cifar10-20min/samples.png
+	@$(BIN)/diffnb sample runs/cifar10-20min --guidance-scale 2 --sampler dpmpp_2m --steps 20 --out runs/cifar10-20min/samples.png
 
 test: .venv/ready  ## before a commit: names, generated code, every notebook, and the tests that are not marked slow (ten minutes on two cores)
 	$(BIN)/ruff check

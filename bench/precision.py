@@ -14,10 +14,10 @@ from diffnb.data import save_grid
 from diffnb.workshop.datasets import load_data
 from diffnb.evaluate import Moments, frechet_distance, jackknife_error
 from diffnb.workshop.features import make_features
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
+from diffnb.workshop.folder import make_config
 from diffnb.workshop.generate import sample_batches
 from diffnb.core import pick_device
-from diffnb.workshop.models import load_model
 from harness import HERE, machine, save
 
 VARIANTS = {
@@ -39,13 +39,13 @@ def main(argv=None):
     a = p.parse_args(argv)
     device = pick_device(a.device)
     m = load_model(a.run, device)
-    features = make_features(a.features, m.config.data, device, a.inception)
-    real = load_data(m.config.data, m.config.image_size, split="test", filter=m.config.interpolation, root=a.data_root)
+    config = make_config(m.settings)
+    features = make_features(a.features, config.data, device, a.inception)
+    real = load_data(config.data, config.image_size, split="test", filter=config.interpolation, root=a.data_root)
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
-        batches = sample_batches(
-            m.model, m.schedule, m.shape, list(range(a.n)), y=torch.arange(a.n) % len(m.classes) if m.classes else None,
-            sampler=ddim, steps=a.steps, prediction=m.config.prediction, device=device, **how)
+        denoiser = m.denoiser(torch.arange(a.n) % len(m.classes) if m.classes else None)
+        batches = sample_batches(denoiser, m.shape, list(range(a.n)), sampler=ddim, steps=a.steps, device=device, **how)
         made[name] = torch.cat([x for _, x in batches])
         f = features(made[name])
         off = (made[name].float() - made["float32"].float()).abs()
@@ -60,9 +60,8 @@ def main(argv=None):
         {
             "what": "bf16 against float32 in sampling", "source": Path(a.run).name, "machine": machine(device),
             "run": {
-                "data": m.config.data, "size": m.config.image_size,
-                "parameters": sum(q.numel() for q in m.model.parameters()),
-                "images_seen": m.step * m.config.batch_size},
+                "data": config.data, "size": config.image_size,
+                "parameters": sum(q.numel() for q in m.model.parameters()), "images_seen": m.step * config.batch_size},
             "n": a.n, "steps": a.steps, "features": features.name, "dim": features.dim,
             "reference": f"{len(real):,} test images", "variants": rows},
         a.out or HERE / f"results/precision_{device.type}.json")

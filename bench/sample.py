@@ -31,24 +31,24 @@ def weights(model): # a fresh network ends in zeros and would predict nothing; r
     return model.eval().requires_grad_(False)
 
 def ours(shape, batch, device, options, steps, model=None, prediction="eps"):
-    from diffnb.sample import ddim
+    from diffnb.sample import Denoiser, ddim
     from diffnb.workshop.generate import sample_batches
     from diffnb.schedule import linear_schedule
     from diffnb.workshop.settings import TrainConfig, pick_precision
-    network, schedule = model or weights(shape.ours()).to(device), linear_schedule()
+    network = model or weights(shape.ours()).to(device)
     if "channels_last" in options:
         network = network.to(memory_format=torch.channels_last)
     if options & {"compile", "graphs"}:
         network.compile(mode="reduce-overhead" if "graphs" in options else None)
     asked = "bf16" if "bf16" in options else "float32" if options else "auto"       # auto: as `diffnb sample` comes
     precision = pick_precision(asked, device, TrainConfig(**asdict(shape)))
+    denoiser = Denoiser(network, linear_schedule(), prediction)
     def run(n, steps=steps):
         for _ in range(n):
             _, made = next(
                 sample_batches(
-                    network, schedule, (3, shape.image_size, shape.image_size), list(range(batch)), batch_size=batch,
-                    sampler=ddim, device=device, progress=False, precision=precision, steps=steps,
-                    prediction=prediction))
+                    denoiser, (3, shape.image_size, shape.image_size), list(range(batch)), batch_size=batch,
+                    sampler=ddim, device=device, progress=False, precision=precision, steps=steps))
         return made
     return run, precision
 

@@ -4,83 +4,56 @@
 __all__ = ['Guided', 'guided']
 
 # %% ../nbs/06_guide.ipynb #i0
-import torch
-from torch import nn
+from dataclasses import dataclass, fields
 
 # %% ../nbs/06_guide.ipynb #i1
+import torch
+
+# %% ../nbs/06_guide.ipynb #i2
 from .core import DiffnbError
+from .sample import Denoiser
 
 # %% ../nbs/06_guide.ipynb #c014
-class Guided(nn.Module):
-    "A model that answers for its labels with guidance; made by `guided`."
-    def __init__(self, model, y, w, rescale, interval, null):
-        super().__init__()
-        self.model, self.w, self.rescale, self.interval, self.null = model, w, rescale, interval, null
-        self.register_buffer("y", y, persistent=False)
+@dataclass(eq=False)
+class Guided(Denoiser):
+    "A Denoiser whose guidance keeps its contrast, or is left out at some timesteps; made by `guided`."
+    rescale: float = 0.0         # 0 … 1: how far the contrast is brought back to that of the conditional answer
+    interval: tuple | None = None # (first, last) timestep with guidance; elsewhere the scale is 1; None: everywhere
 
-    def forward(self, x_t, t, y=None):
-        if y is not None:
-            raise DiffnbError("a guided model has its labels already: give y to guided(), not to the sampler")
-        if len(self.y) != len(x_t):
-            raise DiffnbError(f"guided was given {len(self.y)} labels, and now {len(x_t)} images")
-        low, high = self.interval
-        inside = (t >= low) & (t <= high)
-        if self.w == 1 or self.interval != (0, float("inf")) and not inside.any():
-            return self.model(x_t, t, self.y)
-        y = self.y.to(x_t.device)
-        both = torch.cat([torch.full_like(y, self.null), y])
-        uncond, cond = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-        out = uncond + self.w * (cond - uncond)
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.rescale <= 1:
+            raise DiffnbError(f"rescale={self.rescale} must lie between 0 and 1")
+        first, last = self.interval or (0, 0)
+        if not 0 <= first <= last:
+            raise DiffnbError(f"interval={self.interval} must be (first, last) timesteps with 0 <= first <= last")
+
+    def inside(self, t) -> torch.Tensor: # bool, shaped as t
+        "True at the timesteps of the interval, both ends included (Kynkäänniemi et al. 2024, arXiv:2404.07724)."
+        first, last = self.interval
+        return (t >= first) & (t <= last)
+
+    def guides(self, t) -> bool:
+        "True if the network has to be asked twice at the timesteps t, (B,)."
+        return super().guides(t) and (self.interval is None or bool(self.inside(t).any()))
+
+    def combine(self, uncond, cond, t) -> torch.Tensor:
+        "Guidance, rescaled (Lin et al. 2024, arXiv:2305.08891, eq. 15 and 16), inside the interval; all (B, C, H, W)."
+        out = super().combine(uncond, cond, t)
         if self.rescale:
             std = _std(cond) / _std(out)
             out = self.rescale * std * out + (1 - self.rescale) * out
-        return torch.where(inside.view(-1, 1, 1, 1), out, cond)
+        return out if self.interval is None else torch.where(self.inside(t).view(-1, 1, 1, 1), out, cond)
 
 def _std(x): return x.std((1, 2, 3), keepdim=True)
 
-# %% ../nbs/06_guide.ipynb #c015
-def _check_w(w): # also refuses nan
-    if not (isinstance(w, (int, float)) and abs(w) < 1000):
-        raise DiffnbError(
-            f"guidance w={w!r} is not possible: a number between -1000 and 1000; 1 to 8 are usual (command "
-            "line: --guidance)")
-
-def _null_class(model):
-    """What the model's settings give for num_classes, also inside torch.compile, DistributedDataParallel or another
-    wrapper."""
-    parts = model.modules() if isinstance(model, nn.Module) else [getattr(model, "func", model)]
-    told = {
-        c["num_classes"]
-        for c in (getattr(part, "config", None) for part in parts)
-        if isinstance(c, dict) and "num_classes" in c}
-    if len(told) != 1:
-        raise DiffnbError(f"this model ({type(model).__name__}) does not say how many classes it has: "
-                          "give guided(..., null=...) the number of its null class, which is the number of classes")
-    if told == {None}:
-        raise DiffnbError("this model was trained without classes, so it cannot be guided towards one: "
-                          "train it with classes and label_dropout, or sample it without guidance")
-    return told.pop()
-
-def guided(model,         # a class-conditional model trained with label dropout: model(x_t, t, y)
-           y,             # the classes wanted, int64 (B,)
-           w,             # 0 unconditional, 1 conditional, above 1 guided
-           rescale=0.0,   # 0 … 1: how far to bring the contrast back to that of the conditional answer
-           interval=None, # (first, last) timestep with guidance, e.g. (200, 800); elsewhere w = 1; None: everywhere
-           null=None,     # number of the null class; None: the model's own num_classes, wrapped or not
-          ):              # a model(x_t, t) for the same B images
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, with their w + 1), one batched network call a step;
-    `rescale` as in Lin et al. 2024, eq. 15-16; `interval` as in Kynkäänniemi et al. 2024.
-    Raises DiffnbError if the model has no classes, or for an impossible w, rescale, interval or label."""
-    _check_w(w)
-    if null is None:
-        null = _null_class(model)
-    if not 0 <= rescale <= 1:
-        raise DiffnbError(f"rescale={rescale} must lie between 0 and 1")
-    low, high = interval or (0, float("inf"))
-    if not 0 <= low <= high:
-        raise DiffnbError(f"interval={interval} must be (first, last) timesteps with 0 <= first <= last")
-    y = torch.as_tensor(y)
-    if len(y) and not (0 <= y.min() and y.max() <= null):                # once for a whole walk, so a GPU may be asked
-        raise DiffnbError(
-            f"labels must lie between 0 and {null - 1} (or {null}, the null class); got {y.min()} to {y.max()}")
-    return Guided(model, y, w, rescale, (low, high), null)
+def guided(denoiser,       # Denoiser with labels, of a model trained with label dropout
+           guidance_scale, # 0 unconditional, 1 conditional, above 1 guided
+           rescale=0.0,    # 0 … 1: how far to bring the contrast back to that of the conditional answer
+           # (first, last) timestep with guidance, e.g. (200, 800); elsewhere the scale is 1; None: everywhere
+           interval=None,
+          ) -> Guided:
+    """A denoiser with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) and its two refinements.
+    Raises DiffnbError for a model without classes, missing labels, or an impossible scale, rescale or interval."""
+    settings = {f.name: getattr(denoiser, f.name) for f in fields(Denoiser)}
+    return Guided(**settings | dict(guidance_scale=guidance_scale, rescale=rescale, interval=interval))

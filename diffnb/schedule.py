@@ -7,6 +7,7 @@ __all__ = ['PREDICTIONS', 'write_statistics', 'load_statistics', 'NoiseSchedule'
 
 # %% ../nbs/02_schedule.ipynb #i0
 import io, json, math, warnings, zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Integral
@@ -24,9 +25,10 @@ from .data import to_float
 # %% ../nbs/02_schedule.ipynb #c009
 def write_statistics(data, # ImageData
                      out,  # a folder
-                    ):  # path of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
+                    ) -> Path: # of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
     """Spectrum of the images exactly as training sees them (resized, then rounded to bytes), float32, with the facts it
-    depends on. At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core."""
+    depends on. At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core. Raises DiffnbError if it cannot
+    be written."""
     images = torch.cat([data.take(slice(i, i + 1000)).cpu() for i in range(0, len(data), 1000)])
     facts = {
         "name": data.name, "images": len(data), "size": data.size, "native_size": data.native_size,
@@ -37,7 +39,7 @@ def write_statistics(data, # ImageData
     return write_whole(Path(out) / f"{data.name}_{data.size}{suffix}.npz", packed.getvalue())
 
 def load_statistics(source, # a file from write_statistics, or the name of a shipped one: "cifar10_32", "cifar10_64_bicubic", ...
-                   ):       # (spectrum, (D,) float64, largest first; facts, a dict)
+                   ) -> tuple[torch.Tensor, dict]: # (spectrum, (D,) float64, largest first; facts)
     "Spectrum of a data set whose images are not at hand. Raises DiffnbError if there is no such file."
     folder = Path(diffnb.__file__).parent / "stats"
     path = Path(source) if Path(source).suffix.lower() == ".npz" else folder / f"{source}.npz"
@@ -53,7 +55,7 @@ def _integer(value, name, low, high):
     "`value` as an int between `low` and `high`, both included; otherwise an error that names the range."
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
         return int(value)
-    raise DiffnbError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+    raise DiffnbError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 # %% ../nbs/02_schedule.ipynb #c018
 def _checked(name, values):
@@ -61,7 +63,7 @@ def _checked(name, values):
     try:
         a = torch.as_tensor(values.detach().cpu() if torch.is_tensor(values) else np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as e:
-        raise DiffnbError(f"{name} must be a list of numbers: {e}.") from e
+        raise DiffnbError(f"{name} must be a list of numbers: {e}") from e
     a = a.double().clone()
     wrong = ("must have one dimension and at least 2 entries" if a.ndim != 1 or len(a) < 2 else
              "must be finite" if not a.isfinite().all() else None)
@@ -111,10 +113,10 @@ class NoiseSchedule:
         return f"NoiseSchedule(T={self.T}, alpha_bar {self.alpha_bar[0]:.5g} to {self.alpha_bar[-1]:.4g}{kind})"
 
     @property
-    def T(self): return len(self.alpha_bar)
+    def T(self) -> int: return len(self.alpha_bar)
 
 # %% ../nbs/02_schedule.ipynb #c023
-def patch_to(cls):
+def patch_to(cls) -> Callable: # the decorator
     "Decorator: the function below becomes a method of `cls`, so that a class can grow down the page."
     def attach(f):
         f.__qualname__ = f"{cls.__name__}.{f.__name__}"
@@ -136,12 +138,12 @@ def _table(self, device):
 @patch_to(NoiseSchedule)
 def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 is the clean end
                  ndim=4     # dimensions of the images, for broadcasting
-                ):          # two floats, or two float32 tensors (B, 1, 1, 1) on t's device
+                ) -> tuple: # two floats, or two float32 tensors (B, 1, 1, 1) on t's device
     "Signal and noise level, a and s, at `t`. Raises DiffnbError if `t` is not an integer, or an int out of range."
     if not torch.is_tensor(t):
         return (1.0, 0.0) if _integer(t, "t", -1, self.T - 1) == -1 else (self.a[t].item(), self.s[t].item())
     if t.is_floating_point():
-        raise DiffnbError(f"t must hold integers, got {t.dtype}; bf16 would turn 750 into 752.")
+        raise DiffnbError(f"t must hold integers, got {t.dtype}; bf16 would turn 750 into 752")
     # index_select refuses negative positions, so that -2 is an error and not the noisy end
     return self._table(t.device).index_select(1, t.flatten() + 1).view(2, -1, *[1] * (ndim - 1)).unbind()
 
@@ -150,13 +152,13 @@ def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 i
 def add_noise(self, x0, # clean images, (B, C, H, W), float in [-1, 1]
               noise,    # standard normal, same shape
               t         # timesteps, (B,), or one int for all
-             ):         # noised images, same shape, float32
-    """x_t = a x0 + s noise (Ho et al. 2020, eq. 4, for a variance-preserving schedule). Raises DiffnbError for uint8
-    images."""
+             ) -> torch.Tensor: # noised images, same shape, float32
+    """x_t = a x0 + s noise (Ho et al. 2020, arXiv:2006.11239, eq. 4, for a variance-preserving schedule).
+    Raises DiffnbError for uint8 images, shapes that differ, or a t out of range."""
     if not x0.is_floating_point():
-        raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images).")
+        raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images)")
     if x0.shape != noise.shape:
-        raise DiffnbError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape.")
+        raise DiffnbError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape")
     a, s = self.signal_noise(t, x0.ndim)
     return a * x0.float() + s * noise.float()
 
@@ -166,10 +168,11 @@ def _check_T(T): return _integer(T, "T", 2, 1_000_000)
 def linear_schedule(T=1000,          # timesteps
                     beta_start=1e-4, # variance of the noise added in the first timestep
                     beta_end=0.02    # and in the last; both made for T=1000
-                   ):                # a NoiseSchedule
-    "The schedule of DDPM (Ho et al. 2020, section 4): beta rises in a straight line. Raises DiffnbError."
+                   ) -> NoiseSchedule:
+    """The schedule of DDPM (Ho et al. 2020, arXiv:2006.11239, section 4): beta rises in a straight line.
+    Raises DiffnbError unless 0 < beta_start <= beta_end < 1."""
     if not 0 < beta_start <= beta_end < 1:
-        raise DiffnbError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}.")
+        raise DiffnbError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
     beta = torch.linspace(beta_start, beta_end, _check_T(T), dtype=torch.float64)
     return NoiseSchedule((1 - beta).cumprod(0))
 
@@ -181,29 +184,31 @@ def _from_curve(f, T): # f: signal power over time 0..1, on a float64 tensor
     return NoiseSchedule((1 - beta).cumprod(0))
 
 def cosine_schedule(T=1000, # timesteps
-                    s=0.008 # keeps the first betas from vanishing
-                   ):       # a NoiseSchedule
-    "A quarter of a cosine wave, squared (Nichol & Dhariwal 2021, eq. 17), betas clipped at 0.999. Raises DiffnbError."
+                    s=0.008 # keeps the first betas from vanishing; above 0
+                   ) -> NoiseSchedule:
+    """A quarter of a cosine wave, squared (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17), betas clipped at 0.999.
+    Raises DiffnbError for an s that is not above 0, or an impossible T."""
     if not s > 0:
-        raise DiffnbError(f"s must be above 0, got {s}.")
+        raise DiffnbError(f"s must be above 0, got {s}")
     return _from_curve(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
 
 # %% ../nbs/02_schedule.ipynb #c038
 def sigmoid_schedule(T=1000,          # timesteps
                      start=-3, end=3, # the stretch of the sigmoid curve that is used
                      tau=1.0          # temperature: the larger, the straighter the curve
-                    ):                # a NoiseSchedule
-    "A stretch of a sigmoid, scaled to run from 1 to 0 (Jabri et al. 2022; Chen 2023). Raises DiffnbError."
+                    ) -> NoiseSchedule:
+    """A stretch of a sigmoid, scaled to run from 1 to 0 (Jabri et al. 2022, arXiv:2212.11972; Chen 2023,
+    arXiv:2301.10972). Raises DiffnbError unless start < end and tau > 0."""
     if not (start < end and tau > 0):
-        raise DiffnbError(f"need start < end and tau > 0, got {start}, {end}, {tau}.")
+        raise DiffnbError(f"need start < end and tau > 0, got {start}, {end}, {tau}")
     low, high = torch.tensor([start, end], dtype=torch.float64).div(tau).sigmoid()
     return _from_curve(lambda u: (high - ((u * (end - start) + start) / tau).sigmoid()) / (high - low), T)
 
 # %% ../nbs/02_schedule.ipynb #c043
 @patch_to(NoiseSchedule)
 def log_snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
-           ):            # a float, or float64 on the CPU, (B,) or (T,); -inf where no signal is left
-    "Natural logarithm of signal power over noise power, log(a**2 / s**2)."
+           ) -> float | torch.Tensor: # a float, or float64 on the CPU, (B,) or (T,); -inf where no signal is left
+    "Natural logarithm of signal power over noise power, log(a**2 / s**2). Raises DiffnbError for an int out of range."
     values = self.alpha_bar.log() - 2 * self.s.log()
     if t is None:
         return values
@@ -214,37 +219,40 @@ def log_snr(self, t=None # timesteps, int or tensor (B,); None is the whole sche
 
 @patch_to(NoiseSchedule)
 def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
-       ):            # a float, or float64 on the CPU, (B,) or (T,)
-    "Signal power over noise power, a**2 / s**2. On a GPU's t it waits; signal_noise does not."
+       ) -> float | torch.Tensor: # a float, or float64 on the CPU, (B,) or (T,)
+    """Signal power over noise power, a**2 / s**2. Synchronizes for a CUDA `t`; signal_noise does not.
+    Raises DiffnbError for an int out of range."""
     values = self.log_snr(t)
     return values.exp() if torch.is_tensor(values) else math.exp(values)
 
 # %% ../nbs/02_schedule.ipynb #c051
 @patch_to(NoiseSchedule)
 def shift(self, scale # how many times longer the side of the image is; 2 from 32x32 to 64x64
-         ):           # a new NoiseSchedule
-    "SNR divided by scale**2, log SNR lowered by 2 log(scale) (Hoogeboom et al. 2023; Chen 2023). Raises DiffnbError."
+         ) -> NoiseSchedule: # a new one
+    """SNR divided by scale**2, log SNR lowered by 2 log(scale) (Hoogeboom et al. 2023, arXiv:2301.11093; Chen 2023).
+    Raises DiffnbError unless 0 < scale < inf."""
     if not 0 < scale < math.inf:
-        raise DiffnbError(f"scale must be a number above 0, got {scale!r}.")
+        raise DiffnbError(f"scale must be a number above 0, got {scale!r}")
     if self.straight: # keep a + s = 1
         return NoiseSchedule((self.a / (self.a + self.s * scale)) ** 2, self.s * scale / (self.a + self.s * scale))
     return NoiseSchedule(self.alpha_bar / (self.alpha_bar + (1 - self.alpha_bar) * scale ** 2))
 
 # %% ../nbs/02_schedule.ipynb #c054
 @patch_to(NoiseSchedule)
-def zero_terminal_snr(self): # a new NoiseSchedule
-    """sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2023, algorithm 1).
+def zero_terminal_snr(self) -> NoiseSchedule: # a new one
+    """sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1).
     Raises DiffnbError for the flow schedule, which ends at pure noise as it is."""
     if self.straight:
-        raise DiffnbError("the flow schedule ends at pure noise already: leave zero_terminal_snr out.")
+        raise DiffnbError("the flow schedule ends at pure noise already: leave zero_terminal_snr out")
     a = self.alpha_bar.sqrt()
     return NoiseSchedule(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 
 # %% ../nbs/02_schedule.ipynb #c057a
 def flow_schedule(T=1000 # timesteps
-                 ):      # a NoiseSchedule with a + s = 1
+                 ) -> NoiseSchedule: # with a + s = 1
     """The straight path from image to noise: s = (t + 1) / T, a = 1 - s (Lipman et al. 2023, arXiv:2210.02747, eq.
-    20-22)."""
+    20-22). Raises DiffnbError for an impossible T."""
     s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / T
     return NoiseSchedule((1 - s) ** 2, s)
 
@@ -255,10 +263,11 @@ def make_schedule(name,                   # "linear", "cosine", "sigmoid" or "fl
                   T=1000,                 # timesteps
                   shift=1.0,              # see NoiseSchedule.shift
                   zero_terminal_snr=False # see NoiseSchedule.zero_terminal_snr; done after the shift
-                 ):                       # a NoiseSchedule
-    "A schedule from the words and numbers in a configuration. Raises DiffnbError for an unknown name."
+                 ) -> NoiseSchedule:
+    """A schedule from the words and numbers in a configuration. Raises DiffnbError for an unknown name or impossible
+    numbers."""
     if name not in _SCHEDULES:
-        raise DiffnbError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {name!r}.")
+        raise DiffnbError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {name!r}")
     schedule = _SCHEDULES[name](T).shift(shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
@@ -267,19 +276,20 @@ PREDICTIONS = ("eps", "x0", "v", "velocity")
 
 def _check_prediction(schedule, prediction):
     if prediction not in PREDICTIONS:
-        raise DiffnbError(f"prediction must be one of {', '.join(map(repr, PREDICTIONS))}; got {prediction!r}.")
+        raise DiffnbError(f"prediction must be one of {', '.join(map(repr, PREDICTIONS))}; got {prediction!r}")
     if prediction == "velocity" and not schedule.straight:
         raise DiffnbError("prediction 'velocity' is noise - x0, the direction of the straight path: it needs the schedule "
-                          "'flow'. With a variance-preserving schedule use 'v', 'eps' or 'x0'.")
+                          "'flow'. With a variance-preserving schedule use 'v', 'eps' or 'x0'")
 
 @patch_to(NoiseSchedule)
 def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]
            noise,      # the noise that was added, same shape
            t,          # timesteps, (B,), or an int
            prediction  # "eps", "x0", "v" or, for the flow schedule, "velocity"
-          ):           # what the network should output, float32
-    """The training target: noise, x0, v = a noise - s x0 (Salimans & Ho 2022), or the velocity noise - x0
-    (Lipman et al. 2023). Raises DiffnbError for an unknown prediction, and for a velocity off the straight path."""
+          ) -> torch.Tensor: # what the network should output, same shape, float32
+    """The training target: noise, x0, v = a noise - s x0 (Salimans & Ho 2022, arXiv:2202.00512), or the velocity noise
+    - x0 (Lipman et al. 2023, arXiv:2210.02747). Raises DiffnbError for an unknown prediction, and for a velocity off
+    the straight path."""
     _check_prediction(self, prediction)
     if prediction == "eps":
         return noise.float()
@@ -296,8 +306,9 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
           x_t,          # noised images, same shape
           t,            # timesteps, (B,), or an int
           prediction    # "eps", "x0", "v" or, for the flow schedule, "velocity"
-         ):             # estimate of the clean images, float32, not clipped
-    "The x0 that an output stands for. Raises DiffnbError for eps where no signal is left: there x_t is noise alone."
+         ) -> torch.Tensor: # estimate of the clean images, float32, not clipped
+    """The x0 that an output stands for. Raises DiffnbError for a prediction that does not suit the schedule, and for
+    eps where no signal is left: there x_t is noise alone."""
     _check_prediction(self, prediction)
     a, s = self.signal_noise(t, x_t.ndim)
     if prediction == "x0":
@@ -311,7 +322,7 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
         raise DiffnbError(
             f"At t={self.T - 1} this schedule has zero terminal SNR: x_t is the noise, so a network that "
             "predicts eps says nothing about x0. Train with prediction='v' or 'x0', or on the flow with "
-            "'velocity'.")
+            "'velocity'")
     return (x_t.float() - s * output.float()) / a
 
 # %% ../nbs/02_schedule.ipynb #c065
@@ -319,11 +330,11 @@ def to_x0(self, output, # what the network said, (B, C, H, W), any float type
 def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipped
            x_t,      # noised images, same shape
            t         # timesteps, (B,), or an int
-          ):         # the noise that leads from this x0 to this x_t, float32
+          ) -> torch.Tensor: # the noise that leads from this x0 to this x_t, float32
     "eps = (x_t - a x0) / s. Raises DiffnbError for t=-1, where there is no noise."
     a, s = self.signal_noise(t, x_t.ndim)
     if not torch.is_tensor(s) and s == 0:
-        raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps.")
+        raise DiffnbError("t=-1 is the clean end: x_t is x0 and holds no eps")
     return (x_t.float() - a * x0.float()) / s
 
 # %% ../nbs/02_schedule.ipynb #c080
@@ -337,10 +348,11 @@ _SPACINGS = { # timestep with j more to come after it, of S in all; u = j/(S-1).
 @patch_to(NoiseSchedule)
 def timesteps(self, steps,       # how many, from 1 to T
               spacing="trailing" # "trailing", "leading", "linspace" or "quadratic"
-             ):                  # list of `steps` ints, strictly falling
-    "The timesteps a sampler visits (Lin et al. 2023, table 2; quadratic: Song et al. 2021). Raises DiffnbError."
+             ) -> list[int]:     # `steps` of them, strictly falling
+    """The timesteps a sampler visits (Lin et al. 2023, arXiv:2305.08891, table 2; quadratic: Song et al. 2021,
+    arXiv:2010.02502, appendix D.2). Raises DiffnbError for impossible steps or spacing."""
     if spacing not in _SPACINGS:
-        raise DiffnbError(f"spacing must be one of {', '.join(_SPACINGS)}; got {spacing!r}.")
+        raise DiffnbError(f"spacing must be one of {', '.join(_SPACINGS)}; got {spacing!r}")
     steps = _integer(steps, "steps", 1, self.T)
     u = lambda j: Fraction(j, steps - 1) if steps > 1 else 1
     return [_SPACINGS[spacing](self.T, steps, j, u(j)) for j in reversed(range(steps))]
@@ -349,16 +361,28 @@ def timesteps(self, steps,       # how many, from 1 to T
 @patch_to(NoiseSchedule)
 def pairs(self, steps,       # how many, from 1 to T
           spacing="trailing" # see timesteps
-         ):                  # list of `steps` pairs (t, t_next); the last t_next is -1, where alpha_bar is 1
-    "The transitions of a sampler: each timestep with the next one of its list, the last with the clean end."
+         ) -> list[tuple[int, int]]: # `steps` pairs (t, t_next); the last t_next is -1, where alpha_bar is 1
+    """Each timestep of a sampler with the next one of its list, the last with the clean end. Raises DiffnbError as
+    `timesteps` does."""
     ts = self.timesteps(steps, spacing)
     return list(zip(ts, ts[1:] + [-1]))
+
+# %% ../nbs/02_schedule.ipynb #c091b
+@patch_to(NoiseSchedule)
+def transitions(self, steps,       # how many, from 1 to T
+                spacing="trailing" # see timesteps
+               ) -> list:          # of `steps` triples (t, t_next), (a, s), (a_next, s_next)
+    """What a sampler loops over: the timesteps of each step with signal and noise level, ints and floats, at both of
+    them. The last step ends at t_next = -1 with levels (1.0, 0.0). Raises DiffnbError for impossible steps or
+    spacing."""
+    return [((t, t_next), self.signal_noise(t), self.signal_noise(t_next)) for t, t_next in self.pairs(steps, spacing)]
 
 # %% ../nbs/02_schedule.ipynb #c099
 def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
                    chunk=4096 # images taken at a time
-                  ):          # variances along the principal directions, (C*H*W,), float64, largest first
-    "Eigenvalues of the images' covariance. Warns if there are too few images to know it."
+                  ) -> torch.Tensor: # variances along the principal directions, (C*H*W,), float64, largest first
+    """Eigenvalues of the images' covariance (principal component analysis). Warns if there are too few images to know
+    it."""
     device = images.device if images.is_cuda else "cpu"  # other accelerators have no float64
     n, d = len(images), images[0].numel()
     if n <= d:
@@ -377,12 +401,13 @@ def image_spectrum(images,    # (N, C, H, W), uint8 or float in [-1, 1]
 def gaussian_loss_floor(images,           # (N, C, H, W), or their spectrum, (D,)
                         schedule,         # a NoiseSchedule
                         prediction="eps"  # "eps", "x0", "v" or "velocity"
-                       ):                 # mean squared error per pixel at each timestep, (T,), float64
-    "The loss of the best denoiser that knows only the mean and covariance of the images. Raises DiffnbError."
+                       ) -> torch.Tensor: # mean squared error per pixel at each timestep, (T,), float64
+    """The loss of the best denoiser that knows only the mean and covariance of the images (a Wiener filter).
+    Raises DiffnbError for a spectrum with negative entries, or a prediction that does not suit the schedule."""
     _check_prediction(schedule, prediction)
     spectrum = images.double().cpu() if images.ndim == 1 else image_spectrum(images)
     if not (spectrum >= 0).all():
-        raise DiffnbError("a spectrum holds variances: every entry must be a number, 0 or above.")
+        raise DiffnbError("a spectrum holds variances: every entry must be a number, 0 or above")
     a, s, variance = schedule.a[:, None], schedule.s[:, None], spectrum[None]
     scale = {"eps": a ** 2, "x0": s ** 2, "v": (a ** 2 + s ** 2) ** 2, "velocity": 1}[prediction]
     return (scale * variance / (a ** 2 * variance + s ** 2)).mean(1)

@@ -9,9 +9,9 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffnb import __version__
+from diffnb.sample import load_model
 from diffnb.workshop.cli import _without_preset, commands, main
 from diffnb.workshop.folder import read_config
-from diffnb.workshop.models import load_model
 from diffnb.workshop.settings import PRESETS, TrainConfig, check_config
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 "
@@ -60,7 +60,8 @@ def test_a_small_run_of_the_new_recipe_through_every_command(tmp_path, capsys):
     for sampler in ("ddim", "heun", "dpmpp_2m", "ddpm"):
         out = tmp_path / f"{sampler}.png"
         asked = [
-            "--sampler", sampler, "--steps", "3", "--guidance", "2", "--n", "4", "--device", "cpu", "--out", str(out)]
+            "--sampler", sampler, "--steps", "3", "--guidance-scale", "2", "--n", "4", "--device", "cpu", "--out",
+            str(out)]
         assert main(["sample", str(run), *asked]) == 0 and out.stat().st_size > 100
     assert (
         main(
@@ -188,7 +189,7 @@ def test_any_text_can_be_the_name_of_a_class_or_a_file(word, monkeypatch):
 @pytest.mark.parametrize(
     "value", ["nan", "inf", "-inf", "1e400", "9" * 30, "-" + "9" * 30, "9" * 5000, "", "x", "0x10", "²", "None", "True"]
 )
-@pytest.mark.parametrize("option", ["--guidance", "--n", "--seed"])
+@pytest.mark.parametrize("option", ["--guidance-scale", "--guidance", "--n", "--seed"])
 def test_numbers_that_no_option_can_mean(option, value, monkeypatch, capsys):
     calls = seen(monkeypatch, "sample")
     code, _, err = said(capsys, "sample", "digits", f"{option}={value}")

@@ -17,10 +17,9 @@ from diffnb.evaluate import (Moments, Score, evaluate, frechet_distance, jackkni
 from diffnb.schedule import load_statistics, write_statistics
 from diffnb.workshop.features import Features, inception_features, make_features
 from diffnb.workshop.scoring import evaluate_run, panel, read_images
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.workshop.generate import sample_batches
 from diffnb.schedule import cosine_schedule, flow_schedule, gaussian_loss_floor, image_spectrum, linear_schedule
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
@@ -460,9 +459,9 @@ def test_any_function_serves_as_feature_network(digits, test_digits):
 
 def test_evaluate_run_resumes_and_writes_its_files(run, capsys):
     drawn = []
-    def counting(model, schedule, shape, *args, **kw):
-        drawn.append(shape[0])
-        return ddim(model, schedule, shape, *args, **kw)
+    def counting(denoiser, x_T, *args, **kw):
+        drawn.append(len(x_T))
+        return ddim(denoiser, x_T, *args, **kw)
     counting.__name__ = "ddim"
     with pytest.warns(UserWarning):
         evaluate_run(run, n=40, steps=2, sampler=counting, device="cpu", progress=False)
@@ -487,7 +486,7 @@ def test_evaluate_run_resumes_and_writes_its_files(run, capsys):
 
 def test_guided_samples_are_kept_apart(run, tmp_path):
     for w in (1.0, 3.0):
-        evaluate_run(run, n=70, steps=2, guidance=w, device="cpu", out=tmp_path, progress=False)
+        evaluate_run(run, n=70, steps=2, guidance_scale=w, device="cpu", out=tmp_path, progress=False)
     assert sorted(p.name.partition("ddim2")[2] for p in (tmp_path / "evaluation").iterdir()) == ["", "_w3"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["guidance"] == 3
 
@@ -509,8 +508,7 @@ def test_the_commands_on_a_flow_with_muon_patches_and_averages(tmp_path, capsys)
     assert "flow schedule, predicting velocity, timesteps drawn logit-normal" in out and "nan" not in out
     images = read_images(next((tmp_path / "run/evaluation").iterdir()))[0]
     trained = load_model(tmp_path / "run", device="cpu")
-    _, alone = next(sample_batches(trained.model, trained.schedule, trained.shape, [0], y=torch.arange(10), steps=5,
-                                    prediction="velocity", progress=False))
+    _, alone = next(sample_batches(trained.denoiser(torch.arange(10)), trained.shape, [0], steps=5, progress=False))
     assert trained.schedule == flow_schedule(20) and (images[0].int() - alone[0].int()).abs().max() <= 1
 
 def test_pngs_an_npz_and_references_of_either_kind_give_one_score(tmp_path, digits, test_digits):

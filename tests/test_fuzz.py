@@ -12,9 +12,9 @@ import pytest, safetensors.torch, torch
 import diffnb.train as T
 from diffnb.core import DiffnbError
 from diffnb.core import last_checkpoint, read_tensors, write_tensors
+from diffnb.sample import load_model
 from diffnb.train import TrainState
 from diffnb.workshop.folder import make_config, read_config, read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
 

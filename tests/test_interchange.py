@@ -87,8 +87,7 @@ def test_pipeline_samples_the_same_images(tmp_path, model, prediction, schedule)
         4, torch.Generator().manual_seed(3), num_inference_steps=25, use_clipped_model_output=True, output_type="np"
     ).images
     x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ours = sample.ddim(model, schedule, (4, 3, 8, 8), steps=25, prediction=prediction, x_T=x_T)
+    ours = sample.ddim(sample.Denoiser(model, schedule, prediction), x_T, steps=25)
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     print("PIPELINE", prediction, (ours - theirs).abs().max().item())
     assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-3
@@ -249,7 +248,7 @@ def test_flow_survives_a_reader_who_saves_it_again(tmp_path):
     (1000, 1.0, 10, "trailing"), (1000, 3.0, 10, "trailing"), (100, 1.0, 7, "trailing"), (100, 0.5, 20, "linspace"),
     (1000, 2.0, 1, "trailing"), (50, 2.0, 50, "trailing")])
 def test_flow_trajectory_is_that_of_their_steps(tmp_path, T, shift, steps, spacing):
-    from diffnb.sample import ddim
+    from diffnb.sample import ddim, Denoiser
     folder, model, schedule = flow_folder(tmp_path / "m", T, shift)
     unet, scheduler = their_flow(folder)
     ts, x_T = schedule.timesteps(steps, spacing), batch(4)[0]
@@ -257,9 +256,8 @@ def test_flow_trajectory_is_that_of_their_steps(tmp_path, T, shift, steps, spaci
     assert scheduler.timesteps.tolist() == ts
     assert (scheduler.sigmas[:-1].double() - schedule.s[ts]).abs().max() < 1e-6 and scheduler.sigmas[-1] == 0
     seen = []
-    with torch.no_grad():
-        ours = ddim(model, schedule, x_T.shape, steps, prediction="velocity", clip=False, x_T=x_T, spacing=spacing,
-                    callback=lambda t, t_next, x, x0: seen.append(x))
+    ours = ddim(Denoiser(model, schedule, "velocity", clip=False), x_T, steps, spacing=spacing,
+                callback=lambda t, t_next, x, x0: seen.append(x))
     x = x_T
     for t, mine in zip(scheduler.timesteps, seen):
         with torch.no_grad():
@@ -281,7 +279,7 @@ def test_flow_needs_our_timesteps(tmp_path):
 @pytest.mark.parametrize("T, shift, classes", [(1000, 1.0, None), (100, 2.0, 3)])
 def test_flow_readme_can_be_run(tmp_path, monkeypatch, T, shift, classes):
     "The code in the folder, run there, draws what our sampler draws."
-    from diffnb.sample import ddim
+    from diffnb.sample import ddim, Denoiser
     folder, model, schedule = flow_folder(tmp_path / "m", T, shift, num_classes=classes)
     text = (folder / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(folder)
@@ -290,8 +288,7 @@ def test_flow_readme_can_be_run(tmp_path, monkeypatch, T, shift, classes):
     torch.manual_seed(5)
     x_T = torch.randn(4, 3, 8, 8)
     y = None if classes is None else torch.arange(4) % classes
-    with torch.no_grad():
-        ours = ddim(model, schedule, x_T.shape, 50, y=y, prediction="velocity", clip=False, x_T=x_T)
+    ours = ddim(Denoiser(model, schedule, "velocity", y, clip=False), x_T, 50)
     assert torch.allclose(values["images"], (ours.clamp(-1, 1) + 1) / 2, atol=1e-3) and values["images"].std() > 0.05
     assert "DDIMPipeline" in text and str(tmp_path) not in text
 

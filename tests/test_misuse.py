@@ -2,7 +2,7 @@
 or it is right."""
 import errno, functools, json, math, os, re, shlex, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diffnb, hypothesis, numpy as np, pytest, torch
@@ -20,12 +20,10 @@ from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_erro
 from diffnb.workshop.features import digits_features, make_features
 from diffnb.workshop.scoring import evaluate_run
 from diffnb.guide import guided
-from diffnb.workshop.generate import guidance_for
-from diffnb.sample import check_sampling, ddim
+from diffnb.sample import check_sampling, ddim, Denoiser, load_model, save_weights, Trained
 from diffnb.workshop.folder import alone_in
 from diffnb.workshop.generate import fingerprint, sample_batches, sample_to
 from diffnb.schedule import linear_schedule
-from diffnb.workshop.models import Trained, load_model, save_weights
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
@@ -41,7 +39,8 @@ config = TrainConfig(
 def untrained(classes=(), **change):
     torch.manual_seed(0)
     model = UNet(**net, num_classes=len(classes) or None).eval().requires_grad_(False)
-    return Trained(model, linear_schedule(), replace(config, conditional=bool(classes), **change), tuple(classes), 1)
+    return Trained(
+        model, linear_schedule(), asdict(replace(config, conditional=bool(classes), **change)), tuple(classes), 1)
 
 
 @pytest.fixture
@@ -72,7 +71,8 @@ def pictures(folder, images):
     "option, value",
     [
         ("--n", "0"), ("--n", "-1"), ("--n", "2000000"), ("--seed", "-1"), ("--seed", str(2**70)), ("--steps", "0"),
-        ("--steps", "-3"), ("--steps", "100000"), ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", "1e9")])
+        ("--steps", "-3"), ("--steps", "100000"), ("--guidance-scale", "nan"), ("--guidance", "inf"),
+        ("--guidance-scale", "1e9")])
 def test_impossible_numbers_are_refused_alike(here, option, value, capsys):
     before = left(here)
     for command in ("sample", "evaluate"):
@@ -92,8 +92,7 @@ def test_python_callers_are_told_the_same(wrong, tmp_path):
     with pytest.raises(DiffnbError):
         check_sampling(trained.schedule, **wrong)
     with pytest.raises(DiffnbError):
-        sample_to(
-            tmp_path / "out", trained.model, trained.schedule, trained.shape, **{"n": 2, "progress": False, **wrong})
+        sample_to(tmp_path / "out", trained.denoiser(), trained.shape, **{"n": 2, "progress": False, **wrong})
     assert not left(tmp_path)
     check_sampling(trained.schedule, n=np.int64(3), batch_size=1, seed=0, steps=1000, eta=1)
 
@@ -101,7 +100,7 @@ def test_sample_batches_checks_what_it_is_given():
     trained = untrained()
     for wrong in (dict(batch_size=0), dict(seed=-1)):
         with pytest.raises(DiffnbError):
-            next(sample_batches(trained.model, trained.schedule, trained.shape, [0], progress=False, steps=1, **wrong))
+            next(sample_batches(trained.denoiser(), trained.shape, [0], progress=False, steps=1, **wrong))
 
 @pytest.mark.parametrize("n", [1, 15])
 def test_too_few_images_to_score_are_not_sampled_first(here, n, capsys):
@@ -114,21 +113,24 @@ def test_too_few_images_to_score_are_not_sampled_first(here, n, capsys):
 def test_guidance_needs_classes_and_hidden_labels_in_every_command(here, model, says, w, capsys):
     before = left(here)
     for command in ("sample", "evaluate"):
-        assert main([command, f"{model}.safetensors", "--n", "20", *quick, "--guidance", w]) == 1
+        assert main([command, f"{model}.safetensors", "--n", "20", *quick, "--guidance-scale", w]) == 1
         assert says in capsys.readouterr().err
     trained = load_model(f"{model}.safetensors", "cpu")
-    for call in (
-        lambda: guidance_for(trained, float(w)), lambda: sampling(trained, guidance=float(w)),
-        lambda: sampling(trained, guidance=[1.0, float(w)])):
+    y = torch.arange(2) if trained.classes else None
+    for call in (lambda: trained.denoiser(y, float(w)), lambda: sampling(trained, guidance_scale=float(w)),
+                 lambda: sampling(trained, guidance_scale=[1.0, float(w)])):
         with pytest.raises(DiffnbError, match=says):
             call()
-    assert left(here) == before and guidance_for(trained, 1) is guidance_for(trained, 1.0) is None
+    assert left(here) == before and not trained.denoiser(y, 1).guides(None) and not trained.denoiser(y).guides(None)
 
 def test_guidance_that_can_work_is_what_guided_makes():
     m, y = load_model("digits", "cpu"), torch.arange(4)
-    x, t = torch.randn(4, 1, 8, 8, generator=addressed("x")), torch.full((4,), 500)
+    x = torch.randn(4, 1, 8, 8, generator=addressed("x"))
     with torch.no_grad():
-        assert guidance_for(m, 3)(m.model, y)(x, t).equal(guided(m.model, y, 3)(x, t))
+        for mine, by_hand in zip(m.denoiser(y, 3)(x, 500), guided(m.denoiser(y), 3)(x, 500)):
+            assert mine.equal(by_hand)
+    with pytest.raises(DiffnbError, match="needs labels"):
+        m.denoiser(guidance_scale=3)
 
 class Wrapper(torch.nn.Module):
     def __init__(self, inner):
@@ -144,18 +146,20 @@ class Wrapper(torch.nn.Module):
     ids=["DataParallel", "own", "twice", "partial", "compile"])
 def test_guidance_finds_the_null_class_of_a_wrapped_model(wrap):
     model, y = untrained("abc").model, torch.tensor([0, 2])
-    assert guided(wrap(model), y, 2.0).null == 3
+    def told(model, y): return Denoiser(wrap(model), linear_schedule(), y=y, guidance_scale=2.0)
+    assert told(model, y).null == 3 and told(model, y)(torch.zeros(2, 1, 8, 8), 5)[0].shape == (2, 1, 8, 8)
     with pytest.raises(DiffnbError, match="without classes"):
-        guided(wrap(untrained().model), y, 2.0)
+        told(untrained().model, y)
     with pytest.raises(DiffnbError, match="labels must lie"):
-        guided(wrap(model), torch.tensor([4]), 2.0)
+        told(model, torch.tensor([4]))
 
 def test_a_model_that_says_nothing_of_classes_is_not_called_one_without(tmp_path):
     model = untrained("abc").model
     for closed in (lambda x, t, y: model(x, t, y), torch.nn.Identity()):
+        told = dict(schedule=linear_schedule(), y=torch.tensor([0]), guidance_scale=2.0)
         with pytest.raises(DiffnbError, match="null="):
-            guided(closed, torch.tensor([0]), 2.0)
-        assert guided(closed, torch.tensor([0]), 2.0, null=3).null == 3
+            Denoiser(closed, **told)
+        assert Denoiser(closed, **told, null=3).null == 3
 
 def test_a_wrapper_changes_no_fingerprint():
     m = untrained("abc")
@@ -194,7 +198,7 @@ def test_a_class_is_found_by_name_and_by_number_only_where_no_name_is_one():
 def test_labels_that_are_no_class_numbers_are_refused_first(y, tmp_path):
     m = untrained("abc")
     with pytest.raises(DiffnbError, match="class"):
-        sample_to(tmp_path / "out", m.model, m.schedule, m.shape, 2, y=y, steps=1, progress=False)
+        sample_to(tmp_path / "out", m.denoiser(y), m.shape, 2, steps=1, progress=False)
     assert not left(tmp_path)
 
 @pytest.fixture(scope="module")
@@ -220,8 +224,7 @@ def test_classes_of_a_reference_that_do_not_fit_are_named(here, digits):
 def test_an_npz_carries_the_names_of_its_labels(tmp_path):
     m = untrained(("bee", "ant"))
     sample_to(
-        tmp_path / "s.NPZ", m.model, m.schedule, m.shape, 3, y=torch.tensor([1, 0, 1]), classes=m.classes, steps=1,
-        progress=False)
+        tmp_path / "s.NPZ", m.denoiser(torch.tensor([1, 0, 1])), m.shape, 3, classes=m.classes, steps=1, progress=False)
     with np.load(tmp_path / "s.NPZ", allow_pickle=False) as file:
         assert (
             file["arr_1"].tolist() == [1, 0, 1] and file["classes"].tolist() == ["bee", "ant"] and len(file.files) == 3)
@@ -477,7 +480,7 @@ def test_another_seed_is_another_evaluation(here, capsys):
     "change, says",
     [
         (["--seed", "1"], "seed was 0 and is now 1 (--seed)"), (["--steps", "3"], "steps was 2 and is now 3 (--steps)"),
-        (["--guidance", "2"], "guidance was 1 and is now 2.0 (--guidance)"),
+        (["--guidance-scale", "2"], "guidance_scale was 1.0 and is now 2.0 (--guidance-scale)"),
         (["--sampler", "heun"], "sampler was ddim and is now heun (--sampler)"),
         (["--eta", "0.5"], "eta was 0.0 and is now 0.5 (--eta)"),
         (["--spacing", "leading"], "spacing was 'trailing' and is now 'leading' (--spacing)"),
@@ -524,14 +527,14 @@ def test_of_processes_that_start_together_each_finishes_or_is_refused(out, tmp_p
             [
                 b
                 for _, b in sample_batches(
-                    m.model, m.schedule, m.shape, list(range(8)), seed=seed, steps=2, progress=False, batch_size=2)])
+                    m.denoiser(), m.shape, list(range(8)), seed=seed, steps=2, progress=False, batch_size=2)])
         for seed in range(3)]
     children = []
     for k in range(6):
         if (pid := os.fork()) == 0:
             code = 9
             try:
-                sample_to(tmp_path / out, m.model, m.schedule, m.shape, seed=k % 3, **args)
+                sample_to(tmp_path / out, m.denoiser(), m.shape, seed=k % 3, **args)
                 code = 0
             except DiffnbError:
                 code = 1
@@ -623,7 +626,7 @@ def test_other_numbers_of_python_callers(digits):
             call()
         assert "invalid literal" not in str(caught.value) and "range()" not in str(caught.value)
 
-@pytest.mark.parametrize("option", [["--guidance", "3"], ["--guidance", "nan"], ["--steps", "7"]])
+@pytest.mark.parametrize("option", [["--guidance-scale", "3"], ["--guidance-scale", "nan"], ["--steps", "7"]])
 def test_options_of_sampling_are_refused_where_the_images_exist(here, digits, option, capsys):
     pictures(here / "set", digits.images[:20, 0].numpy())
     assert main(["evaluate", "set", "--reference", "digits", "--device", "cpu", *option]) == 1

@@ -145,7 +145,7 @@ terms = {
     r"(?<!\\)\bepsilon[- ]prediction\b|\bnoise[- ]prediction\b|\bepsilon_?pred\w*|\beps-prediction": "eps prediction",
     r"\bv-prediction|\bv_pred\w*|\bvelocity prediction": "v prediction",
     r"\bx0-prediction|\bsample prediction": "x0 prediction",
-    r"\bguidance[_ ](?:scale|weight|strength)\b|\bcfg_scale\b": "guidance",
+    r"\bguidance (?:scale|weight|strength)\b|\bguidance_(?:weight|strength)\b|\bcfg_scale\b": "guidance_scale",
     r"\b[Cc]lassifier free\b": "classifier-free",
     r"\bnum_(?:inference_)?steps\b|\bsampling_steps\b": "steps",
     r"\b[Tt]ime[- ]steps?\b|\bnum_timesteps\b": "timestep, T",

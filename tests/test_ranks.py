@@ -10,13 +10,12 @@ import numpy as np, pytest, torch
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
 from diffnb.workshop.scoring import evaluate_run
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
 from diffnb.workshop.planning import plan
 from diffnb.core import SingleProcess, checkpoints, read_tensors
 from diffnb.workshop.folder import read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 import helpers
 
@@ -87,7 +86,7 @@ def script(folder):
     m = load_model("digits", "cpu")
     def draw(out, ranks, n=7):
         return sample_to(
-            folder / out, m.model, m.schedule, m.shape, n, y=torch.arange(n) % 10, steps=2, progress=False, ranks=ranks)
+            folder / out, m.denoiser(torch.arange(n) % 10), m.shape, n, steps=2, progress=False, ranks=ranks)
     def shared(rank):
         ranks = Ranks(device="cpu")
         with ranks.guard():

@@ -18,12 +18,12 @@ import diffnb.workshop.folder as F
 import diffnb.workshop.datasets, diffnb.workshop.settings as S
 from diffnb.core import DiffnbError
 from diffnb.workshop.datasets import load_data
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.unet import UNet
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
 from diffnb.workshop.folder import read_config, read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
+from diffnb.workshop.scoring import _config_of
 from diffnb.workshop.settings import TrainConfig
 from helpers import command as shell
 
@@ -87,7 +87,7 @@ def test_moved_data_is_found_again_and_compared(here):
     assert code == 0 and "at step 3 of 5" in said, said
     assert (
         shell("resume", "run")[0] == 0
-        and load_model("run").config.data == read_config("run")["config"].data == "elsewhere")
+        and _config_of(Path("run"), load_model("run")).data == read_config("run")["config"].data == "elsewhere")
     images("other", seed=1)
     before = state("run")
     for change, words in (
@@ -115,7 +115,7 @@ def test_from_another_working_directory(here, monkeypatch):
     assert code == 0 and "at step 3 of 5" in said, said
     images("set", seed=3)                                                # of the same name: the run's own are meant
     assert shell("resume", "../run", "--epochs", 4)[0] == 0
-    assert load_model("../run").config.data == str(here / "set")
+    assert _config_of(Path("../run"), load_model("../run")).data == str(here / "set")
 
 
 def test_where_downloads_are_kept_does_not_matter(here):

@@ -1,5 +1,6 @@
 "Samplers against diffusers' schedulers, and what users can get wrong."
 import math
+from dataclasses import replace
 
 import pytest, torch
 
@@ -7,10 +8,9 @@ from diffnb.core import DiffnbError, addressed
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
-from diffnb.sample import ddim, ddim_invert, ddpm, dpmpp_2m, heun, inpaint
+from diffnb.sample import Denoiser, ddim, ddim_invert, ddpm, dpmpp_2m, draw_noise, heun, inpaint, load_model
 from diffnb.workshop.generate import sample_batches, sample_to
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
-from diffnb.workshop.models import load_model
 
 diffusers = pytest.importorskip("diffusers")
 schedules = {"linear": linear_schedule(), "squaredcos_cap_v2": cosine_schedule()}
@@ -48,7 +48,7 @@ def test_ddim_is_diffusers_ddim(name, prediction, steps, spacing):
     scheduler = diffusers.DDIMScheduler(
         beta_schedule=name, prediction_type=names[prediction], timestep_spacing=spacing, clip_sample=True,
         set_alpha_to_one=True)
-    ours = ddim(model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, spacing=spacing)
+    ours = ddim(Denoiser(model, schedule, prediction), x_T, steps, spacing=spacing)
     assert (ours - walk(scheduler, model, x_T, steps, use_clipped_model_output=True)).abs().max() < 1e-4
 
 
@@ -58,7 +58,7 @@ def test_ddim_with_eta_is_diffusers_ddim(eta):
     model = toy(schedule, "eps")
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=True)
     theirs = walk(scheduler, model, x_T, 50, eta=eta, use_clipped_model_output=True, generator=addressed("dice"))
-    ours = ddim(model, schedule, x_T.shape, 50, eta, x_T=x_T, generator=addressed("dice"))
+    ours = ddim(Denoiser(model, schedule), x_T, 50, eta, generator=addressed("dice"))
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -72,7 +72,7 @@ def test_ddpm_is_diffusers_ddpm(name, prediction, steps):
         beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing", variance_type="fixed_small",
         clip_sample=True)
     theirs = walk(scheduler, model, x_T, steps, generator=addressed("dice"))
-    ours = ddpm(model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, generator=addressed("dice"))
+    ours = ddpm(Denoiser(model, schedule, prediction), x_T, steps, generator=addressed("dice"))
     # diffusers' products are in float32, 1000 of them
     assert (ours - theirs).abs().max() < (1e-4 if steps < 1000 else 5e-4)
 
@@ -87,7 +87,7 @@ def test_dpmpp_2m_is_diffusers_dpmsolver(name, prediction):
         beta_schedule=name, prediction_type=names[prediction], timestep_spacing="trailing", solver_order=2,
         algorithm_type="dpmsolver++", final_sigmas_type="zero", lower_order_final=True)
     theirs = walk(scheduler, model, x_T, 20)
-    ours = dpmpp_2m(model, schedule, x_T.shape, 20, x_T=x_T, prediction=prediction, clip=False)
+    ours = dpmpp_2m(Denoiser(model, schedule, prediction, clip=False), x_T, 20)
     assert (ours - theirs).abs().max() < 5e-4
 
 
@@ -100,8 +100,7 @@ def test_zero_terminal_snr_reaches_a_point_mass(sampler, prediction):
         x0 = torch.full_like(x_t, 0.4)
         return x0 if prediction == "x0" else a * (x_t - a * x0) / s - s * x0
     for steps in (1, 2, 7):
-        out = sampler(
-            model, schedule, x_T.shape, steps, x_T=x_T, prediction=prediction, clip=False, generator=addressed(0))
+        out = sampler(Denoiser(model, schedule, prediction, clip=False), x_T, steps, generator=addressed(0))
         assert torch.allclose(out, torch.full_like(out, 0.4), atol=1e-4), steps
 
 
@@ -112,8 +111,9 @@ def test_every_number_of_steps_ends_clean(sampler):
     for steps in range(1, 38):
         for spacing in ("trailing", "leading", "linspace", "quadratic"):
             seen = []
+            dice = addressed(0)
             out = sampler(
-                model, schedule, (1, 1, 2, 2), steps, generator=addressed(0), spacing=spacing,
+                Denoiser(model, schedule), draw_noise((1, 1, 2, 2), dice), steps, generator=dice, spacing=spacing,
                 callback=lambda t, t_next, *_: seen.append((t, t_next)))
             assert len(seen) == steps and seen[-1][1] == -1 and out.isfinite().all() and out.abs().max() <= 1 + 1e-5, (
                 steps, spacing)
@@ -123,14 +123,23 @@ def test_every_number_of_steps_ends_clean(sampler):
 def test_impossible_requests_are_refused(sampler):
     schedule = schedules["linear"]
     model = toy(schedule, "eps")
-    for wrong in (dict(steps=0), dict(steps=1001), dict(steps=2.5), dict(spacing="even"), dict(prediction="noise"),
-                  dict(x_T=torch.zeros(2, 3, 4, 4)), dict(generator=[addressed(0)] * 3)):
+    for wrong in (dict(steps=0), dict(steps=1001), dict(steps=2.5), dict(spacing="even")):
         with pytest.raises(DiffnbError):
-            sampler(model, schedule, x_T.shape, **{"steps": 5, **wrong})
+            sampler(Denoiser(model, schedule), x_T, **{"steps": 5, **wrong})
+    with pytest.raises(DiffnbError, match="prediction must be"):
+        Denoiser(model, schedule, "noise")
+    for call in (
+        lambda: draw_noise(x_T.shape, [addressed(0)] * 3),
+        lambda: sampler(Denoiser(model, schedule), x_T, generator=[addressed(0)] * 3)):
+        with pytest.raises(DiffnbError, match="3 generators for 8 images"):
+            call()
+    for n in (2, 9):
+        with pytest.raises(DiffnbError, match=f"{n} labels for 8 images"):
+            sampler(Denoiser(model, schedule, y=torch.zeros(n, dtype=int)), x_T, 5)
     with pytest.raises(DiffnbError, match="shape"):
-        sampler(lambda x, t, y: x[:, :1], schedule, x_T.shape, 5)
+        sampler(Denoiser(lambda x, t, y: x[:, :1], schedule), x_T, 5)
     with pytest.raises(DiffnbError, match="zero terminal SNR"):
-        sampler(model, schedule.zero_terminal_snr(), x_T.shape, 5)
+        sampler(Denoiser(model, schedule.zero_terminal_snr()), x_T, 5)
 
 
 def test_same_seed_same_images_whatever_the_batch_split():
@@ -141,8 +150,8 @@ def test_same_seed_same_images_whatever_the_batch_split():
             [
                 b
                 for _, b in sample_batches(
-                    model, schedule, (3, 4, 4), list(numbers), seed=5, batch_size=batch_size, steps=7, eta=1.0,
-                    progress=False)])
+                    Denoiser(model, schedule), (3, 4, 4), list(numbers), seed=5, batch_size=batch_size, steps=7,
+                    eta=1.0, progress=False)])
     assert (
         images(13).equal(images(4))
         and images(13)[5:7].equal(images(1, [5, 6]))
@@ -159,13 +168,13 @@ def test_samples_on_disk_resume_after_a_crash(tmp_path):
         if len(calls) > 6:
             raise RuntimeError("the machine went away")
         return model(x_t, t)
-    args = dict(schedule=schedule, shape=(3, 4, 4), n=10, batch_size=3, steps=2, progress=False)
+    args = dict(shape=(3, 4, 4), n=10, batch_size=3, steps=2, progress=False)
     with pytest.raises(RuntimeError):
-        sample_to(tmp_path / "s.npz", dying, **args)
+        sample_to(tmp_path / "s.npz", Denoiser(dying, schedule), **args)
     done = len(list((tmp_path / "s.npz.parts").glob("0*.png")))
     assert 0 < done < 10 and not (tmp_path / "s.npz").exists()
     calls.clear()
-    sample_to(tmp_path / "s.npz", model, **args)
+    sample_to(tmp_path / "s.npz", Denoiser(model, schedule), **args)
     assert sum(calls) == 2 * (10 - done) and not (tmp_path / "s.npz.parts").exists()
 
 
@@ -177,8 +186,8 @@ def test_inversion_is_exact_in_the_limit():
         a, s = schedule.signal_noise(t, x_t.ndim)
         return s / (a ** 2 * 0.25 + s ** 2) * x_t
     for steps in (25, 100, 400):
-        noise = ddim_invert(model, schedule, x_T, steps)
-        errors.append((ddim(model, schedule, x_T.shape, steps, x_T=noise, clip=False) - x_T).abs().max().item())
+        noise = ddim_invert(Denoiser(model, schedule), x_T, steps)
+        errors.append((ddim(Denoiser(model, schedule, clip=False), noise, steps) - x_T).abs().max().item())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
 
 
@@ -188,7 +197,7 @@ def test_inpainting_keeps_what_is_known_with_every_sampler():
     known, mask = torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4)
     mask[..., 2:] = 0
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
-        out = inpaint(model, schedule, known, mask, sampler, generator=addressed(2), steps=10)
+        out = inpaint(Denoiser(model, schedule), known, mask, sampler, generator=addressed(2), steps=10)
         assert torch.allclose(out * mask, known * mask, atol=1e-6) and (out * (1 - mask)).abs().sum() > 0, sampler
 
 
@@ -200,8 +209,9 @@ def test_a_network_in_bf16_samples():
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
+        start = draw_noise((4, 3, 8, 8), addressed(1))
         a, b = (
-            sampler(m, schedules["linear"], (4, 3, 8, 8), 5, prediction="x0", generator=addressed(1))
+            sampler(Denoiser(m, schedules["linear"], "x0"), start, 5, generator=addressed(2))
             for m in (net.float(), net.bfloat16()))
         assert b.dtype == torch.float32 and (a - b).abs().mean() < 0.05
 
@@ -212,18 +222,22 @@ def test_samples_of_two_models_are_never_mixed(tmp_path):
         image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), norm_groups=8, attention=(), num_classes=3
     ).eval()
     one, other = make(), make()
-    args = dict(schedule=schedules["linear"], shape=(1, 8, 8), steps=2, progress=False)
-    sample_to(tmp_path / "s", one, n=3, y=torch.tensor([0, 1, 2]), **args)
-    sample_to(tmp_path / "s", one, n=5, y=torch.tensor([0, 1, 2, 0, 1]), **args)  # more of the same is welcome
-    for model, y in ((other, [0, 1, 2]), (one, [2, 1, 0])):
+    args = dict(shape=(1, 8, 8), steps=2, progress=False)
+    def told(model, y, **how): return Denoiser(model, schedules["linear"], y=torch.tensor(y), **how)
+    sample_to(tmp_path / "s", told(one, [0, 1, 2]), n=3, **args)
+    sample_to(tmp_path / "s", told(one, [0, 1, 2, 0, 1]), n=5, **args)  # more of the same is welcome
+    for denoiser in (
+        told(other, [0, 1, 2]), told(one, [2, 1, 0]), told(one, [0, 1, 2], clip=False),
+        told(one, [0, 1, 2], guidance_scale=2.0), told(one, [0, 1, 2], prediction="v"),
+        guided(told(one, [0, 1, 2]), 1.0, interval=(0, 500))):
         with pytest.raises(DiffnbError, match="another model"):
-            sample_to(tmp_path / "s", model, n=3, y=torch.tensor(y), **args)
+            sample_to(tmp_path / "s", denoiser, n=3, **args)
     with pytest.raises(DiffnbError, match="labels for"):
-        sample_to(tmp_path / "t", one, n=3, y=torch.tensor([0]), **args)
+        sample_to(tmp_path / "t", told(one, [0]), n=3, **args)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000000.png").write_bytes(b"precious")
     with pytest.raises(DiffnbError, match="not empty"):
-        sample_to(tmp_path / "mine", one, n=1, **args)
+        sample_to(tmp_path / "mine", told(one, [0]), n=1, **args)
 
 
 # ---- the straight path
@@ -253,8 +267,9 @@ def test_flow_reaches_a_point_mass(sampler, prediction, name):
     model = gaussian(FLOWS[name], prediction, mean=0.4, var=0.0)
     for steps in (1, 2, 7, 50):
         for spacing in ("trailing", "leading", "linspace", "quadratic"):
-            out = sampler(model, FLOWS[name], x_T.shape, steps, x_T=x_T, prediction=prediction, clip=False,
-                          generator=addressed(0), spacing=spacing)
+            out = sampler(
+                Denoiser(model, FLOWS[name], prediction, clip=False), x_T, steps, generator=addressed(0),
+                spacing=spacing)
             assert torch.allclose(out, torch.full_like(out, 0.4), atol=1e-4), (steps, spacing)
 
 
@@ -263,8 +278,8 @@ def test_flow_reaches_a_point_mass(sampler, prediction, name):
 @pytest.mark.parametrize("sampler", ALL)
 def test_flow_gives_gaussian_data_its_mean_and_deviation(sampler, prediction, name):
     steps = 400 if sampler is ddpm else 100  # what its steps do to the deviation shrinks with their number
-    out = sampler(gaussian(FLOWS[name], prediction), FLOWS[name], many.shape, steps, x_T=many, prediction=prediction,
-                  clip=False, generator=addressed(0))
+    denoiser = Denoiser(gaussian(FLOWS[name], prediction), FLOWS[name], prediction, clip=False)
+    out = sampler(denoiser, many, steps, generator=addressed(0))
     assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
     if sampler is not ddpm:  # deterministic: each noise has its own image, 0.3 + 0.5 noise
         assert (out - (0.3 + 0.5 * many)).abs().max() < (0.08 if sampler is ddim else 0.03)
@@ -273,27 +288,25 @@ def test_flow_gives_gaussian_data_its_mean_and_deviation(sampler, prediction, na
 @pytest.mark.parametrize("sampler", ALL)
 def test_every_prediction_walks_the_same_way_on_the_flow(sampler):
     outs = [
-        sampler(gaussian(FLOWS["flow"], p), FLOWS["flow"], x_T.shape, 9, x_T=x_T, prediction=p, generator=addressed(0))
-        for p in ON_FLOW]
+        sampler(Denoiser(gaussian(FLOWS["flow"], p), FLOWS["flow"], p), x_T, 9, generator=addressed(0)) for p in ON_FLOW
+    ]
     assert all(torch.allclose(outs[0], out, atol=1e-4) for out in outs[1:]) and outs[0].abs().max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("steps", [1, 2, 10, 333, 1000])
 def test_ddim_with_eta_1_is_ddpm_on_the_flow(name, steps):
-    model = gaussian(FLOWS[name], "velocity")
-    how = dict(x_T=x_T, prediction="velocity", steps=steps)
-    a = ddpm(model, FLOWS[name], x_T.shape, generator=addressed("dice"), **how)
-    b = ddim(model, FLOWS[name], x_T.shape, eta=1.0, generator=addressed("dice"), **how)
+    denoiser = Denoiser(gaussian(FLOWS[name], "velocity"), FLOWS[name], "velocity")
+    a = ddpm(denoiser, x_T, steps, generator=addressed("dice"))
+    b = ddim(denoiser, x_T, steps, eta=1.0, generator=addressed("dice"))
     assert torch.allclose(a, b, atol=2e-4)
-    assert steps == 1 or not torch.allclose(a, ddim(model, FLOWS[name], x_T.shape, **how), atol=0.05)
+    assert steps == 1 or not torch.allclose(a, ddim(denoiser, x_T, steps), atol=0.05)
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.7])
 def test_eta_keeps_the_deviation_of_gaussian_data_on_the_flow(eta):
-    out = ddim(
-        gaussian(FLOWS["flow"], "velocity"), FLOWS["flow"], many.shape, 200, eta, x_T=many, prediction="velocity",
-        clip=False, generator=addressed(0))
+    denoiser = Denoiser(gaussian(FLOWS["flow"], "velocity"), FLOWS["flow"], "velocity", clip=False)
+    out = ddim(denoiser, many, 200, eta, generator=addressed(0))
     assert abs(out.mean() - 0.3) < 0.02 and abs(out.std() - 0.5) < 0.02
 
 
@@ -309,10 +322,9 @@ def test_order_of_convergence_on_the_flow(sampler, low, high):
         weights = (-(x_t[..., None] - a[..., None] * m) ** 2 / (2 * total[..., None])).softmax(-1)
         x0 = sum(weights[..., i] * (mu + a * var / total * (x_t - a * mu)) for i, mu in enumerate(means))
         return (x_t - x0) / s
-    truth = heun(model, flow, start.shape, 2048, x_T=start, prediction="velocity", clip=False)
-    errors = [
-        (sampler(model, flow, start.shape, n, x_T=start, prediction="velocity", clip=False) - truth).abs().mean().item()
-        for n in (128, 512)]
+    denoiser = Denoiser(model, flow, "velocity", clip=False)
+    truth = heun(denoiser, start, 2048)
+    errors = [(sampler(denoiser, start, n) - truth).abs().mean().item() for n in (128, 512)]
     assert low < math.log2(errors[0] / errors[1]) / 2 < high, errors
 
 
@@ -331,8 +343,7 @@ def test_ddim_on_the_flow_is_diffusers_flow_matching(steps, shift):
     for t, sigma in zip(flow.timesteps(steps), scheduler.timesteps):
         output = model(theirs[-1], torch.full((len(x_T),), t))
         theirs.append(scheduler.step(output, sigma, theirs[-1]).prev_sample)
-    ddim(model, flow, x_T.shape, steps, x_T=x_T, prediction="velocity", clip=False,
-         callback=lambda t, t_next, x, x0: seen.append(x))
+    ddim(Denoiser(model, flow, "velocity", clip=False), x_T, steps, callback=lambda t, t_next, x, x0: seen.append(x))
     assert len(seen) == len(theirs) - 1 == steps
     assert max((a - b).abs().max() for a, b in zip(seen, theirs[1:])) < 1e-4
 
@@ -354,8 +365,9 @@ def test_guidance_on_the_flow(sampler, prediction):
     flow, y = flow_schedule(100), torch.arange(8) % 2
     model = two_classes(flow, prediction)
     for w in (0.0, 1.0, 1.6):
-        told = guided(model, y, w, null=2)
-        out = sampler(told, flow, x_T.shape, 5, x_T=x_T, prediction=prediction, clip=False, generator=addressed(0))
+        told = Denoiser(model, flow, prediction, y, clip=False, guidance_scale=w, null=2)
+        out = sampler(told, x_T, 5, generator=addressed(0))
+        assert out.equal(sampler(guided(replace(told, guidance_scale=1.0), w), x_T, 5, generator=addressed(0)))
         expected = (w * (y.float() - 0.5)).view(-1, 1, 1, 1).expand_as(out)
         assert torch.allclose(out, expected, atol=1e-4), w
 
@@ -365,9 +377,8 @@ def test_inpainting_on_the_flow(sampler):
     flow, known, mask = flow_schedule(100), torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.ones(1, 1, 4, 4)
     mask[..., 2:] = 0
     for prediction in ON_FLOW:
-        out = inpaint(
-            gaussian(flow, prediction, 0.4, 0.0), flow, known, mask, sampler, generator=addressed(2), steps=10,
-            prediction=prediction)
+        denoiser = Denoiser(gaussian(flow, prediction, 0.4, 0.0), flow, prediction)
+        out = inpaint(denoiser, known, mask, sampler, generator=addressed(2), steps=10)
         assert torch.allclose(out * mask, known * mask, atol=1e-6)
         assert torch.allclose(out[..., 2:], torch.tensor(0.4), atol=1e-4)
 
@@ -377,8 +388,8 @@ def test_inversion_on_the_flow(prediction):
     flow, errors = flow_schedule(), []
     model = gaussian(flow, prediction)
     for steps in (25, 100, 400):
-        noise = ddim_invert(model, flow, x_T, steps, prediction=prediction)
-        back = ddim(model, flow, x_T.shape, steps, x_T=noise, prediction=prediction, clip=False)
+        noise = ddim_invert(Denoiser(model, flow, prediction), x_T, steps)
+        back = ddim(Denoiser(model, flow, prediction, clip=False), noise, steps)
         errors.append((back - x_T).abs().max().item())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05
     assert (noise - (x_T - 0.3) / 0.5).abs().max() < 0.1                # the exact noise of each image
@@ -388,26 +399,25 @@ def test_inversion_on_the_flow(prediction):
 def test_eps_and_velocity_are_refused_where_they_say_nothing(sampler):
     model = gaussian(FLOWS["flow"], "eps")
     with pytest.raises(DiffnbError, match="predicts eps says nothing"):
-        sampler(model, FLOWS["flow"], x_T.shape, 5, x_T=x_T)
+        sampler(Denoiser(model, FLOWS["flow"]), x_T, 5)
     with pytest.raises(DiffnbError, match="needs the schedule 'flow'"):
-        sampler(model, schedules["linear"], x_T.shape, 5, x_T=x_T, prediction="velocity")
+        Denoiser(model, schedules["linear"], "velocity")
 
 
 def test_samples_of_two_paths_are_never_mixed(tmp_path):
     "One network, one signal curve, but another noise: other images."
     flow, preserving = flow_schedule(100), NoiseSchedule(flow_schedule(100).alpha_bar)
-    args = dict(model=gaussian(flow, "x0"), shape=(1, 2, 2), n=2, steps=2, prediction="x0", progress=False)
-    sample_to(tmp_path / "s", schedule=flow, **args)
+    args = dict(shape=(1, 2, 2), n=2, steps=2, progress=False)
+    sample_to(tmp_path / "s", Denoiser(gaussian(flow, "x0"), flow, "x0"), **args)
     with pytest.raises(DiffnbError, match="another model"):
-        sample_to(tmp_path / "s", schedule=preserving, **args)
+        sample_to(tmp_path / "s", Denoiser(gaussian(flow, "x0"), preserving, "x0"), **args)
 
 
 def test_the_embedded_clothes_are_those_asked_for():
     "The nearest mean of the real classes names two thirds of real images right, and of samples as many."
     m, real, y = load_model("clothes", device="cpu"), load_data("fashion"), torch.arange(100) % 10
-    assert m.shape == (1, 28, 28) and m.classes == real.classes and m.config.prediction == "velocity"
+    assert m.shape == (1, 28, 28) and m.classes == real.classes and m.prediction == "velocity"
     means = torch.stack([to_float(real.images[real.labels == c]).mean(0) for c in range(10)]).flatten(1)
-    made = dpmpp_2m(
-        m.model, m.schedule, (100, *m.shape), steps=8, y=y, prediction="velocity", generator=addressed("clothes"))
+    made = dpmpp_2m(m.denoiser(y), draw_noise((100, *m.shape), addressed("clothes")), steps=8)
     named = torch.cdist(made.flatten(1), means).argmin(1)
     assert (named == y).float().mean() > 0.55 and made.std() > 0.5

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 import diffnb, diffnb.workshop.cli as cli
+from diffnb.sample import load_model
 from diffnb.core import addressed
 from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
 from diffnb.core import checkpoints
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
@@ -215,11 +215,11 @@ def test_every_draw_depends_on_the_seed(work):
         state.model.mid.blocks[0].dropout.register_forward_hook(lambda layer, given, out: off.append(out == 0))
         next(iter(diffnb.train.train_steps(state, data, diffnb.schedule.linear_schedule(), 1)))
         noise, u = [], load_model(work / "u", "cpu")
-        def look(model, schedule, shape, generator, x_T, **rest):
+        def look(denoiser, x_T, generator, **rest):
             noise.extend([torch.randn(4, generator=generator[0]), x_T])
             return x_T
-        how = dict(seed=seed, sampler=look, progress=False, y=torch.tensor([0]))
-        list(diffnb.workshop.generate.sample_batches(u.model, u.schedule, u.shape, [0], **how))
+        how = dict(seed=seed, sampler=look, progress=False)
+        list(diffnb.workshop.generate.sample_batches(u.denoiser(torch.tensor([0])), u.shape, [0], **how))
         return {"order": diffnb.data.batch_indices(len(data), 64, seed, 0), "t": b.t, "noise": b.noise,
             "labels": b.y == 10, "weights": first, "dropout": off[0], "fresh": noise[0], "start": noise[1]}
     zero, one = draws(0), draws(1)
@@ -239,7 +239,7 @@ OPTIONS = {
         "tensorboard": ("", "--tensorboard"), "shard": ("", "--shard")}),
     "sample": ("sample {u} --n 2 --steps 3 --device cpu --out a.png", {
         "run": ("", "{v}"), "out": ("", "--out b.png"), "n": ("", "--n 3"), "steps": ("", "--steps 4"),
-        "seed": ("", "--seed 1"), "class_": ("", "--class 3"), "guidance": ("", "--guidance 9"),
+        "seed": ("", "--seed 1"), "class_": ("", "--class 3"), "guidance_scale": ("", "--guidance 9"),
         "sampler": ("", "--sampler ddpm"), "eta": ("", "--eta 1"), "spacing": ("", "--spacing leading"),
         "weights": ("", "--weights model"), "precision": ("--precision float32", "--precision bf16"),
         "device": ("", "--device cuda:99"), "batch_size": ("", "--batch-size 1"), "compile": ("", "--compile")}),
@@ -248,7 +248,7 @@ OPTIONS = {
     "evaluate": ("evaluate {u}", {
         "source": ("", "{v}"), "n": ("", "--n 20"), "reference": ("", "--reference fashion"), "out": ("", "--out here"),
         "features": ("", "--features digits"), "inception": ("", "--inception file.pth"), "steps": ("", "--steps 3"),
-        "guidance": ("", "--guidance 2"), "seed": ("", "--seed 1"), "device": ("", "--device cpu"),
+        "guidance_scale": ("", "--guidance-scale 2"), "seed": ("", "--seed 1"), "device": ("", "--device cpu"),
         "data_root": ("", "--data-root there")}),
     "doctor": ("doctor {u}", {"run": ("", "{v}"), "deep": ("", "--no-deep"), "out": ("", "--out here")}),
     "export": ("export {u} --out a", {"run": ("", "{v}"), "out": ("", "--out b"), "to": ("", "--to onnx")}),
@@ -464,7 +464,7 @@ RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features"
 def public(module):
     "{name: its parameters} of the functions of __all__, and of constructors and methods of its classes."
     found = {}
-    for name in module.__all__:
+    for name in getattr(module, "__all__", ()):
         thing = getattr(module, name)
         if inspect.isclass(thing):
             own = {k: f for k, f in vars(thing).items() if inspect.isfunction(f) and not k.startswith("_")}
@@ -679,20 +679,26 @@ def of_evaluate(w):
         labels=V(None, digits.labels[200:240]), path=V("a.png", "b.png"), rows=V(8, 3), per_row=V(4, 3))
 
 def of_guide(w):
-    model, x_t, t = small(), normal(2, 1, 8, 8), torch.tensor([400, 400])
-    def asked(guide, args):
+    G, model, x_t = X, small(), normal(2, 1, 8, 8)
+    y, linear = V(torch.tensor([1, 2]), torch.tensor([3, 2])), diffnb.schedule.linear_schedule(1000)
+    def asked(denoiser, args):
         with torch.no_grad():
-            return guide(x_t, t)
-    yield "guided", Case(diffnb.guide.guided, asked, model=V(model, small(blocks=2)),
-        y=V(torch.tensor([1, 2]), torch.tensor([3, 2])), w=V(3.0, 2.0), rescale=V(0.0, 0.5), interval=V(None, (0, 100)),
-        null=V(None, 3))
-    yield "Guided", Case(diffnb.guide.Guided, asked, model=V(model, small(blocks=2)),
-        y=V(torch.tensor([1, 2]), torch.tensor([3, 2])), w=V(3.0, 2.0), rescale=V(0.0, 0.5),
-        interval=V((0, 999), (0, 100)), null=V(10, 3))
-
-    u = load_model(w / "u", "cpu")
-    yield "guidance_for", Case(diffnb.workshop.generate.guidance_for, lambda guide, args: guide.keywords,
-        trained=refused(u, replace(u, config=replace(u.config, label_dropout=0.0))), w=V(2.0, 3.0))
+            return denoiser(x_t, 400)
+    def D(model=model, **more): return G.Denoiser(**{"model": model, "schedule": linear, "y": y.values[0], **more})
+    yield (
+        "guided",
+        Case(
+            G.guided, asked, denoiser=V(D(), D(small(blocks=2))), guidance_scale=V(3.0, 2.0), rescale=V(0.0, 0.5),
+            interval=V(None, (0, 100))))
+    yield "Guided", Case(G.Guided, asked, model=V(model, small(blocks=2)),
+        schedule=V(linear, diffnb.schedule.cosine_schedule(1000)), prediction=V("x0", "v"), y=y, clip=V(False, True),
+        guidance_scale=V(3.0, 2.0), null=V(10, 3), rescale=V(0.0, 0.5), interval=V((0, 999), (0, 100)))
+    within, early, late = G.guided(D(), 3.0, interval=(0, 100)), torch.tensor([50, 99]), torch.tensor([101, 400])
+    yield "Guided.inside", Case(G.Guided.inside, self=within, t=V(early, late))
+    yield "Guided.guides", Case(G.Guided.guides, self=within, t=V(early, late))
+    yield (
+        "Guided.combine",
+        Case(G.Guided.combine, self=within, uncond=V(x_t, -x_t), cond=V(2 * x_t, x_t), t=V(early, late)))
 
 def recorded_run(f,
         # evaluate_run without sampling, scoring and drawing: what it asks for is what is compared
@@ -702,12 +708,13 @@ def recorded_run(f,
         noted, score = [], types.SimpleNamespace(facts=dict)
         def note(name, answer=None): return lambda *args, **more: noted.append((name, [words(a) for a in args],
                 {k: words(a) for k, a in more.items()})) or (answer(*args, **more) if answer else None)
-        def words(a): return a.get("steps") if isinstance(a, dict) else (a.func.__name__, a.keywords) if isinstance(a,
+        def words(a): return a.get("steps") if isinstance(a, dict) else (a.guidance_scale, a.prediction, a.y.sum().item(
+            )) if isinstance(a, X.Denoiser) else (a.func.__name__, a.keywords) if isinstance(a,
                 partial) else (a.name, a.device, a.ranks.rank) if isinstance(a, E.Features) else (
             a.name, len(a)) if isinstance(a,
                 ImageData) else a.sum().item() if torch.is_tensor(a) else in_words(a) if not callable(a) else getattr(a,
                 "__name__", type(a).__name__)
-        def made(out, model, schedule, shape, n,
+        def made(out, denoiser, shape, n,
                 **rest): return out if os.makedirs(out) else [Image.fromarray(np.zeros((8, 8),
                 np.uint8)).save(out / f"{i}.png") for i in range(n)] and out
         features = lambda name, data, device, weights: E.Features(len, f"{name} {weights}", 64, str(device))
@@ -724,12 +731,14 @@ def of_evaluate_run(w):
     other.rank = 1
     dear = diffnb.workshop.features.digits_features()
     np.savez(w / "ref.npz", load_data("digits").images[:20].permute(0, 2, 3, 1).numpy())
-    yield "evaluate_run", Case(run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"),
-        out=V("a", "b"), features=V("digits", dear), weights=V(None, "file"), steps=V(50, 3), guidance=V(1.0, 2.0),
-                               sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu",
-                                   batch_size=V(None, 3), data_root=V(None, "there"), progress=V(True, False),
-                                   precision=V("float32", "bf16"),
-                               ranks=V(diffnb.core.SingleProcess(), other))
+    yield (
+        "evaluate_run",
+        Case(
+            run, source=V(w / "u", w / "v"), n=V(16, 17), reference=V(None, w / "ref.npz"), out=V("a", "b"),
+            features=V("digits", dear), weights=V(None, "file"), steps=V(50, 3), guidance_scale=V(1.0, 2.0),
+            sampler=V(diffnb.sample.ddim, diffnb.sample.ddpm), seed=V(0, 1), device="cpu", batch_size=V(None, 3),
+            data_root=V(None, "there"), progress=V(True, False), precision=V("float32", "bf16"),
+            ranks=V(diffnb.core.SingleProcess(), other)))
     yield "evaluate_run", Case(run, source=w / "u", n=16, out="a", device=refused("cpu", "cuda:99"))
 
 def of_interchange(w):
@@ -765,38 +774,48 @@ def of_interchange(w):
 def of_sample(w):
     S, model, other = X, small(), small(blocks=2)
     linear, cosine = diffnb.schedule.linear_schedule(20), diffnb.schedule.cosine_schedule(20)
-    y, x_T, shape = V(torch.tensor([1, 2]), torch.tensor([3, 2])), normal(2, 1, 8, 8), (2, 1, 8, 8)
+    y, x_T = V(torch.tensor([1, 2]), torch.tensor([3, 2])), normal(2, 1, 8, 8)
     def g(seed): return new(lambda: addressed(seed))
-    common = dict(model=V(model, other), schedule=V(linear, cosine), shape=shape, steps=V(5, 6), y=y,
-        prediction=V("eps", "v"), clip=V(True, False), x_T=V(x_T, -x_T),
-        callback=V(None, lambda t, t_next, x, x0: x / 2),
-                  spacing=V("trailing", "leading"))
-    yield "denoise", Case(S.denoise, model=V(model, other), schedule=V(linear, cosine), x_t=V(3 * x_T, -x_T),
-        t=V(9, 10), y=y, prediction=V("eps", "v"), clip=V(True, False))
+    def D(model=model, **more): return S.Denoiser(**{"model": model, "schedule": linear, **more})
+    def asked(denoiser, args):
+        with torch.no_grad():
+            return denoiser(3 * x_T, 9)
+    yield (
+        "Denoiser",
+        Case(
+            S.Denoiser, asked, model=V(model, other), schedule=V(linear, cosine), prediction=V("eps", "v"), y=y,
+            clip=V(True, False), guidance_scale=V(1.0, 3.0)))
+    yield (
+        "Denoiser",
+        Case(S.Denoiser, asked, model=model, schedule=linear, y=y.values[0], guidance_scale=3.0, null=V(None, 3)))
+    t = V(torch.tensor([400, 400]), torch.tensor([5, 400]))
+    yield "Denoiser.output", Case(torch.no_grad()(S.Denoiser.output), self=D(y=y.values[0]), x_t=V(x_T, -x_T), t=t)
+    yield "Denoiser.take", Case(S.Denoiser.take, lambda d, args: d.y, self=D(y=y.values[0]), index=V([0], [1]))
+    yield "Trained.denoiser", Case(S.Trained.denoiser, asked, self=load_model(w / "u", "cpu"), y=y, clip=V(True, False),
+        guidance_scale=V(1.0, 3.0))
     yield "draw_noise", Case(S.draw_noise, shape=V((2, 3), (2, 4)), generator=V(g(0), g(1)), device=V("cpu", "meta"))
+    common = dict(denoiser=V(D(), D(other)), x_T=V(x_T, -x_T), steps=V(5, 6), spacing=V("trailing", "leading"),
+        callback=V(None, lambda t, t_next, x, x0: x / 2))
+    three = refused(None, [addressed(0)] * 3)  # of a sampler that draws nothing: there must be as many as images
     for f in (S.ddim, S.ddpm, S.heun, S.dpmpp_2m):
-        yield f.__name__, Case(f, **common, generator=V(g(0), g(1))) if f is S.ddpm else Case(f, **common)
-        yield f.__name__, Case(f, model=model, schedule=linear, shape=V(shape, (1, 1, 8, 8)), steps=3,
-            generator=V(g(0), g(1)))
-    yield "ddim", Case(S.ddim, model=model, schedule=linear, shape=shape, steps=5, eta=V(0.0, 1.0), generator=g(0))
-    yield "ddim_invert", Case(S.ddim_invert, model=V(model, other), schedule=V(linear, cosine), x0=V(x_T, -x_T),
-        steps=V(5, 6), y=y, prediction=V("eps", "v"), spacing=V("trailing", "leading"))
+        yield f.__name__, Case(f, **common, generator=V(g(0), g(1)) if f is S.ddpm else three)
+    yield "ddim", Case(S.ddim, denoiser=D(), x_T=x_T, steps=5, eta=V(0.0, 1.0), generator=g(0))
+    yield "ddim", Case(S.ddim, denoiser=D(), x_T=x_T, steps=5, eta=1.0, generator=V(g(0), g(1)))
+    yield "ddim_invert", Case(S.ddim_invert, denoiser=V(D(), D(other)), x0=V(x_T, -x_T), steps=V(5, 6),
+        spacing=V("trailing", "leading"))
     yield "slerp", Case(S.slerp, a=V(x_T, -x_T), b=V(normal(2, 1, 8, 8, seed=1), normal(2, 1, 8, 8, seed=2)),
         w=V(0.2, 0.5))
-    yield "inpaint", Case(S.inpaint, model=V(model, other), schedule=V(linear, cosine), x0=V(x_T, -x_T),
+    yield "inpaint", Case(S.inpaint, denoiser=V(D(), D(other)), x0=V(x_T, -x_T),
         mask=V((torch.arange(8) < 4).float(), (torch.arange(8) < 6).float()),
                           sampler=V(S.ddim, S.heun), generator=V(g(0), g(1)), settings=V(dict(steps=5), dict(steps=6)))
-    labels, guide = V(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])), partial(diffnb.guide.guided, w=3.0)
-    yield "sample_batches", Case(S.sample_batches, lambda made, args: list(made), model=V(model, other),
-        schedule=V(linear, cosine), shape=V((1, 8, 8), (1, 4, 4)), numbers=V([0, 1, 2], [2, 1, 0]), y=labels,
-        seed=V(0, 1),
+    told = V(D(y=torch.tensor([1, 2, 3])), D(other, y=torch.tensor([1, 2, 3])))
+    yield "sample_batches", Case(S.sample_batches, lambda made, args: list(made), denoiser=told,
+        shape=V((1, 8, 8), (1, 4, 4)), numbers=V([0, 1, 2], [2, 1, 0]), seed=V(0, 1),
                                  sampler=V(S.ddim, S.heun), device=refused("cpu", "meta"), progress=V(True, False),
-                                     guide=V(None, guide), precision=V("float32", "bf16"),
-                                     settings=V(dict(steps=5), dict(steps=6)))
+                                     precision=V("float32", "bf16"), settings=V(dict(steps=5), dict(steps=6)))
     yield "sample_batches", Case(
-        S.sample_batches, lambda made, args: torch.cat([images for _, images in made]), model=model, schedule=linear,
-            shape=(1, 8, 8), numbers=[0, 1, 2], y=labels.values[0], settings=dict(steps=3), progress=False,
-            batch_size=V(64, 2, speed=True))
+        S.sample_batches, lambda made, args: torch.cat([images for _, images in made]), denoiser=told.values[0],
+            shape=(1, 8, 8), numbers=[0, 1, 2], settings=dict(steps=3), progress=False, batch_size=V(64, 2, speed=True))
     yield "check_sampling", Case(S.check_sampling, schedule=linear, n=refused(1, 0), batch_size=refused(1, 0),
         seed=refused(0, -1), steps=refused(5, 21), spacing=refused("trailing", "nothing"), eta=refused(0.0, 2.0))
     yield "check_sampling", Case(S.check_sampling, schedule=refused(linear, diffnb.schedule.linear_schedule(10)),
@@ -810,11 +829,11 @@ def of_sample(w):
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
     second = diffnb.core.SingleProcess()
     second.world_size = 2
-    yield "sample_to", Case(S.sample_to, out=V("a", "b"), model=V(model, other), schedule=V(linear, cosine),
-        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), y=labels, seed=V(0, 1), ranks=V(diffnb.core.SingleProcess(), second),
+    yield "sample_to", Case(S.sample_to, out=V("a", "b"), denoiser=told,
+        shape=V((1, 8, 8), (1, 4, 4)), n=V(3, 2), seed=V(0, 1), ranks=V(diffnb.core.SingleProcess(), second),
                             settings=V(dict(steps=3, progress=False), dict(steps=4, progress=False)))
-    yield "sample_to", Case(S.sample_to, out="a.npz", model=model, schedule=linear, shape=(1, 8, 8), n=3,
-        y=y.values[0].repeat(2), classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
+    yield "sample_to", Case(S.sample_to, out="a.npz", denoiser=told.values[0], shape=(1, 8, 8), n=3,
+        classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
 
 def of_scale(w):
     C, config = X, replace(T, epochs=1)
@@ -916,8 +935,9 @@ def of_schedule(w):
     yield "NoiseSchedule.to_eps", Case(N.to_eps, self=tiny, x0=x, x_t=e, t=when)
     yield "NoiseSchedule.timesteps", Case(N.timesteps, self=C.linear_schedule(20), steps=V(6, 7),
         spacing=V("trailing", "quadratic"))
-    yield "NoiseSchedule.pairs", Case(N.pairs, self=C.linear_schedule(20), steps=V(6, 7),
-        spacing=V("trailing", "quadratic"))
+    for walk in (N.pairs, N.transitions):
+        yield f"NoiseSchedule.{walk.__name__}", Case(walk, self=C.linear_schedule(20), steps=V(6, 7),
+            spacing=V("trailing", "quadratic"))
     class A:
         pass
     class B:
@@ -1266,7 +1286,7 @@ def of_widgets(w):
     yield "dissolve", Case(W.dissolve, shown, x0=V(x0, -x0), schedules=V(schedules,
         {"cosine": diffnb.schedule.cosine_schedule()}), seed=V(0, 1))
     yield "trajectory", Case(W.trajectory, shown, trained=V(model, other), y=V((1, 2), (3, 4)), steps=V(3, 4),
-        seed=V(0, 1), settings=V({}, {"clip": False}))
+        seed=V(0, 1), settings=V({}, {"spacing": "leading"}))
     yield "sampling", Case(W.sampling, shown, trained=V(model, other), stored=V(None, {"steps": [1, 2]}),
         axes=V({"steps": [2, 3, 1]}, {"steps": [3, 2, 1]}))
     yield "attention_weights", Case(W.attention_weights, model=V(small(), small(blocks=2)), x_t=V(x0, -x0),
@@ -1274,13 +1294,13 @@ def of_widgets(w):
     seeing = [replace(model, model=small(patch_size=2, attention=(4,), blocks=n)) for n in (1, 2)]
     yield "attention_maps", Case(W.attention_maps, shown, trained=V(*seeing), x0=V(x0, -x0), t=V(100, 500),
         y=V(torch.tensor([1]), torch.tensor([2])), seed=V(0, 1))
-    @functools.wraps(W.dashboard)
-    def dashboard(**kw): # its curves are those of plot_metrics
+    @functools.wraps(W.replay)
+    def replay(**kw): # its curves are those of plot_metrics
         def curves(metrics, floor): # the floor first: the end of a long text lies outside the picture
             return plt.figure(figsize=(2, 1)).text(0, 0, f"{floor} {metrics['loss']}").figure
         with mock.patch.object(W, "plot_metrics", curves):
-            return W.dashboard(**kw).frames()
-    yield "dashboard", Case(dashboard, run=V(w / "u", w / "v"),
+            return W.replay(**kw).frames()
+    yield "replay", Case(replay, run=V(w / "u", w / "v"),
         floor=V(None, 0.5))
 
 def of_workbook(w):
@@ -1303,6 +1323,8 @@ CASES = {
 UNSEEN = {
     "SingleProcess.sync_gradients": "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
     "write_digits_features": "trains the shipped network anew; its one parameter is the file",
+    "Denoiser.guides": "the timesteps count where there is an interval: Guided.guides is there",
+    "Denoiser.combine": "the same, and the sum is asserted on its page",
     "late_import": "of a module nothing but its attributes is seen"}
 
 def test_every_parameter_of_a_public_function_has_a_case(work):

@@ -9,11 +9,10 @@ import diffnb.workshop.run as R
 import diffnb.workshop.settings as S
 import diffnb.workshop.memory as M
 from diffnb.core import DiffnbError, addressed
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model, save_weights
 from diffnb.schedule import make_schedule
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
 from diffnb.workshop.folder import make_config, read_config, read_metrics
-from diffnb.workshop.models import load_model, save_weights
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.unet import UNet, count_parameters
 from helpers import Started, command, tiny
@@ -250,7 +249,7 @@ def test_weights_file_is_small_and_samples_alike(finished, tmp_path):
     path = save_weights(trained, tmp_path / "w.safetensors")
     again = load_model(path, "cpu")
     x_T = torch.randn(4, *trained.shape, generator=torch.Generator().manual_seed(0))
-    a, b = (ddim(m.model, m.schedule, x_T.shape, 10, x_T=x_T, y=torch.arange(4)) for m in (trained, again))
+    a, b = (ddim(m.denoiser(torch.arange(4)), x_T, 10) for m in (trained, again))
     assert (a - b).abs().max() < 0.05 and path.stat().st_size < checkpoints(finished)[-1].stat().st_size / 5
 
 
@@ -688,7 +687,7 @@ def test_each_average_can_be_loaded(fast_run):
     assert len({m.conv_in.weight.sum().item() for m in (begun, *(m.model for m in loaded.values()))}) == 4
     m = loaded["ema2"]
     assert m.schedule == make_schedule("flow") and m.model.config["patch_size"] == 2 and m.shape == (1, 8, 8)
-    x0 = ddim(m.model, m.schedule, (2, *m.shape), 5, y=torch.tensor([1, 2]), prediction=m.config.prediction)
+    x0 = ddim(m.denoiser(torch.tensor([1, 2])), torch.randn(2, *m.shape), 5)
     assert x0.isfinite().all() and x0.abs().max() <= 1
     with pytest.raises(DiffnbError, match="holds no 'ema3' weights, only ema, ema2"):
         load_model(run, "cpu", "ema3")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 
 from diffnb.core import DiffnbError
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
+from diffnb.schedule import cosine_schedule
 from diffnb.workshop.generate import sample_batches
 from diffnb.core import checkpoints, read_tensors
 from diffnb.workshop.folder import columns, read_config, read_metrics
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from helpers import command
 
@@ -56,8 +56,9 @@ def test_info_and_load_model(run):
     for weights in ("ema", "model"):
         m = load_model(run, "cpu", weights)
         assert m.step == 12 and m.classes == tuple("0123456789") and m.shape == (1, 8, 8)
-        [(_, images)] = sample_batches(m.model, m.schedule, m.shape, [0, 1], y=torch.tensor([3, 7]), steps=3,
-                                       prediction=m.config.prediction, progress=False)
+        assert m.prediction == "v" and m.schedule == cosine_schedule()
+        [(_, images)] = sample_batches(
+            m.denoiser(torch.tensor([3, 7]), guidance_scale=2.0), m.shape, [0, 1], steps=3, progress=False)
         assert images.shape == (2, 1, 8, 8)
     with pytest.raises(DiffnbError, match="holds no 'ema2' weights"):
         load_model(run, "cpu", "ema2")

@@ -1,5 +1,5 @@
 "Interactive figures of a flow model with patches: they draw what the samplers draw."
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -7,10 +7,8 @@ import torch
 from diffnb.core import DiffnbError, addressed
 from diffnb.data import tile, to_float
 from diffnb.workshop.datasets import load_data
-from diffnb.guide import guided
-from diffnb.sample import ddim
+from diffnb.sample import ddim, draw_noise, Trained
 from diffnb.schedule import cosine_schedule, flow_schedule
-from diffnb.workshop.models import Trained
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
 from diffnb.workshop.widgets import attention_maps, dissolve, sampling, trajectory
@@ -23,7 +21,7 @@ def flow():
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn(p.shape, generator=g))
     config = TrainConfig(schedule="flow", prediction="velocity", T=50, patch_size=2, sample_steps=10)
-    return Trained(model.eval().requires_grad_(False), flow_schedule(50), config, tuple("0123456789"), 1)
+    return Trained(model.eval().requires_grad_(False), flow_schedule(50), asdict(config), tuple("0123456789"), 1)
 
 
 def test_an_image_dissolves_under_the_flow():
@@ -46,10 +44,10 @@ def test_a_walk_along_the_flow(flow):
 @pytest.mark.parametrize("w", [1.0, 4.0])
 def test_sampling_is_guided_along_the_flow(flow, w):
     y = torch.arange(10)
-    image, caption = sampling(flow, guidance=[1.0, 4.0], steps=5, eta=1.0).draw(guidance=w)
-    by_hand = ddim(guided(flow.model, y, w), flow.schedule, (10, 1, 8, 8), 5, 1.0, prediction="velocity",
-                   generator=addressed(0, "sampling"))
-    assert image.equal(tile(by_hand)) and f"guidance {w:g}" in caption and by_hand.isfinite().all()
+    image, caption = sampling(flow, guidance_scale=[1.0, 4.0], steps=5, eta=1.0).draw(guidance_scale=w)
+    dice = addressed(0, "sampling")
+    by_hand = ddim(flow.denoiser(y, w), draw_noise((10, 1, 8, 8), dice), 5, 1.0, generator=dice)
+    assert image.equal(tile(by_hand)) and f"guidance_scale {w:g}" in caption and by_hand.isfinite().all()
 
 
 def test_where_a_patch_looks(flow):

@@ -14,11 +14,10 @@ import torch
 import diffnb.train
 from diffnb.core import DiffnbError, write_whole
 from diffnb.workshop.datasets import load_data
-from diffnb.sample import ddim
+from diffnb.sample import ddim, load_model
 from diffnb.workshop.planning import time_steps
 from diffnb.core import SingleProcess, checkpoints, last_checkpoint, pick_device, read_tensors, write_tensors
 from diffnb.workshop.folder import free_to_change, make_config
-from diffnb.workshop.models import load_model
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig, resolve
 
@@ -94,7 +93,7 @@ def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at whic
 # ---- weights
 
 def weights_of(run, weights="ema", dtype=torch.float16): # -> (tensors, meta)
-    "One average of the last checkpoint, named and described as diffnb.workshop.models.save_weights does it."
+    "One average of the last checkpoint, named and described as diffnb.sample.save_weights does it."
     tensors, meta = last_checkpoint(run)
     return (
         {

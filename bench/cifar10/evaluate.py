@@ -51,9 +51,9 @@ class Scorer:
         if self.last[0] != key:
             m, start = self.model(j["run"] or self.a.out, j["weights"]), time.perf_counter()
             images = draw(
-                m.model, m.schedule, m.shape, j["n"], prediction=m.config.prediction, classes=len(m.classes),
+                m.model, m.schedule, m.shape, j["n"], prediction=m.prediction, classes=len(m.classes),
                 sampler=j["sampler"], steps=j["steps"], w=j["w"], batch=self.a.sample_batch, device=self.device,
-                precision=pick_precision("auto", self.device, m.config), end=self.end)
+                precision=pick_precision("auto", self.device, make_config(m.settings)), end=self.end)
             self.last = key, (images, time.perf_counter() - start)
         return self.last[1]
 
@@ -87,7 +87,7 @@ class Scorer:
             "training_minutes": read_json(plan)["asked"]["total_minutes"] if plan.exists() else None,
             "network_steps": m.step, "size": m.shape[-1], "scored_at": size, "distances": distances(f, real),
             "seconds_sampling": seconds, "seconds_scoring": time.perf_counter() - start,
-            "precision": pick_precision("auto", self.device, m.config), "batch": self.a.sample_batch,
+            "precision": pick_precision("auto", self.device, make_config(m.settings)), "batch": self.a.sample_batch,
             "protocol": PROTOCOL, **machine(self.a.device)}
         save_grid(images[:100], path.with_suffix(".png"), cols=10, scale=max(1, 64 // m.shape[-1]))
         save_json(path, facts)

@@ -181,7 +181,7 @@ def train_long(a, ranks=SingleProcess()): # -> TrainState
 def averages_in(tensors): return sorted({k.split(".")[0] for k in tensors if k.startswith("ema")})
 
 def half(tensors, meta, weights): # -> (tensors, meta)
-    "One average of a checkpoint, as diffnb.workshop.models.save_weights writes it, with the time spent."
+    "One average of a checkpoint, as diffnb.sample.save_weights writes it, with the time spent."
     prefix = weights + "."
     kept = {f"ema.{k.removeprefix(prefix)}": v.half() for k, v in tensors.items() if k.startswith(prefix)}
     if not kept:
@@ -261,10 +261,9 @@ def begin_score(a, done): # names of finished rows -> folder with weights.safete
 
 def draw_to(folder, m, a, n, w, precision): # -> uint8 (n, C, H, W)
     "Samples 0 … n-1 as PNGs in `folder`; those that are there are not drawn again."
-    guide = {} if w == 1 else {"guide": partial(guided, w=w)}
-    sample_to(folder, m.model, m.schedule, m.shape, n, y=torch.arange(n) % len(m.classes), sampler=dpmpp_2m,
-              steps=a.steps, prediction=m.config.prediction, device=a.device, precision=precision,
-              batch_size=a.sample_batch, progress=sys.stderr.isatty(), **guide)
+    sample_to(
+        folder, m.denoiser(torch.arange(n) % len(m.classes), w), m.shape, n, sampler=dpmpp_2m, steps=a.steps,
+        device=a.device, precision=precision, batch_size=a.sample_batch, progress=sys.stderr.isatty())
     return read_images(folder, n)[0]
 
 def reference(a, size, features, batch): # -> {"train": Real, "test": Real}
@@ -287,7 +286,8 @@ class Scoring:
         a.device, path = str(pick_device(a.device)), folder / "weights.safetensors"
         self.a, self.folder, self.m = a, folder, load_model(path, a.device)
         self.hours, self.size = read_tensors(path)[1].get("processor_seconds", math.nan) / 3600, self.m.shape[-1]
-        self.precision = pick_precision("auto", pick_device(a.device), self.m.config)
+        self.config = make_config(self.m.settings)
+        self.precision = pick_precision("auto", pick_device(a.device), self.config)
         self.features, self.batch = open_features(a)
         self.real = reference(a, self.size, self.features, self.batch)
 
@@ -302,10 +302,10 @@ class Scoring:
         return {"w": w, "n": n, "distances": found, "floor": floors_for(a, self.size, self.real, n)}
 
     def row(self):
-        a, m = self.a, self.m
-        n = len(load_data(m.config.data, self.size, root=a.data_root))
-        facts = {"name": self.folder.name, "step": m.step, "images": m.step * m.config.batch_size,
-                 "epochs": m.step * m.config.batch_size / n, "core_hours": self.hours, "weights": a.weights}
+        a, m, config = self.a, self.m, self.config
+        n = len(load_data(config.data, self.size, root=a.data_root))
+        facts = {"name": self.folder.name, "step": m.step, "images": m.step * config.batch_size,
+                 "epochs": m.step * config.batch_size / n, "core_hours": self.hours, "weights": a.weights}
         return {**facts, "unguided": self.measure(a.n, 1.0), "guided": self.measure(a.n_guided, a.guidance),
                 "sampler": "dpmpp_2m", "sampler_steps": a.steps, "precision": self.precision, "protocol": RULES,
                 "commit": commit_of(), **machine(a.device)}

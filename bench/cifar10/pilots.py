@@ -17,10 +17,10 @@ from score import *
 
 
 from diffnb.data import save_grid, to_float
+from diffnb.sample import save_weights, Trained
 from diffnb.schedule import make_schedule
 from diffnb.train import train_steps
 from diffnb.unet import count_parameters
-from diffnb.workshop.models import save_weights, Trained
 from diffnb.workshop.run import new_state
 from diffnb.scale import count_flops
 
@@ -145,7 +145,8 @@ def pilot(name, a):
         "images": steps * config.batch_size, "minutes": minutes, "core_minutes": core_minutes, "losses": losses,
         "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
     for average, ema in state.averages.items():
-        save_weights(Trained(ema.model, schedule, config, data.classes, steps), a.out / f"{name}_{average}.safetensors")
+        save_weights(
+            Trained(ema.model, schedule, asdict(config), data.classes, steps), a.out / f"{name}_{average}.safetensors")
         facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.prediction, test)}
     facts["ema"] |= score(state.ema.model, schedule, config, a, config.prediction, name)
     save_json(path, facts)

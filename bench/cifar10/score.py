@@ -8,7 +8,6 @@ from common import *
 
 import shutil, warnings
 from collections import OrderedDict
-from functools import partial
 
 import numpy as np
 from torch import nn
@@ -19,8 +18,7 @@ from diffnb.core import addressed
 from diffnb.data import ImageData, resize
 from diffnb.evaluate import Moments, frechet_distance, jackknife_error, kid
 from diffnb.workshop.features import Features
-from diffnb.guide import guided
-from diffnb.sample import dpmpp_2m
+from diffnb.sample import Denoiser, dpmpp_2m
 from diffnb.workshop.generate import sample_batches
 
 LAYERS = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c "
@@ -201,10 +199,10 @@ def draw(
     """Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the
     same shapes and compiles once."""
     y, parts = torch.arange(n) % classes if classes else None, []
+    denoiser = Denoiser(model, schedule, prediction, y, guidance_scale=w)
     for _, x in sample_batches(
-        model, schedule, shape, list(range(n)), y=y, batch_size=batch if w == 1 else batch // 2,
-        sampler=SAMPLERS[sampler], device=device, progress=False, guide=None if w == 1 else partial(guided, w=w),
-        precision=precision, steps=steps, prediction=prediction):
+        denoiser, shape, list(range(n)), batch_size=batch if w == 1 else batch // 2, sampler=SAMPLERS[sampler],
+        device=device, progress=False, precision=precision, steps=steps):
         parts.append(x)
         if end is not None and time.perf_counter() > end and sum(map(len, parts)) < n:
             return None

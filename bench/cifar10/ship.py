@@ -39,8 +39,8 @@ def main():
         [
             x
             for _, x in sample_batches(
-                m.model, m.schedule, m.shape, list(range(60)), y=torch.arange(60) % max(1, len(m.classes)),
-                sampler=dpmpp_2m, steps=a.steps, prediction=m.config.prediction, progress=False)])
+                m.denoiser(torch.arange(60) % len(m.classes) if m.classes else None), m.shape, list(range(60)),
+                sampler=dpmpp_2m, steps=a.steps, progress=False)])
     print(
         path, f"{path.stat().st_size:,} bytes, {weights};",
         save_grid(images, a.picture or HERE.parent.parent / "images" / f"{a.name}.png", cols=10, scale=2))

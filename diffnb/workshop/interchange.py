@@ -34,7 +34,8 @@ _words = {"norm_out": "conv_norm_out", "time": "time_embedding", "linear1": "lin
           "blocks": "resnets", "emb": "time_emb_proj", "shortcut": "conv_shortcut", "norm": "group_norm",
           "out": "to_out.0"}
 
-def key_map(model): # our UNet
+def key_map(model, # our UNet
+           ) -> dict:
     "{their name: (our name, part)}; part is 0, 1, 2 for the q, k, v thirds of our fused matrix, None for all else."
     names = {}
     for ours in model.state_dict():
@@ -52,9 +53,9 @@ def _their_settings(c):
     "UNet2DModel's arguments for our configuration `c`."
     if c["patch_size"] > 1:
         raise DiffnbError(f"patch_size={c['patch_size']}: diffusers' UNet2DModel works on pixels, not on patches. "
-                          "Only diffnb can run this one.")
+                          "Only diffnb can run this one")
     if not (c["mid_norm"] or c["film"]):
-        raise DiffnbError("mid_norm=False: diffusers has no such model with film=False. Only diffnb can run this one.")
+        raise DiffnbError("mid_norm=False: diffusers has no such model with film=False. Only diffnb can run this one")
     attends = [c["image_size"] // 2**i in c["attention"] for i in range(len(c["channel_mult"]))]
     return dict(
         sample_size=c["image_size"], in_channels=c["in_channels"], out_channels=c["in_channels"], dropout=c["dropout"],
@@ -92,9 +93,9 @@ def _known(config):
         if name in _theirs:
             continue
         if name not in _fixed:
-            raise _unsupported(name, value, "not a setting of UNet2DModel that diffnb knows.")
+            raise _unsupported(name, value, "not a setting of UNet2DModel that diffnb knows")
         if (ok := _fixed[name]) and value not in ok:
-            raise _unsupported(name, value, f"diffnb's UNet can only do {' or '.join(map(repr, ok))}.")
+            raise _unsupported(name, value, f"diffnb's UNet can only do {' or '.join(map(repr, ok))}")
     return _theirs | {k: v for k, v in given.items() if k in _theirs}
 
 # %% ../../nbs/workshop/interchange.ipynb #c014
@@ -102,14 +103,14 @@ def _levels(c):
     "Resolutions with attention, base_channels and channel_mult out of their lists."
     for name in ("down_block_types", "up_block_types", "block_out_channels"):
         if not isinstance(c[name], (list, tuple)) or not 0 < len(c[name]) == len(c["block_out_channels"]) <= 8:
-            raise _unsupported(name, c[name], "expected a list of 1 to 8 elements, as long as block_out_channels.")
+            raise _unsupported(name, c[name], "expected a list of 1 to 8 elements, as long as block_out_channels")
     widths = _numbers("block_out_channels", c["block_out_channels"], 1, 2**16, int)
     for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
         for kind in c[name]:
             _choice(f"{name}: element", kind, (f"{way}Block2D", f"Attn{way}Block2D"))
     attends = [kind.startswith("Attn") for kind in c["down_block_types"]]
     if attends != [kind.startswith("Attn") for kind in c["up_block_types"]][::-1]:
-        raise _unsupported("up_block_types", c["up_block_types"], "attention must be where it is on the way down.")
+        raise _unsupported("up_block_types", c["up_block_types"], "attention must be where it is on the way down")
     size = c["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
@@ -125,10 +126,10 @@ def _our_settings(config, # a UNet2DModel's config
     "Our UNet's arguments for their configuration; DiffnbError names the setting that does not fit."
     c = _known(config)
     if (out := c["out_channels"]) != c["in_channels"]:
-        raise _unsupported("out_channels", out, "must be in_channels.")
+        raise _unsupported("out_channels", out, "must be in_channels")
     film = _choice("resnet_time_scale_shift", c["resnet_time_scale_shift"], ("scale_shift", "default")) == "scale_shift"
     if (groups := c["attn_norm_num_groups"]) not in (None, c["norm_num_groups"]):
-        raise _unsupported("attn_norm_num_groups", groups, "must be None or equal norm_num_groups.")
+        raise _unsupported("attn_norm_num_groups", groups, "must be None or equal norm_num_groups")
     padding = _number("downsample_padding", c["downsample_padding"], 0, 1)
     _choice("flip_sin_to_cos", c["flip_sin_to_cos"], (True, False))
     rows = _number("num_class_embeds", c["num_class_embeds"], 1 + null_class, 100_000, none=True)
@@ -153,7 +154,7 @@ def _load(model, theirs, flip):
     for k, p in parts.items():
         if theirs[k].shape != p.shape or not theirs[k].is_floating_point() or not theirs[k].float().isfinite().all():
             raise DiffnbError(f"tensor {k} is {theirs[k].dtype} of shape {tuple(theirs[k].shape)}: expected finite "
-                              f"floats of shape {tuple(p.shape)}. The file is damaged, or belongs to other settings.")
+                              f"floats of shape {tuple(p.shape)}. The file is damaged, or belongs to other settings")
     for k, p in parts.items():
         p.copy_(_swap_halves(theirs[k]) if k == "time_embedding.linear_1.weight" and not flip else theirs[k])
     return model
@@ -169,14 +170,14 @@ def _build(config, weights, null_class):
 
 def unet_from_diffusers(unet,            # a diffusers UNet2DModel
                         null_class=True, # the last row of its class table is the null class; False: it has none
-                       ):                # our UNet with the same outputs, float32, on the same device, in the same mode
-    "Copies a UNet2DModel. DiffnbError names the setting that our UNet does not have."
+                       ) -> UNet: # ours, with the same outputs, float32, on the same device, in the same mode
+    "Copies a UNet2DModel. Raises DiffnbError for a setting that our UNet does not have, and names it."
     model = _build(dict(unet.config), {k: v.cpu() for k, v in unet.state_dict().items()}, null_class)
     return model.to(unet.device).train(unet.training)
 
 # %% ../../nbs/workshop/interchange.ipynb #c021
 def unet_to_diffusers(model # our UNet
-                     ):     # a diffusers UNet2DModel with the same outputs, on the same device, in the same mode
+                     ) -> torch.nn.Module: # a diffusers UNet2DModel with the same outputs, on the same device, in the same mode
     "Copies our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
     settings = _their_settings(model.config)
     unet, ours = _diffusers().UNet2DModel(**settings), model.state_dict()
@@ -193,26 +194,25 @@ def _check_sayable(schedule, prediction):
     _check_prediction(schedule, prediction)
     if schedule.straight and prediction != "velocity":
         raise DiffnbError(f"prediction={prediction!r} on the flow schedule: diffusers' FlowMatchEulerDiscreteScheduler "
-                          "only takes a velocity. Sample this one with diffnb, or train with prediction='velocity'.")
+                          "only takes a velocity. Sample this one with diffnb, or train with prediction='velocity'")
     if not schedule.straight and (schedule.alpha_bar + schedule.s**2 - 1).abs().max() > 1e-9:
-        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has none like it.")
+        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has none like it")
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
-        raise DiffnbError(
-            "prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
-            "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'.")
+        raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
+                          "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'")
 
 def _flow_shift(schedule):
     "The number for which `schedule` is flow_schedule(T).shift(number)."
     u, s = 1 / schedule.T, schedule.s[0].item()
     shift = float(f"{s * (1 - u) / (u * (1 - s)):.12g}")
     if (flow_schedule(schedule.T).shift(shift).s - schedule.s).abs().max() > 1e-9:
-        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has none like it.")
+        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has none like it")
     return shift
 
 def to_diffusers(model,            # our UNet
                  schedule,         # the NoiseSchedule it was trained with
                  prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
-                ):                 # (UNet2DModel, DDIMScheduler); for a flow a FlowMatchEulerDiscreteScheduler
+                ) -> tuple: # (UNet2DModel, DDIMScheduler); for a flow a FlowMatchEulerDiscreteScheduler
     """The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes.
     A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError."""
     _check_sayable(schedule, prediction)
@@ -225,6 +225,7 @@ def to_diffusers(model,            # our UNet
     return unet, _diffusers().DDIMScheduler(
         num_train_timesteps=schedule.T, trained_betas=betas, prediction_type=_predictions[prediction],
         timestep_spacing="trailing", steps_offset=0, set_alpha_to_one=True, clip_sample=True)
+
 
 # %% ../../nbs/workshop/interchange.ipynb #c032
 def _how_to_sample(model, schedule):
@@ -264,13 +265,14 @@ def save_diffusers(model,            # our UNet
                    folder,           # where; must not exist yet, or be empty
                    prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
                    say=print,        # is told how to sample a flow model
-                  ):                 # the folder
+                  ) -> Path: # the folder
     """Writes what `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without classes;
     the network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`. A flow has no
-    pipeline in diffusers: its folder holds unet/, scheduler/ and a README.md with the code that samples it."""
+    pipeline in diffusers: its folder holds unet/, scheduler/ and a README.md with the code that samples it.
+    Raises DiffnbError for a folder that is not empty, and for what diffusers does not have."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one.")
+        raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one")
     unet, scheduler = to_diffusers(model, schedule, prediction)
     place = folder.resolve()                                 # "." has no name of its own
     part = (place if folder.exists() else place.parent) / f".{place.name}.{os.getpid()}.partial"
@@ -288,8 +290,8 @@ def save_diffusers(model,            # our UNet
                 p.replace(place / p.name)
     except OSError as e:
         if place.is_dir() and any(p for p in place.iterdir() if p != part):
-            raise DiffnbError(f"{folder} was filled by another process meanwhile: choose another folder.") from e
-        raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left.") from e
+            raise DiffnbError(f"{folder} was filled by another process meanwhile: choose another folder") from e
+        raise DiffnbError(f"cannot write {folder}: {e}. Choose a folder you may write to, with space left") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if schedule.straight:
@@ -302,9 +304,9 @@ def _read_json(path):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise DiffnbError(f"cannot read {path}: {e}.") from e
+        raise DiffnbError(f"cannot read {path}: {e}") from e
     if not isinstance(values, dict):
-        raise DiffnbError(f"{path} does not hold a JSON object: the file is damaged.")
+        raise DiffnbError(f"{path} does not hold a JSON object: the file is damaged")
     return values
 
 _old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in files of 2022
@@ -317,13 +319,13 @@ def _weight_files(folder):
         if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name:
             files[m[1]] = p
     for p in sorted(folder.glob(f"{_stem}.safetensors.index.*")):
-        variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors.")[1])
+        variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors")[1])
         if variant is None:
             continue
         shards = [s for s in _shards(p) if (folder / s).is_file()]
         if variant[1] in files and shards:
             raise DiffnbError(f"{folder} holds the weights twice, in {files[variant[1]].name} and in {len(shards)} "
-                              f"shards with {p.name}: remove the set that is out of date.")
+                              f"shards with {p.name}: remove the set that is out of date")
         if variant[1] not in files:
             files[variant[1]] = p
     return files
@@ -332,10 +334,10 @@ def _shards(index):
     "{file name: names of its tensors} as an index of shards says; DiffnbError if it cannot be one."
     named, files = _read_json(index).get("weight_map"), {}
     if not isinstance(named, dict) or not named:
-        raise DiffnbError(f"{index} has no weight_map: the file is damaged.")
+        raise DiffnbError(f"{index} has no weight_map: the file is damaged")
     for tensor, file in named.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise DiffnbError(f"{index}: {tensor} is said to be in {file!r}: expected a .safetensors file beside it.")
+            raise DiffnbError(f"{index}: {tensor} is said to be in {file!r}: expected a .safetensors file beside it")
         files.setdefault(file, set()).add(tensor)
     return files
 
@@ -344,17 +346,17 @@ def _load_whole(file):
     shards = _shards(file) if file.suffix == ".json" else {file.name: None}
     if lost := [s for s in shards if not (file.parent / s).is_file()]:
         raise DiffnbError(f"{file.parent}: of {len(shards)} shards {len(lost)} are missing: {', '.join(lost[:5])}. "
-                          "Copy them too.")
+                          "Copy them too")
     weights = {}
     for name, tensors in shards.items():
         try:
             part = load_file(file.parent / name)
         except (OSError, SafetensorError) as e:
-            raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again.") from e
+            raise DiffnbError(f"cannot read {file.parent / name}: {e}. Copy it again") from e
         if tensors is not None and part.keys() != tensors:
             odd = sorted(part.keys() ^ tensors)[0]
             raise DiffnbError(f"{name} and {file.name} disagree about {odd}: they belong to different models. "
-                              "Copy both again.")
+                              "Copy both again")
         weights |= part
     return weights
 
@@ -369,7 +371,7 @@ def _no_weights(folder):
     others = sorted(p.name for p in folder.iterdir() if p.name != "config.json")
     return DiffnbError(f"{folder} has no {_stem}.safetensors, nor an index of shards or a variant of it" + (
         f"; what there is: {', '.join(others[:8])}. Rename the weights if they are among these." if others else
-        ". Copy the whole folder of the model."))
+        ". Copy the whole folder of the model"))
 
 def _read_weights(folder, variant=None, say=print):
     "The tensors of a saved model, from safetensors only, under today's names."
@@ -401,12 +403,12 @@ def _read_flow(config):
         if name.startswith("_") or name in ("num_train_timesteps", "shift", *_flow_idle):
             continue
         if name not in _flow_fixed:
-            raise _unsupported(name, value, "not a setting of the flow that diffnb knows.")
+            raise _unsupported(name, value, "not a setting of the flow that diffnb knows")
         if value is not (ok := _flow_fixed[name]):
-            raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}.")
+            raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}")
     if any(config.get(k) != v for k, v in _flow_note.items()):
         raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on "
-                          "T * sigma, ours on the number of the timestep; it would answer for another noise level.")
+                          "T * sigma, ours on the number of the timestep; it would answer for another noise level")
     schedule = flow_schedule(_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000))
     shift = _number("shift", config.get("shift", 1.0), 1e-6, 1e6, float)
     return schedule if shift == 1 else schedule.shift(shift), "velocity"
@@ -441,7 +443,7 @@ def _read_schedule(config, say=print):
         return _read_flow(config)
     _choice("_class_name", config.get("_class_name"), _schedulers)
     if config.get("use_flow_sigmas"):
-        raise _unsupported("use_flow_sigmas", True, "this solver walks a flow.")
+        raise _unsupported("use_flow_sigmas", True, "this solver walks a flow")
     name = _choice("prediction_type", config.get("prediction_type", "epsilon"), tuple(_predictions.values()))
     T = _number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000)
     start = _number("beta_start", config.get("beta_start", 1e-4), 1e-12, 0.999, float)
@@ -458,7 +460,7 @@ def _read_schedule(config, say=print):
     else:
         schedule = NoiseSchedule((1 - torch.as_tensor(beta, dtype=torch.float64)).cumprod(0))
     if schedule.T != T:
-        raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}.")
+        raise DiffnbError(f"trained_betas has {schedule.T} values: expected num_train_timesteps={T}")
     if _choice("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (True, False)):
         schedule = schedule.zero_terminal_snr()
     _say_sampling(config, say)
@@ -472,7 +474,7 @@ def _unet_folder(path, weights, say):
     _choice("weights", weights, ("ema", "model"))
     there = [d for d in ("unet_ema", "unet") if (path / d / "config.json").is_file()]
     if weights == "model" and there == ["unet_ema"]:
-        raise DiffnbError(f"{path} holds only the average, unet_ema: leave out weights='model'.")
+        raise DiffnbError(f"{path} holds only the average, unet_ema: leave out weights='model'")
     if len(there) == 2:
         there = there[weights == "model":]
         say(f"of unet_ema (an average) and unet (the last weights) {there[0]} was read; "
@@ -480,7 +482,7 @@ def _unet_folder(path, weights, say):
     folder = path / there[0] if there else path
     if not (folder / "config.json").is_file():
         raise DiffnbError(f"no model in {path}: expected a folder with config.json, or unet/config.json. A name on a "
-                          "model hub is not enough: download the folder first.")
+                          "model hub is not enough: download the folder first")
     return folder
 
 def _roots(path):
@@ -499,7 +501,7 @@ def _scheduler_settings(roots):
         return config
     if (name := index.get("_class_name")) not in _pipelines:
         raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works "
-                          "on pixels.")
+                          "on pixels")
     named = index.get("scheduler", [None, None])
     named = named[-1] if isinstance(named, list) and named else named
     if config is None or named is None:
@@ -507,7 +509,7 @@ def _scheduler_settings(roots):
     config = {"_class_name": named, **config}
     if config["_class_name"] != named:
         raise DiffnbError(f"model_index.json names the scheduler {named!r}, and scheduler_config.json is of "
-                          f"{config['_class_name']!r}: restore the one that belongs to this model.")
+                          f"{config['_class_name']!r}: restore the one that belongs to this model")
     return config
 
 def from_diffusers(path,            # a folder on this machine
@@ -515,8 +517,9 @@ def from_diffusers(path,            # a folder on this machine
                    weights="ema",   # where there are both: "ema" reads unet_ema, "model" unet
                    variant=None,    # of the weight files, e.g. "fp16"; None: the usual ones, or the only ones there are
                    say=print,       # is told what had to be assumed, and what samplers must be told
-                  ):                # (UNet, NoiseSchedule, prediction), the UNet on the CPU, in eval mode
-    "Reads a model saved by diffusers, without diffusers. DiffnbError for what is missing, damaged or unsupported."
+                  ) -> tuple[UNet, NoiseSchedule, str]: # with the prediction; the UNet on the CPU, in eval mode
+    """Reads a model saved by diffusers, without diffusers. Raises DiffnbError for what is missing, damaged or
+    unsupported."""
     path = Path(path)
     folder = _unet_folder(path, weights, say)
     config = _read_json(folder / "config.json")

@@ -20,6 +20,7 @@ from ..core import (
     _step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, pick_device,
     read_tensors, write_tensors, write_whole)
 from ..data import save_grid, to_uint8
+from ..sample import Denoiser
 from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
 from ..unet import UNet
@@ -75,8 +76,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=S
     x_T = torch.randn(
         rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.seed, "grid"))
     def draw(x_T, y=None):
-        return sampler(
-            state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)
+        return sampler(Denoiser(state.ema.model, schedule, config.prediction, y), x_T, steps=config.sample_steps)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = ranks.map(draw, *(v.to(device) for v in (x_T, labels) if v is not None))
     if ranks.rank:

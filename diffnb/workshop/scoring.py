@@ -18,12 +18,11 @@ import torch
 from ..core import DiffnbError, late_import, pick_device, shown, SingleProcess, write_whole
 from ..data import ImageData, save_grid
 from ..evaluate import _check_comparable, evaluate, Evaluation, LEAST_IMAGES
-from ..sample import check_sampling, ddim
+from ..sample import check_sampling, ddim, load_model
 from .datasets import load_data
 from .features import Features, make_features
-from .folder import alone_in, check_place
-from .generate import guidance_for, sample_to
-from .models import load_model
+from .folder import alone_in, check_place, make_config, read_config
+from .generate import sample_to
 from .reader import decode, list_images, match_classes, NoSplit, split_folders
 from .settings import pick_precision
 
@@ -203,18 +202,17 @@ def _place_of(source, out, pictures): # where the results go; `pictures`: folder
         f"{here.name if here.is_dir() else here.stem}.evaluation")
     return check_place(out if out is not None else source if _kind(source) == "run" else beside, images=pictures)
 
-def _sampled(out, trained, n, y, guidance, guide, sampler, steps, seed, **settings):
-    # -> (images, facts for evaluation.json)
-    told = getattr(sampler, "__name__", "sampler")
-    name = (
-        f"step_{trained.step:09d}_{told}{steps}"
-        + (f"_w{guidance:g}" if guide else "")
-        + (f"_seed{seed}" if seed else ""))
+def _config_of(source, trained): # TrainConfig; of a run with its images where they are now
+    config = make_config(trained.settings)
+    return replace(config, data=read_config(source)["config"].data) if _kind(source) == "run" else config
+
+def _sampled(out, trained, denoiser, n, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
+    told, w = getattr(sampler, "__name__", "sampler"), denoiser.guidance_scale
+    name = f"step_{trained.step:09d}_{told}{steps}" + (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "")
     folder = sample_to(
-        out / "evaluation" / name, trained.model, trained.schedule, trained.shape, n, y=y, sampler=sampler, guide=guide,
-        steps=steps, seed=seed, prediction=trained.config.prediction, **settings)
+        out / "evaluation" / name, denoiser, trained.shape, n, sampler=sampler, steps=steps, seed=seed, **settings)
     return read_images(folder, n)[0], {"step": trained.step, "sampler": told, "steps": steps, "seed": seed,
-                                       "guidance": guidance if trained.classes else None}
+                                       "guidance": w if trained.classes else None}
 
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
@@ -222,8 +220,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  out=None,          # where the results go; None: the run folder, or SOURCE.evaluation
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
-                 # of the sampling; guidance 1: conditional, where the model has classes
-                 steps=50, guidance=1.0, sampler=ddim, seed=0,
+                 # of the sampling; scale 1: conditional, where the model has classes
+                 steps=50, guidance_scale=1.0, sampler=ddim, seed=0,
                  device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ) -> Evaluation:
     """Sample (what is there already is kept), score, and write evaluation.json, panel.png and
@@ -243,19 +241,20 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
             raise DiffnbError(
                 f"{source} is not a run folder, so say what to compare its images with: reference=... "
                 "(command line: --reference)")
-        if guidance != 1 or steps != 50:
+        if guidance_scale != 1 or steps != 50:
             raise DiffnbError(
-                f"{source} holds images that are made already: leave --steps and --guidance out, which say "
-                "how to make some")
+                f"{source} holds images that are made already: leave --steps and --guidance-scale out, "
+                "which say how to make some")
         images, y, names = read_images(source, n)
         like = images
     else:
         trained, n = load_model(source, device), n or 10_000
-        guide, _ = guidance_for(trained, guidance), check_sampling(trained.schedule, steps=steps)
-        like, config = torch.empty(1, *trained.shape), trained.config
+        check_sampling(trained.schedule, steps=steps)
+        like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
         reference, filter, data_root = reference or config.data, config.interpolation, data_root or config.data_root
         # a longer list lets n grow later
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
+        denoiser = trained.denoiser(y, guidance_scale)
     real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files":
@@ -270,8 +269,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         ranks.first(lambda: ranked or held.enter_context(alone_in(out, "evaluating")))
         if kind != "files":
             images, more = _sampled(
-                out, trained, n, y, guidance, guide, sampler, steps=steps, seed=seed, batch_size=batch_size,
-                device=device, progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
+                out, trained, denoiser, n, sampler, steps, seed, batch_size=batch_size, device=device,
+                progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
             facts |= more
         result = evaluate(images, real, features, held_out, split, seed)
         if ranked:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['picture', 'frames', 'Interactive', 'dissolve', 'trajectory', 'sampling', 'attention_weights', 'attention_maps',
-           'dashboard']
+           'replay']
 
 # %% ../../nbs/workshop/widgets.ipynb #i0
 import base64, importlib.util, io, itertools, json, os, sys
@@ -19,13 +19,11 @@ import torch
 # %% ../../nbs/workshop/widgets.ipynb #i2
 from ..core import addressed, DiffnbError
 from ..data import tile, to_float, to_uint8
-from ..sample import ddim, draw_noise
+from ..sample import ddim, draw_noise, load_model
 from ..unet import Attention
 from .curves import plot_metrics
 from .datasets import load_data
 from .folder import read_metrics
-from .generate import guidance_for
-from .models import load_model
 
 # %% ../../nbs/workshop/widgets.ipynb #c008
 def _png(image): # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure, which is closed -> bytes
@@ -43,7 +41,7 @@ def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib fig
             alt,          # what it shows, in words
             width,        # on the screen, pixels; narrower screens shrink it
             smooth=True,  # enlarge softly; False: hard-edged pixels
-           ):             # HTML
+           ) -> str:      # HTML
     "An image as an HTML tag that needs no other file."
     style = "max-width: 100%; height: auto" + ("" if smooth else "; image-rendering: pixelated")
     return (
@@ -85,7 +83,7 @@ def frames(images,      # one for each combination of the axes' values, the last
            width,       # on the screen, pixels
            smooth=True, # enlarge softly
            start=None,  # dict: name -> the value shown first; default: the first
-          ):            # HTML
+          ) -> str:     # HTML
     """Pictures to scrub through without a kernel or a network; a plain row of pictures where scripts are forbidden.
     Raises DiffnbError."""
     cells, numbers = [], [len(v) for v in axes.values()]
@@ -152,20 +150,22 @@ class Interactive:
             draw, live, stored, alt, width, smooth, eager, more)
         self.start, self.box = {k: v[0] for k, v in live.items()} | (start or {}), None
 
-    def html(self, **values): # one picture with its caption
+    def html(self, **values) -> str:
+        "One picture with its caption, as HTML."
         image, caption = self.draw(**values)
         told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace(
             "<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
         return told + f'<div aria-live="polite">{escape(caption)}</div>'
 
-    def frames(self):
+    def frames(self) -> str:
+        "The pictures of `stored`, as HTML that works without a kernel."
         every = [dict(zip(self.stored, values)) for values in itertools.product(*self.stored.values())]
         images, captions = zip(*[self.draw(**values) for values in every])
         return frames(
             images, self.stored, captions, self.alt, self.width, self.smooth,
             {k: v for k, v in self.start.items() if v in self.stored[k]})
 
-    def widget(self):
+    def widget(self) -> object: # ipywidgets.VBox
         """The live figure: an ipywidgets box with a control for each axis and the picture below. Made once, shown as
         often as wanted."""
         if self.box:
@@ -179,8 +179,8 @@ class Interactive:
         self.box = w.VBox([*self.controls.values(), *([self.more(self)] if self.more else []), self.out])
         return self.box
 
-    def values(self): return {name: control.value for name, control in self.controls.items()}
-    def redraw(self): self.out.value = self.html(**self.values())
+    def values(self) -> dict: return {name: control.value for name, control in self.controls.items()}
+    def redraw(self) -> None: self.out.value = self.html(**self.values())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if not _watched():
@@ -190,7 +190,8 @@ class Interactive:
 # %% ../../nbs/workshop/widgets.ipynb #c025
 def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
              schedules, # dict: name -> NoiseSchedule, all of the same T
-             seed=0):
+             seed=0       # of the noise
+            ) -> Interactive:
     "A slider over t: the image under a chosen schedule, with its signal-to-noise ratio."
     noise, T = draw_noise(x0.shape, addressed(seed, "dissolve"), "cpu"), next(iter(schedules.values())).T
     def draw(schedule, t):
@@ -206,13 +207,13 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
 # %% ../../nbs/workshop/widgets.ipynb #c029
 def trajectory(trained,             # from load_model
                y=(3, 4, 5, 7, 8),   # classes, one digit of each
-               steps=50, seed=0, **settings): # for ddim
+               steps=50, seed=0, **settings # for ddim
+              ) -> Interactive:
     "A slider along a DDIM trajectory: x_t and the estimate of x0 side by side."
-    walk, n = [], len(y)
-    ddim(
-        trained.model, trained.schedule, (n, *trained.shape), steps, y=torch.tensor(y),
-        prediction=trained.config.prediction, generator=addressed(seed, "trajectory"),
-        callback=lambda t, t_next, x, x0: walk.append((t, t_next, x, x0)), **settings)
+    walk, n, dice = [], len(y), addressed(seed, "trajectory")
+    def keep(t, t_next, x, x0): walk.append((t, t_next, x, x0))
+    x_T = draw_noise((n, *trained.shape), dice)
+    ddim(trained.denoiser(torch.tensor(y)), x_T, steps, generator=dice, callback=keep, **settings)
     def draw(step):
         t, t_next, x, x0 = walk[step - 1]
         left, right = tile(x, n), tile(x0, n)
@@ -227,24 +228,23 @@ def trajectory(trained,             # from load_model
 # %% ../../nbs/workshop/widgets.ipynb #c033
 def sampling(trained,     # from load_model, a model with classes
              stored=None, # dict: name -> values drawn beforehand, for some of the axes offered
-             **axes,      # steps, eta, seed, guidance: a list or range of values for a control, or one value
-            ):
+             **axes,      # steps, eta, seed, guidance_scale: a list or range of values for a control, or one value
+            ) -> Interactive:
     """Controls over DDIM: one digit of each class, drawn anew whenever something changes. Raises DiffnbError for an
     unknown name."""
-    fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance": 1.0}
+    fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance_scale": 1.0}
     if unknown := set(axes) - set(fixed):
         raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
     live = {k: v for k, v in axes.items() if isinstance(v, (list, tuple, range))}
     fixed |= {k: v for k, v in axes.items() if k not in live}
-    for w in live.get("guidance", [fixed["guidance"]]):
-        guidance_for(trained, w)              # refused now, not when it is drawn
-    y = torch.arange(len(trained.classes))
+    y = torch.arange(len(trained.classes)) if trained.classes else None
+    # refused now, not when drawn
+    denoisers = {w: trained.denoiser(y, w) for w in live.get("guidance_scale", [fixed["guidance_scale"]])}
     def draw(**values):
         s = fixed | values
-        guide = guidance_for(trained, s["guidance"])
-        network, told = (guide(trained.model, y), None) if guide else (trained.model, y)
-        out = ddim(network, trained.schedule, (len(y), *trained.shape), s["steps"], s["eta"], y=told,
-                   prediction=trained.config.prediction, generator=addressed(s["seed"], "sampling"))
+        dice = addressed(s["seed"], "sampling")
+        x_T = draw_noise((len(trained.classes), *trained.shape), dice)
+        out = ddim(denoisers[s["guidance_scale"]], x_T, s["steps"], s["eta"], generator=dice)
         return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
     return Interactive(
@@ -254,7 +254,10 @@ def sampling(trained,     # from load_model, a model with classes
 # %% ../../nbs/workshop/widgets.ipynb #c038
 @torch.no_grad()
 def attention_weights(model, # a UNet
-                      x_t, t, y=None):
+                      x_t,   # (B, C, H, W)
+                      t,     # int64 (B,)
+                      y=None # classes, int64 (B,), or None
+                     ) -> dict:
     """Runs the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; a row says where that position
     looks."""
     found = {}
@@ -304,8 +307,10 @@ def _pixel_buttons(image, cell, figure): # an ipywidget
 def attention_maps(trained=None, # from load_model; None: the embedded digits model
                    x0=None,      # a grey image (1, 1, H, W) in [-1, 1]; None: a test digit
                    t=100,        # how much noise it gets
-                   y=None, seed=0):
-    "Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer."
+                   y=None, seed=0
+                  ) -> Interactive:
+    """Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer.
+    Raises DiffnbError for a model without attention."""
     trained = trained or load_model("digits", device="cpu")
     if x0 is None:
         x0 = to_float(load_data("digits", split="test").images[:1])
@@ -356,10 +361,11 @@ def _bytes(image):
     image.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
-def dashboard(run,          # a run folder, also while it is training
-              floor=None):  # loss of the best Gaussian denoiser, drawn as a dashed line
+def replay(run,        # a run folder, also while it is training
+           floor=None, # loss of the best Gaussian denoiser, drawn as a dashed line
+          ) -> Interactive:
     """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it
-    trains."""
+    trains. Raises DiffnbError for a run that has logged nothing yet."""
     def steps(): # a single row makes no curve
         logged = [int(s) for s in read_metrics(run)["step"]]
         return logged[1:] or logged

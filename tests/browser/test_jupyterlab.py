@@ -92,7 +92,7 @@ def test_run_all_and_move(open_notebook, page, name, widgets, seconds):
 
 
 def test_dashboard_follows_a_run(open_notebook, page, notebooks):
-    cells = ["from diffnb.workshop.widgets import dashboard", "dashboard('watched')"]
+    cells = ["from diffnb.workshop.widgets import replay", "replay('watched')"]
     nbformat = pytest.importorskip("nbformat")
     nb = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(c) for c in cells],

@@ -141,7 +141,8 @@ bug(
     "list(zip(ts, ts[1:] + [-1]))", "[(t, max(t - self.T // steps, -1)) for t in ts]", "huggingface/diffusers#12633")
 bug(
     "leading-by-default", "samplers begin below T-1, where they have never seen pure noise",
-    'spacing="trailing" # see timesteps', 'spacing="leading" # see timesteps', "huggingface/diffusers#2585")
+    'spacing="trailing" # see timesteps\n               )', 'spacing="leading" # see timesteps\n               )',
+    "huggingface/diffusers#2585")
 bug(
     "spectrum-uncentred", "the covariance forgets to subtract the mean", "products / n - mean.outer(mean)",
     "products / n")
@@ -517,129 +518,125 @@ bug(
 bug = lesson("05_sample")
 bug(
     "eps-not-rederived", "x0 is clipped, and eps stays what it was",
-    "    if clip:\n        x0 = x0.clamp(-1, 1)\n    return x0, schedule.to_eps(x0, x_t, t)",
-    "    eps = schedule.to_eps(x0, x_t, t)\n    if clip:\n        x0 = x0.clamp(-1, 1)\n    return x0, eps",
+    "        if self.clip:\n            x0 = x0.clamp(-1, 1)\n        return x0, self.schedule.to_eps(x0, x_t, t)",
+    "        eps = self.schedule.to_eps(x0, x_t, t)\n        if self.clip:\n            x0 = x0.clamp(-1, "
+    "1)\n        return x0, eps",
     "lucidrains/denoising-diffusion-pytorch#84")
-bug(
-    "output-is-eps", "the output is taken for eps, whatever the network predicts",
-    "return x0, schedule.to_eps(x0, x_t, t)", "return x0, output.float()", "huggingface/diffusers#1486")
+bug("output-is-eps", "the output is taken for eps, whatever the network predicts",
+    "return x0, self.schedule.to_eps(x0, x_t, t)", "return x0, output.float()", "huggingface/diffusers#1486")
 bug("clip-0-1", "x0 is clipped to [0, 1]", "x0 = x0.clamp(-1, 1)", "x0 = x0.clamp(0, 1)")
-bug("clip-always", "clip=False has no effect", "    if clip:\n        x0 = x0.clamp(-1, 1)", "    x0 = x0.clamp(-1, 1)")
 bug(
-    "clip-after-mean", "the mean is clipped instead of x0: too late to help",
-    "        x0, _ = denoise(model, schedule, x, t, y, prediction, clip)\n        (a, s), (a2, s2) = "
-    "schedule.signal_noise(t), schedule.signal_noise(t_next)\n        kept = a / a2  # of the amplitude, "
-    "from t_next to t: root of the paper's alpha\n        mean = a2 * x0 + kept * (s2 / s) ** 2 * (x - a * "
-    "x0)",
-    "        x0, _ = denoise(model, schedule, x, t, y, prediction, False)\n        (a, s), (a2, s2) = "
-    "schedule.signal_noise(t), schedule.signal_noise(t_next)\n        kept = a / a2\n        mean = (a2 * "
-    "x0 + kept * (s2 / s) ** 2 * (x - a * x0)).clamp(-1, 1)",
-    "hojonathanho/diffusion#5")
+    "clip-always", "clip=False has no effect", "        if self.clip:\n            x0 = x0.clamp(-1, 1)",
+    "        x0 = x0.clamp(-1, 1)")
+bug("clip-after-mean", "the mean is clipped instead of x0: too late to help",
+    "x0, _ = denoiser(x, t)\n        kept = a / a_next                            # of the amplitude, from t_next "
+    "to t: root of the paper's alpha\n        mean = a_next * x0 + kept * (s_next / s) ** 2 * (x - a * x0)",
+    "x0, _ = replace(denoiser, clip=False)(x, t)\n        kept = a / a_next\n"
+    "        mean = (a_next * x0 + kept * (s_next / s) ** 2 * (x - a * x0)).clamp(-1, 1)", "hojonathanho/diffusion#5")
 bug(
     "ddpm-variance", "DDPM adds noise scaled by the variance",
-    "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise",
-    "mean + s2 ** 2 * (1 - (kept * s2 / s) ** 2) * draw_noise", "Y-debug-sys/Diffusion-TS#135")
-bug(
-    "ddpm-beta", "DDPM adds the forward noise, not that of the posterior",
-    "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise",
-    "mean + s * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise")
-bug(
-    "ddpm-alpha-of-t", "the posterior mean uses alpha_bar of t where that of the next timestep belongs",
-    "mean = a2 * x0 + kept", "mean = a * x0 + kept")
-bug(
-    "ddpm-step-unsquared", "alpha, which is what is kept of the power, stands where its root belongs", "kept = a / a2",
-    "kept = (a / a2) ** 2")
-bug(
-    "ddim-variance", "eta scales a variance where the standard deviation belongs",
-    "sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)", "sigma = eta * s2 ** 2 * (1 - (a / a2 * s2 / s) ** 2)",
-    "jsboige/CoursIA#16158")
-bug(
-    "ddim-too-noisy", "with eta above 0 fresh noise comes on top of all the old",
-    "math.sqrt(s2 ** 2 - sigma ** 2) * eps", "s2 * eps")
+    "sigma = s_next * math.sqrt(1 - (kept * s_next / s) ** 2)", "sigma = s_next ** 2 * (1 - (kept * s_next / s) ** 2)",
+    "Y-debug-sys/Diffusion-TS#135")
+bug("ddpm-beta", "DDPM adds the forward noise, not that of the posterior",
+    "sigma = s_next * math.sqrt(1 - (kept * s_next / s) ** 2)", "sigma = s * math.sqrt(1 - (kept * s_next / s) ** 2)")
+bug("ddpm-alpha-of-t", "the posterior mean uses alpha_bar of t where that of the next timestep belongs",
+    "mean = a_next * x0 + kept", "mean = a * x0 + kept")
+bug("ddpm-step-unsquared", "alpha, which is what is kept of the power, stands where its root belongs",
+    "kept = a / a_next", "kept = (a / a_next) ** 2")
+bug("ddim-variance", "eta scales a variance where the standard deviation belongs",
+    "sigma = eta * s_next * math.sqrt(1 - (a / a_next * s_next / s) ** 2)",
+    "sigma = eta * s_next ** 2 * (1 - (a / a_next * s_next / s) ** 2)", "jsboige/CoursIA#16158")
+bug("ddim-too-noisy", "with eta above 0 fresh noise comes on top of all the old",
+    "math.sqrt(s_next ** 2 - sigma ** 2) * eps", "s_next * eps")
 bug("ddim-eta-ignored", "eta has no effect", "if sigma:", "if False:")
+bug("ddim-x0-unscaled", "the estimate of x0 is not scaled to the next noise level",
+    "x = a_next * x0 + math.sqrt(s_next", "x = x0 + math.sqrt(s_next")
+bug("network-told-next-t", "the network is told a timestep one too high", "torch.full((len(x_t),), t, device",
+    "torch.full((len(x_t),), min(t + 1, self.schedule.T - 1), device")
 bug(
-    "ddim-x0-unscaled", "the estimate of x0 is not scaled to the next noise level", "x = a2 * x0 + math.sqrt(s2",
-    "x = x0 + math.sqrt(s2")
-bug(
-    "network-told-next-t", "the network is told a timestep one too high", "torch.full((len(x_t),), t, device",
-    "torch.full((len(x_t),), min(t + 1, schedule.T - 1), device")
-bug(
-    "labels-not-passed", "the sampler forgets to hand the labels on", "t, device=x_t.device), y)\n    if output.shape",
-    "t, device=x_t.device))\n    if output.shape")
-bug(
-    "one-generator-for-all", "all images draw from the first generator, so that they depend on the batch",
+    "labels-not-passed", "the denoiser forgets to hand the labels on", "return self.model(x_t, t, y)",
+    "return self.model(x_t, t)")
+bug("one-generator-for-all", "all images draw from the first generator, so that they depend on the batch",
     "for g in generator]).to(device)", "for g in generator[:1] * len(generator)]).to(device)")
 bug("heun-euler", "Heun's corrector replaces the first slope instead of averaging", "(eps + eps_next) / 2", "eps_next")
+bug("heun-same-t", "the second slope is asked for at the old timestep", "denoiser(euler, t_next)", "denoiser(euler, t)")
 bug(
-    "heun-same-t", "the second slope is asked for at the old timestep", "denoise(model, schedule, euler, t_next,",
-    "denoise(model, schedule, euler, t,")
-bug("heun-coefficient", "the corrector forgets how the signal's scale changes", "(s2 - s * a2 / a) *", "(s2 - s) *")
+    "heun-coefficient", "the corrector forgets how the signal's scale changes", "(s_next - s * a_next / a) *",
+    "(s_next - s) *")
 bug(
     "dpm-ratio", "the extrapolation of DPM-Solver++ has its steps exchanged", "* h / (2 * h_before)",
     "* h_before / (2 * h)")
 bug(
     "dpm-sign", "the extrapolation of DPM-Solver++ points backwards", "d = x0 + (x0 - before)", "d = x0 - (x0 - before)"
 )
-bug(
-    "dpm-log-snr", "steps are measured in log SNR of powers, which is twice as long",
-    "h = math.log(a2 / s2) - math.log(a / s) if", "h = 2 * (math.log(a2 / s2) - math.log(a / s)) if")
-bug(
-    "dpm-first-order", "the memory of the last step is lost: first order, not second", "before, h_before = x0, h\n",
-    "before, h_before = None, h\n")
-bug(
-    "invert-forwards", "the inversion walks from noise to image", "reversed(schedule.pairs(steps, spacing))",
-    "schedule.pairs(steps, spacing)")
-bug(
-    "lerp", "noises are mixed in a straight line, which makes them too quiet",
+bug("dpm-log-snr", "steps are measured in log SNR of powers, which is twice as long",
+    "h = math.log(a_next / s_next) - math.log(a / s) if", "h = 2 * (math.log(a_next / s_next) - math.log(a / s)) if")
+bug("dpm-first-order", "the memory of the last step is lost: first order, not second",
+    "before, h_before = x0, h\n", "before, h_before = None, h\n")
+bug("invert-forwards", "the inversion walks from noise to image",
+    "reversed(denoiser.schedule.transitions(steps, spacing))", "denoiser.schedule.transitions(steps, spacing)")
+bug("lerp", "noises are mixed in a straight line, which makes them too quiet",
     "return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()", "return (1 - w) * a + w * b")
-bug(
-    "mask-inverted", "inpainting keeps the hole and invents the rest",
+bug("mask-inverted", "inpainting keeps the hole and invents the rest",
     "return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x",
     "return (1 - mask) * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + mask * x")
 bug(
     "inpaint-noise-level", "the known part is put back with the noise of the step before",
-    "a, s = schedule.signal_noise(t_next)\n        return mask", "a, s = schedule.signal_noise(t)\n        return mask")
+    "a, s = denoiser.schedule.signal_noise(t_next)\n        return mask",
+    "a, s = denoiser.schedule.signal_noise(t)\n        return mask")
 bug(
     "callback-ignored", "what a callback returns is thrown away", "return x if changed is None else changed", "return x"
 )
-bug(
-    "ddim-eta-preserving", "the noise that eta adds is right only where variance is preserved",
-    "sigma = eta * s2 * math.sqrt(1 - (a / a2 * s2 / s) ** 2)",
-    "sigma = eta * s2 / s * math.sqrt(max(0, 1 - (a / a2) ** 2))")
-bug(
-    "ddpm-preserving", "DDPM's noise is right only where variance is preserved",
-    "mean + s2 * math.sqrt(1 - (kept * s2 / s) ** 2) * draw_noise",
-    "mean + s2 / s * math.sqrt(1 - kept ** 2) * draw_noise")
+bug("ddim-eta-preserving", "the noise that eta adds is right only where variance is preserved",
+    "sigma = eta * s_next * math.sqrt(1 - (a / a_next * s_next / s) ** 2)",
+    "sigma = eta * s_next / s * math.sqrt(max(0, 1 - (a / a_next) ** 2))")
+bug("ddpm-preserving", "DDPM's noise is right only where variance is preserved",
+    "sigma = s_next * math.sqrt(1 - (kept * s_next / s) ** 2)", "sigma = s_next / s * math.sqrt(max(0, 1 - kept ** 2))")
 bug("heun-at-pure-noise", "Heun divides by a signal of zero", "if t_next >= 0 and a > 0:", "if t_next >= 0:")
 bug(
-    "dpm-at-pure-noise", "DPM-Solver++ takes the logarithm of a signal of zero", "if s2 > 0 and a > 0 else",
-    "if s2 > 0 else")
+    "dpm-at-pure-noise", "DPM-Solver++ takes the logarithm of a signal of zero", "if s_next > 0 and a > 0 else",
+    "if s_next > 0 else")
+bug("ddpm-spacing-ignored", "DDPM visits the same timesteps, whatever spacing was asked for",
+    "T if steps is None else steps, spacing)", "T if steps is None else steps)")
+bug("heun-forgets-labels", "the second evaluation of Heun is not told the labels",
+    "denoiser(euler, t_next)", "replace(denoiser, y=None)(euler, t_next)")
 bug(
-    "ddpm-spacing-ignored", "DDPM visits the same timesteps, whatever spacing was asked for",
-    "schedule.T if steps is None else steps, spacing)", "schedule.T if steps is None else steps)")
+    "one-plus-w", "guidance of the paper's scale: w stands where w - 1 belongs",
+    "uncond + self.guidance_scale * (cond - uncond)", "cond + self.guidance_scale * (cond - uncond)",
+    "lucidrains/denoising-diffusion-pytorch#155")
 bug(
-    "heun-forgets-labels", "the second evaluation of Heun is not told the labels",
-    "euler, t_next, y, prediction, clip)", "euler, t_next, None, prediction, clip)")
+    "halves-swapped", "conditional and unconditional answers are exchanged", "uncond, cond = self.model(",
+    "cond, uncond = self.model(")
+bug("null-is-zero", "class 0 is taken for the null class", "torch.full_like(y, self.null)", "torch.zeros_like(y)")
+bug(
+    "null-is-last", "the last class is taken for the null class", "torch.full_like(y, self.null)",
+    "torch.full_like(y, self.null - 1)")
+bug("w-whole", "a guidance scale of 1.5 counts as 1",
+    "uncond + self.guidance_scale * (cond - uncond)", "uncond + int(self.guidance_scale) * (cond - uncond)")
+bug(
+    "images-interleaved", "images are doubled one by one, labels as a block", "x_t.repeat(2, 1, 1, 1)",
+    "x_t.repeat_interleave(2, 0)")
+bug("times-interleaved", "timesteps are doubled one by one, images as a block", "t.repeat(2)", "t.repeat_interleave(2)")
+bug("w-one-unconditional", "w = 1 forgets the labels", "return self.model(x_t, t, y)",
+    "return self.model(x_t, t, None)")
+bug(
+    "label-short", "the first labels are taken for all, where there are more than images", "len(self.y) != len(x_t):",
+    "len(self.y) < len(x_t):")
+bug(
+    "loads-raw-weights", "load_model takes the last weights, not the average", 'weights="ema", # or "model"',
+    'weights="model", # or "model"', "lucidrains/denoising-diffusion-pytorch#288")
+bug(
+    "weights-argument-ignored", "load_model gives the average, whatever weights were asked for",
+    'load_weights(model, tensors, f"{weights}.")', 'load_weights(model, tensors, "ema.")',
+    tests="test_train.py -k average_can_be_loaded", page=False)
 
 
 # ---------------------------------------------------------------- 06 guide
 bug = lesson("06_guide", tests="")  # no tests beside those of the lesson
 bug(
-    "one-plus-w", "guidance of the paper's scale: w stands where w - 1 belongs", "uncond + self.w * (cond - uncond)",
-    "cond + self.w * (cond - uncond)", "lucidrains/denoising-diffusion-pytorch#155")
-bug(
-    "halves-swapped", "conditional and unconditional answers are exchanged", "uncond, cond = self.model(",
-    "cond, uncond = self.model(")
-bug(
-    "interval-inverted", "guidance is on outside its interval", "inside = (t >= low) & (t <= high)",
-    "inside = (t < low) | (t > high)")
-bug(
-    "interval-open", "the ends of the interval are left out", "inside = (t >= low) & (t <= high)",
-    "inside = (t > low) & (t < high)")
-bug("null-is-zero", "class 0 is taken for the null class", "torch.full_like(y, self.null)", "torch.zeros_like(y)")
-bug(
-    "null-is-last", "the last class is taken for the null class", "torch.full_like(y, self.null)",
-    "torch.full_like(y, self.null - 1)")
+    "interval-inverted", "guidance is on outside its interval", "(t >= first) & (t <= last)", "(t < first) | (t > last)"
+)
+bug("interval-open", "the ends of the interval are left out", "(t >= first) & (t <= last)", "(t > first) & (t < last)")
 bug("outside-unconditional", "outside the interval labels are forgotten", "out, cond)", "out, uncond)")
 bug(
     "rescale-inverted", "rescaling raises the contrast instead of lowering it", "std = _std(cond) / _std(out)",
@@ -647,20 +644,12 @@ bug(
 bug(
     "rescale-whole-batch", "rescaling uses the contrast of the batch, not of each image",
     "x.std((1, 2, 3), keepdim=True)", "x.std()")
-bug(
-    "w-whole", "a guidance scale of 1.5 counts as 1", "uncond + self.w * (cond - uncond)",
-    "uncond + int(self.w) * (cond - uncond)")
-bug(
-    "rescale-all-or-nothing", "rescaling a little rescales all", "self.rescale * std * out + (1 - self.rescale) * out",
-    "std * out")
-bug(
-    "rescale-share", "rescale 0.3 acts like 0.7", "self.rescale * std * out + (1 - self.rescale) * out",
-    "(1 - self.rescale) * std * out + self.rescale * out")
-bug(
-    "images-interleaved", "images are doubled one by one, labels as a block", "x_t.repeat(2, 1, 1, 1)",
-    "x_t.repeat_interleave(2, 0)")
-bug("times-interleaved", "timesteps are doubled one by one, images as a block", "t.repeat(2)", "t.repeat_interleave(2)")
-bug("w-one-unconditional", "w = 1 forgets the labels", "return self.model(x_t, t, self.y)", "return self.model(x_t, t)")
+bug("rescale-all-or-nothing", "rescaling a little rescales all",
+    "self.rescale * std * out + (1 - self.rescale) * out", "std * out")
+bug("rescale-share", "rescale 0.3 acts like 0.7",
+    "self.rescale * std * out + (1 - self.rescale) * out", "(1 - self.rescale) * std * out + self.rescale * out")
+bug("interval-costs", "outside the interval the network is asked twice all the same",
+    "and (self.interval is None or bool(self.inside(t).any()))", "and True")
 
 
 # ---------------------------------------------------------------- 07 evaluate
@@ -977,12 +966,11 @@ bug(
     "start-by-position", "an image depends on its place in the batch", '[addressed(seed, "start", k) for k in ks]',
     '[addressed(seed, "start", k) for k in range(len(ks))]', tests="test_sample.py")
 bug(
-    "labels-by-position", "every batch gets the labels of the first",
-    "labels = None if y is None else y[ks].to(device)", "labels = None if y is None else y[:len(ks)].to(device)",
-    tests="test_sample.py")
+    "labels-by-position", "every batch gets the labels of the first", "denoiser.take(ks)",
+    "denoiser.take(slice(len(ks)))", tests="test_sample.py")
 bug(
     "samples-mixed", "samples of another model are accepted as the beginning of these",
-    '"model": fingerprint(model, schedule),', '"model": "",', tests="test_sample.py")
+    '"model": fingerprint(denoiser.model, denoiser.schedule),', '"model": "",', tests="test_sample.py")
 bug(
     "samples-again", "an interrupted call makes all samples again", "if not (folder / f\"{k:06d}.png\").exists()]", "]",
     tests="test_sample.py")
@@ -995,25 +983,14 @@ bug(
     "bf16-sampling-ignored", "bf16 is ignored in sampling", 'enabled=precision == "bf16"):\n            x0 =',
     "enabled=False):\n            x0 =", tests="test_sample.py")
 bug(
-    "settings-not-handed-on", "the sampler never hears of the settings it was given",
-    "for k in ks], device), **settings)", "for k in ks], device), steps=settings.get(\"steps\", 50))",
-    tests="test_sample.py")
+    "settings-not-handed-on", "the sampler never hears of the settings it was given", "generator=dice, **settings)",
+    "generator=dice, steps=settings.get(\"steps\", 50))", tests="test_sample.py")
 bug(
     "start-ignores-seed", "every seed starts from the same noise", '[addressed(seed, "start", k) for k in ks]',
     '[addressed(0, "start", k) for k in ks]', tests="test_sample.py")
 bug(
     "fresh-noise-ignores-seed", "with eta above 0 every seed draws the same fresh noise",
     '[addressed(seed, "sample", k) for k in ks]', '[addressed(0, "sample", k) for k in ks]', tests="test_sample.py")
-
-
-# ---------------------------------------------------------------- workshop models
-bug = lesson("workshop/models", tests="")
-bug(
-    "loads-raw-weights", "load_model takes the last weights, not the average", 'weights="ema", # or "model"',
-    'weights="model", # or "model"', "lucidrains/denoising-diffusion-pytorch#288", tests="test_train.py")
-bug(
-    "weights-argument-ignored", "load_model gives the average, whatever weights were asked for",
-    'load_weights(model, tensors, f"{weights}.")', 'load_weights(model, tensors, "ema.")', tests="test_train.py")
 
 
 # ---------------------------------------------------------------- workshop reader
@@ -1066,9 +1043,7 @@ bug(
     "checkpoints(self.run)[keep:]", tests="test_train.py")
 bug(
     "samples-of-raw-weights", "sample grids come from the last weights, not from the average",
-    "state.ema.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)",
-    "state.model, schedule, x_T.shape, steps=config.sample_steps, x_T=x_T, y=y, prediction=config.prediction)",
-    tests="test_train.py -k rate_of")
+    "Denoiser(state.ema.model, schedule", "Denoiser(state.model, schedule", tests="test_train.py -k rate_of")
 bug(
     "processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)',
     "0.0", tests="test_train.py -k processor")
@@ -1077,8 +1052,8 @@ bug(
     'enabled=config.precision == "bf16"):\n        made', 'enabled=config.precision != "bf16"):\n        made',
     tests="test_train.py")
 bug(
-    "grid-always-eps", "sample grids take every output for eps", "y=y, prediction=config.prediction)\n    with",
-    'y=y, prediction="eps")\n    with', tests="test_train.py")
+    "grid-always-eps", "sample grids take every output for eps", "schedule, config.prediction, y), x_T",
+    'schedule, "eps", y), x_T', tests="test_train.py")
 
 
 # ---------------------------------------------------------------- workshop scoring
@@ -1089,7 +1064,7 @@ bug(
     "torch.from_numpy(images[:n]).reshape(-1, images.shape[3], *images.shape[1:3])", tests="test_evaluate.py")
 bug(
     "run-ignores-steps", "a run is evaluated with 50 steps, whatever was asked for",
-    "steps=steps, seed=seed, prediction", "steps=50, seed=seed, prediction", tests="test_evaluate.py")
+    "steps=steps, seed=seed, **settings)", "steps=50, seed=seed, **settings)", tests="test_evaluate.py")
 
 
 # ---------------------------------------------------------------- workshop settings
