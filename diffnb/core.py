@@ -33,8 +33,11 @@ def _same_model(written, wanted, run):
     "Weights may fit by shape alone although they belong to another image size; so the descriptions are compared."
     for k, v in wanted.items():
         if written.get(k) != v:
-            raise DiffnbError(f"{run}: the checkpoint is of a model with {k}={written.get(k)!r:.100}, but config.json says {v!r}. "
-                              "They belong to different runs: restore the right config.json, or start anew in another folder")
+            raise DiffnbError(
+                f"{run}: the checkpoint is of a model with {k}={written.get(k)!r:.100}, but config.json "
+                f"says {v!r}. "
+                "They belong to different runs: restore the right config.json, or start anew in another "
+                "folder")
 
 # %% ../nbs/workshop/core.ipynb #c008
 class DiffnbError(ValueError):

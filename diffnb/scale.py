@@ -145,8 +145,12 @@ class Ranks(SingleProcess):
         except RuntimeError as e:
             if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE):
                 raise
-            raise DiffnbError(f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its own message says why. "
-                              "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by itself") from e
+            raise DiffnbError(
+                f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its "
+                "own message says why. "
+                "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by "
+                "itself"
+            ) from e
         dist.destroy_process_group()  # not after an error: on GPUs it would wait for the dead
 
 # %% ../nbs/13_scale.ipynb #c033

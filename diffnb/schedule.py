@@ -25,7 +25,7 @@ from .data import to_float
 # %% ../nbs/02_schedule.ipynb #c009
 def write_statistics(data, # ImageData
                      out,  # a folder
-                    ) -> Path: # of the .npz file: NAME_SIZE.npz for images in native size, otherwise NAME_SIZE_FILTER.npz
+                    ) -> Path: # of the .npz file: NAME_SIZE.npz, or NAME_SIZE_FILTER.npz for images that were resized
     """Spectrum of the images exactly as training sees them (resized, then rounded to bytes), float32, with the facts it
     depends on. At 64x64x3 this takes about 6 GB, and ten to twenty minutes on one core. Raises DiffnbError if it cannot
     be written."""
@@ -38,7 +38,7 @@ def write_statistics(data, # ImageData
     suffix = "" if data.size == data.native_size else f"_{data.filter}"
     return write_whole(Path(out) / f"{data.name}_{data.size}{suffix}.npz", packed.getvalue())
 
-def load_statistics(source, # a file from write_statistics, or the name of a shipped one: "cifar10_32", "cifar10_64_bicubic", ...
+def load_statistics(source, # a file from write_statistics, or a shipped one by name: "cifar10_32", "cifar10_64_bicubic"
                    ) -> tuple[torch.Tensor, dict]: # (spectrum, (D,) float64, largest first; facts)
     "Spectrum of a data set whose images are not at hand. Raises DiffnbError if there is no such file."
     folder = Path(diffnb.__file__).parent / "stats"
@@ -278,8 +278,10 @@ def _check_prediction(schedule, prediction):
     if prediction not in PREDICTIONS:
         raise DiffnbError(f"prediction must be one of {', '.join(map(repr, PREDICTIONS))}; got {prediction!r}")
     if prediction == "velocity" and not schedule.straight:
-        raise DiffnbError("prediction 'velocity' is noise - x0, the direction of the straight path: it needs the schedule "
-                          "'flow'. With a variance-preserving schedule use 'v', 'eps' or 'x0'")
+        raise DiffnbError(
+            "prediction 'velocity' is noise - x0, the direction of the straight path: it needs the "
+            "schedule "
+            "'flow'. With a variance-preserving schedule use 'v', 'eps' or 'x0'")
 
 @patch_to(NoiseSchedule)
 def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]

@@ -152,9 +152,11 @@ def _shape(c):
             "even. Change base_channels, channel_mult or norm_groups.")
     if size % 2**(levels - 1):
         of_patches = f" ({size} patches of {c['patch_size']})" if c["patch_size"] > 1 else ""
-        raise DiffnbError(f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level of channel_mult "
-                          f"after the first: it must be divisible by {2**(levels - 1)}. Resize the images or use fewer "
-                          "levels.")
+        raise DiffnbError(
+            f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level "
+            "of channel_mult "
+            f"after the first: it must be divisible by {2 ** (levels - 1)}. Resize the images or use fewer "
+            "levels.")
     if widths[0] // 2 <= c["freq_shift"]:
         raise DiffnbError("freq_shift=1 needs a first width above 2.")
     return [int(w) for w in widths], [size // 2**i for i in range(levels)]

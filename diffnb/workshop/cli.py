@@ -321,7 +321,9 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              # data set, folder or .npz of real images; default: what the run was trained on
              reference: str | None = None,
              out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
-             features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192", "inception-64"] = "auto", # the feature network
+             # the feature network
+             features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192",
+                               "inception-64"] = "auto",
              inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
              steps: int = 50,              # DDIM steps, when sampling from a model
              # w in uncond + w (cond - uncond), when sampling from a model; 1: no guidance

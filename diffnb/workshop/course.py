@@ -20,8 +20,8 @@ optional = {
     "ipywidgets": "moving sliders in them", "torch-fidelity": "Inception features, in evaluation",
     "nbdev": "changing the package: nbdev_export, nbdev_test", "pytest": "the tests in tests/"}
 needed = (
-    "torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow", "filelock",
-    "jinja2", "tyro")
+    "torch", "torchvision", "einops", "numpy", "matplotlib", "tqdm", "safetensors", "scikit-learn", "pillow",
+    "filelock", "jinja2", "tyro")
 
 def check_environment() -> dict: # package -> version, or None if it is missing
     "Print what this machine has: versions, devices, and for what is missing what it is for and how to get it."

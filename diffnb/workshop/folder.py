@@ -223,8 +223,10 @@ def alone_in(folder: str | Path,    # made if need be
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
     path, made = _lock_of(folder, doing), not Path(folder).exists()
     def taken():
-        raise DiffnbError(f"{folder} is in use: {_who(path)} is {doing} in it. Wait for it, stop it (by SIGTERM, which loses nothing), "
-                          f"or choose another folder (command line: {option})")
+        raise DiffnbError(
+            f"{folder} is in use: {_who(path)} is {doing} in it. Wait for it, stop it (by SIGTERM, which "
+            "loses nothing), "
+            f"or choose another folder (command line: {option})")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -340,8 +342,10 @@ def _plans(run, old, config, images):
             (f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
             if kept
             else "")
-        raise DiffnbError(f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another plan: "
-                          f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
+        raise DiffnbError(
+            f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another "
+            "plan: "
+            f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
     return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
 
 def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
@@ -358,8 +362,10 @@ def _open_run(run, config, data, net):
         _same_data(run, old["data"], data)
         for k, v in net.items():
             if old["model"].get(k) != v:
-                raise DiffnbError(f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask for {v!r}: "
-                                  "is it the same data?")
+                raise DiffnbError(
+                    f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask "
+                    f"for {v!r}: "
+                    "is it the same data?")
         plans = _plans(run, old, config, len(data))
         _rows(run)                                                       # raises where they could not be continued
         _sweep(run)

@@ -118,8 +118,11 @@ def _what_is_made_stays(partial_path, path):
     except OSError as e:
         with suppress(OSError):
             partial_path.unlink()
-        raise DiffnbError(f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the folder "
-                          "writable, and the same call makes the rest") from e
+        raise DiffnbError(
+            f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the "
+            "folder "
+            "writable, and the same call makes the rest"
+        ) from e
 
 # ---- what a folder of samples was made with
 # where nothing is said

@@ -177,7 +177,7 @@ def unet_from_diffusers(unet,            # a diffusers UNet2DModel
 
 # %% ../../nbs/workshop/interchange.ipynb #c021
 def unet_to_diffusers(model # our UNet
-                     ) -> torch.nn.Module: # a diffusers UNet2DModel with the same outputs, on the same device, in the same mode
+                     ) -> torch.nn.Module: # a diffusers UNet2DModel with the same outputs, device and mode
     "Copies our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
     settings = _their_settings(model.config)
     unet, ours = _diffusers().UNet2DModel(**settings), model.state_dict()
@@ -500,8 +500,8 @@ def _scheduler_settings(roots):
     if index is None:
         return config
     if (name := index.get("_class_name")) not in _pipelines:
-        raise DiffnbError(f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works "
-                          "on pixels")
+        raise DiffnbError(
+            f"model_index.json names {name!r}: expected {' or '.join(_pipelines)}, a single UNet that works on pixels")
     named = index.get("scheduler", [None, None])
     named = named[-1] if isinstance(named, list) and named else named
     if config is None or named is None:

@@ -136,8 +136,11 @@ class _Watch:
         if not self.leapt and above > limit:
             self.leapt = step
             if say:
-                warnings.warn(f"the loss leapt to {loss:.4g} at step {step}, where {loss / math.exp(above):.4g} was usual, in {self.run}. Training goes on; "
-                              f"{self.before().name if self.before() else 'no checkpoint'} from before stays until the loss is back. If this happens again, lower lr or grad_clip")
+                warnings.warn(
+                    f"the loss leapt to {loss:.4g} at step {step}, where {loss / math.exp(above):.4g} was "
+                    f"usual, in {self.run}. Training goes on; "
+                    f"{self.before().name if self.before() else 'no checkpoint'} from before stays until "
+                    "the loss is back. If this happens again, lower lr or grad_clip")
         elif self.leapt and above < limit / 2:
             self.leapt = None
         if not self.leapt:

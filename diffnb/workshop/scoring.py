@@ -192,8 +192,10 @@ def _kind(source): # "run", "files" or "model"
     if source.is_dir() or source.suffix.lower() == ".npz":
         return "files"
     if source.is_file() and source.suffix.lower() != ".safetensors":
-        raise DiffnbError(f"{source} cannot be scored: give a run folder, a model's weights (.safetensors), a folder of PNGs, or an .npz "
-                          "with the images in arr_0, uint8 (N, H, W, C), as np.savez(file, images) writes it")
+        raise DiffnbError(
+            f"{source} cannot be scored: give a run folder, a model's weights (.safetensors), a folder of "
+            "PNGs, or an .npz "
+            "with the images in arr_0, uint8 (N, H, W, C), as np.savez(file, images) writes it")
     return "model"
 
 def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images

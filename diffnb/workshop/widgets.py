@@ -50,7 +50,8 @@ def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib fig
 
 # %% ../../nbs/workshop/widgets.ipynb #c011
 _script = """
-var box = this.closest('[data-axes]'), cells = box.querySelectorAll('[data-frame]'), axes = JSON.parse(box.dataset.axes);
+var box = this.closest('[data-axes]'), cells = box.querySelectorAll('[data-frame]');
+var axes = JSON.parse(box.dataset.axes);
 if (!box.dataset.ready) {
   box.dataset.ready = 1; box.style.whiteSpace = 'normal'; box.removeAttribute('tabindex');
   var bar = document.createElement('div'), at = JSON.parse(box.dataset.start);
@@ -64,7 +65,8 @@ if (!box.dataset.ready) {
     var names = isNaN(axis[1][0]), control = document.createElement(names ? 'select' : 'input');
     if (names) axis[1].forEach(function (name, j) { control.add(new Option(name, j)); });
     else { control.type = 'range'; control.min = 0; control.max = axis[1].length - 1; control.style.width = '14em'; }
-    control.value = at[k]; control.style.verticalAlign = 'middle'; label.style.cssText = 'display: inline-block; margin: 0 1.2em .3em 0';
+    control.value = at[k]; control.style.verticalAlign = 'middle';
+    label.style.cssText = 'display: inline-block; margin: 0 1.2em .3em 0';
     control.oninput = function () {
       at[k] = +control.value; value.textContent = names ? '' : axis[1][at[k]];
       control.setAttribute('aria-valuetext', axis[0] + ' ' + axis[1][at[k]]); show();
@@ -118,8 +120,10 @@ def _watched(): # bool
 # %% ../../nbs/workshop/widgets.ipynb #c017
 _names = """
 (this.closest('.widget-vbox') || this).querySelectorAll('.noUi-handle').forEach(function (handle) {
-  var row = handle.closest('.widget-inline-hbox'), text = function (part) { return row.querySelector(part).textContent; };
-  handle.setAttribute('aria-label', text('.widget-label')); handle.setAttribute('aria-valuetext', text('.widget-readout'));
+  var row = handle.closest('.widget-inline-hbox');
+  var text = function (part) { return row.querySelector(part).textContent; };
+  handle.setAttribute('aria-label', text('.widget-label'));
+  handle.setAttribute('aria-valuetext', text('.widget-readout'));
 });"""
 
 # %% ../../nbs/workshop/widgets.ipynb #c018

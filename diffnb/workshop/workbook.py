@@ -53,9 +53,14 @@ def learners_page(nb,             # a notebook as nbformat reads it; it is chang
 # %% ../../nbs/workshop/workbook.ipynb #c014
 def _progress_page():
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-    cells = [new_markdown_cell("# What is solved\n\nRun this page whenever you want to know. A check that says *right* is noted down in "
-                               "`progress.json`, with the day; begin anew by deleting lines there.\n\nBack to the [map](index.ipynb)."),
-             new_code_cell("from diffnb.workshop.check import progress"), new_code_cell("progress()")]
+    cells = [
+        new_markdown_cell(
+            "# What is solved\n\nRun this page whenever you want to know. A check that says *right* is noted "
+            "down in "
+            "`progress.json`, with the day; begin anew by deleting lines there.\n\nBack to the "
+            "[map](index.ipynb)."),
+        new_code_cell("from diffnb.workshop.check import progress"),
+        new_code_cell("progress()")]
     for i, cell in enumerate(cells):
         cell["id"] = f"p{i:03d}"
     return new_notebook(

@@ -41,8 +41,10 @@ def _called(answer, seed, indices, shape, generator_state=True):
     before = torch.get_rng_state()
     got = answer(seed, indices, shape)
     if not torch.equal(torch.get_rng_state(), before):
-        raise Wrong("your function used PyTorch's global generator: whoever draws from it before or after changes your noise, or gets changed by it. "
-                    "Pass a generator of your own to randn.")
+        raise Wrong(
+            "your function used PyTorch's global generator: whoever draws from it before or after changes "
+            "your noise, or gets changed by it. "
+            "Pass a generator of your own to randn.")
     want = torch.zeros(len(indices), *shape)
     if not torch.is_tensor(got) or got.shape != want.shape or not got.is_floating_point():
         same(got, want, "the noise")
@@ -61,8 +63,10 @@ def check_addressed_noise(answer):
         raise Wrong("every image got the same noise: the index of the image must be part of the address.")
     alone = _called(answer, seed, [k], shape)
     if not alone[0].equal(noise[1]):
-        raise Wrong("an image got one noise alone, and another as second of a batch: its noise depends on its companions. "
-                    "Use a generator for each image, not one for the batch.")
+        raise Wrong(
+            "an image got one noise alone, and another as second of a batch: its noise depends on its "
+            "companions. "
+            "Use a generator for each image, not one for the batch.")
     if _called(answer, seed + 1, [k], shape).equal(alone):
         raise Wrong("two seeds gave the same noise: the seed must be part of the address.")
     far = [pair for e in range(7) for pair in ((seed + 1, k - 10**e), (seed + 10**e, k - 1))]

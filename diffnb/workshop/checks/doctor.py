@@ -80,8 +80,12 @@ def _spikes(answer):
     if got.dtype.kind == "f" and len(got) and np.isin(got, y).all():
         raise Wrong("these are the losses themselves; positions were wanted (np.flatnonzero).")
     if not found & wanted:
-        raise Wrong(f"you found none of the {len(up)} spikes: a standard deviation is inflated by the spikes themselves (here to {y.std():.3f}, while the usual wiggle is 0.001). "
-                    "Use the median absolute deviation." if len(found) == 0 else "none of the positions is that of a spike.")
+        raise Wrong(
+            f"you found none of the {len(up)} spikes: a standard deviation is inflated by the spikes "
+            f"themselves (here to {y.std():.3f}, while the usual wiggle is 0.001). "
+            "Use the median absolute deviation."
+            if len(found) == 0
+            else "none of the positions is that of a spike.")
     if len(found) > len(y) // 2:
         raise Wrong(
             f"{len(found)} of {len(y)} rows were called spikes: compare the distance from the median, not "

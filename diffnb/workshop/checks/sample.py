@@ -194,7 +194,8 @@ def mixing(answer):
         others={
             "you divide by the sum of the weights: this mixture has standard deviation "
             f"{w.norm() / w.sum():.2f} and gives grey mush.": (total / w.sum()).float(),
-            f"the weighted sum is not scaled: its standard deviation is {w.norm():.2f} where 1 was expected.": total.float(),
+            f"the weighted sum is not scaled: its standard deviation is {w.norm():.2f} where 1 was expected.": (
+                total.float()),
             "you divide by the variance of the sum, Σw²: divide by its root, the standard deviation.": (
                 total / w.double().square().sum()).float(),
             "you divide by the root of Σw: the variances that add up are w².": (

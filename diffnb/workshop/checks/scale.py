@@ -60,8 +60,8 @@ def check_mean_gradient(answer):
     same(
         answer(parts, sizes), images.mean(0), "the gradient",
         {
-            "you took the mean over ranks: an image on a small rank then counts more than one on a large rank.": parts.mean(
-                0),
+            "you took the mean over ranks: an image on a small rank then counts more than one on a large rank.": (
+                parts.mean(0)),
             "you added the ranks' gradients: each is a mean already, so the sum is too large.": parts.sum(0),
             "the sums are right, but then divide by the number of images, not by the number of ranks.": (
                 sizes[:, None] * parts).sum(0)

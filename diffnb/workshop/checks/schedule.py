@@ -142,8 +142,10 @@ def check_trailing(answer):
                 raise Wrong(
                     f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, "
                     "was expected: you cut off the fraction.")
-            raise Wrong(f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, was expected; {len(off)} of {S} are off. "
-                        "Round each place on its own: steps of a rounded distance drift away.")
+            raise Wrong(
+                f"{call}: entry {i} is {t} where {float(Fraction(T * (S - i), S)) - 1:.2f}, rounded, was "
+                f"expected; {len(off)} of {S} are off. "
+                "Round each place on its own: steps of a rounded distance drift away.")
 
 # %% ../../../nbs/workshop/checks/02_schedule.ipynb #c018
 @exercise("2.5", "A schedule for larger images", minutes=10, level=2)
@@ -245,8 +247,10 @@ def check_short_schedule(answer):
                 f"T={T}: now {end**0.5:.0%} of the digit's amplitude is left at the end, more than "
                 "before: fewer steps must each take *more*.")
         if end > 0.01:
-            raise Wrong(f"T={T}: at the end {end ** 0.5:.0%} of the digit's amplitude is still there, where a sampler begins with pure noise. "
-                        "How large must each beta be if there are fewer of them?")
+            raise Wrong(
+                f"T={T}: at the end {end**0.5:.0%} of the digit's amplitude is still there, where a "
+                "sampler begins with pure noise. "
+                "How large must each beta be if there are fewer of them?")
         half = got[T // 2 - 1].item()
         if abs(half - power(0.5)) > 0.04:
             raise Wrong(

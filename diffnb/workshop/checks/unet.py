@@ -99,7 +99,7 @@ def attention(answer):
             f"you divide by the head's width {d}, not by its square root.": _variant(q, k, v, 4, 1 / d),
             "your weights add up to 1 over the questions: the softmax goes over the keys, the last axis.": _variant(
                 q, k, v, 4, d**-0.5, -2),
-            "your heads are made of the wrong numbers: view as (B, N, heads, d) first, then swap N and heads.": _variant(
+            "your heads are made of the wrong numbers: view as (B, N, heads, d), then swap N and heads.": _variant(
                 q, k, v, 4, d**-0.5, split=cut, join=lambda a: a.reshape(len(a), 10, 24)),
             "your heads are cut rightly but joined wrongly: swap heads and N back before the reshape.": _variant(
                 q, k, v, 4, d**-0.5, join=lambda a: a.reshape(len(a), 10, 24)),
