@@ -1,8 +1,7 @@
-"""The results as Markdown, for the README.
+"""The results as Markdown, for bench/README.md.
 
-    python bench/table.py                          # all of bench/results
-    python bench/table.py --readme README.md       # put it between the lines <!-- bench --> and <!-- /bench --> of that
-    file
+    python bench/table.py                            # all of bench/results
+    python bench/table.py --readme bench/README.md   # put it between its lines <!-- bench --> and <!-- /bench -->
 """
 import argparse, json, sys
 from pathlib import Path
