@@ -39,7 +39,7 @@ def attention_time(shape, batch, device, options):
         for _ in range(n):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): loss = model(x, t).float().square().mean()
             loss.backward()
-    with profile_step.regions(model): events, _ = profile_step.recorded(run, device, 1)
+    with profile_step.attention_named(model): events, _ = profile_step.recorded(run, device, 1)
     return profile_step.attention_share(events, device.type == "cuda")
 
 def point(shape, batch, device, options, repeats, share=False):

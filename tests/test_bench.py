@@ -75,7 +75,7 @@ def test_attention_is_told_apart_backwards_too(bench):
     model, x, t = c.QUICK.ours(), torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
     def run(n):
         for _ in range(n): model(x, t).square().mean().backward()
-    with p.regions(model): events, _ = p.recorded(run, torch.device("cpu"), 1)
+    with p.attention_named(model): events, _ = p.recorded(run, torch.device("cpu"), 1)
     inside = p.attention_events(events)
     below = [d.name for e in inside for d in p.descendants(e)]
     def product(name): return name.startswith("BmmBackward") or "scaled_dot_product" in name and "backward" in name # on a CPU it is written out

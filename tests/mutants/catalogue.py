@@ -453,10 +453,10 @@ bug("watch-repeats", "each warning is repeated at every row", "or x.id in said: 
 
 # ---------------------------------------------------------------- workshop run
 bug = lesson("workshop/run", tests="")
-bug("rates-mixed", "the logged learning rate is that of the next step", '"lr": lr_at(state.step - 1, total', '"lr": lr_at(state.step, total', tests="test_train.py -k rate_of")
+bug("rates-mixed", "the logged learning rate is that of the next step", '"lr": lr_at(state.step - 1, self.total', '"lr": lr_at(state.step, self.total', tests="test_train.py -k rate_of")
 bug("resume-from-zero", "a resumed run counts from 0 and replays its first batches", 'state.restore(tensors, meta["step"],', 'state.restore(tensors, 0,', tests="test_train.py -k resumed_metrics")
 bug("metrics-twice", "a resumed run repeats rows of metrics.csv", 'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)", tests="test_train.py -k written_once")
-bug("picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if saved and sampler and", "if False and", tests="test_faults.py -k killed_20")
+bug("picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if resumed: recorder.catch_up()", "if False: recorder.catch_up()", tests="test_faults.py -k killed_20")
 bug("newest-removed", "the oldest checkpoints are kept instead of the newest", "checkpoints(self.run)[:-keep]", "checkpoints(self.run)[keep:]", tests="test_train.py")
 bug("samples-of-raw-weights", "sample grids come from the last weights, not from the average", "sampler(state.ema.model, schedule", "sampler(state.model, schedule", tests="test_train.py -k rate_of")
 bug("processor-time-restarts", "a resumed run counts processor time from zero", 'meta.get("processor_seconds", 0.0)', "0.0", tests="test_train.py -k processor")
