@@ -194,7 +194,8 @@ def read_tensors(path, # a file written by write_tensors
     try:
         with open(path, "rb") as f:
             header, room = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size - 8
-        if not 2 <= header <= (most := min(room, MOST_JSON)):
+        most = min(room, MOST_JSON)
+        if not 2 <= header <= most:
             raise ValueError(f"its header should have {header:,} bytes; at most {max(0, most):,} can be")
         with safetensors.safe_open(path, "pt") as f:
             facts = f.metadata() or {}
