@@ -101,11 +101,9 @@ class SingleProcess:
         "This rank's images of a Batch."
         return batch
 
-    def backward(self, loss, # what this micro-batch adds to the mean loss of the rank's images
-                 last,       # is it the batch's last? Only then do ranks exchange their gradients
-                ) -> None:
-        "Add the gradient of `loss` to that of the batch, which after the last micro-batch is the mean over the ranks."
-        loss.backward()
+    def sync_gradients(self, last) -> None:
+        """Before the forward pass of each micro-batch, for DDP decides then: only the backward pass of the last one
+        exchanges gradients, which are then the mean over the ranks."""
 
     def clip(self, parameters, max_norm) -> torch.Tensor: # norm of the whole gradient before, float32 ()
         "Scale the gradient down to `max_norm`; 0 leaves it as it is."

@@ -88,10 +88,9 @@ class Ranks(SingleProcess):
     def shard(self, batch) -> Batch:
         return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
-    def backward(self, loss, last) -> None:
+    def sync_gradients(self, last) -> None:
         if self.sharded: self.network.set_requires_gradient_sync(last)
         else: self.network.require_backward_grad_sync = last
-        loss.backward()
 
     def clip(self, parameters, max_norm) -> torch.Tensor:
         return unsharded(super().clip(parameters, max_norm))

@@ -177,7 +177,7 @@ bug("prefix-saved", "weights are saved with the prefix of a wrapper", '{f"model.
 bug("optimizer-not-restored", "a resumed run starts with an empty optimiser", "if name not in moments: continue", "if True: continue")
 bug("meter-not-restored", "a resumed run forgets the sums since the last row", '        self.meter.sums.copy_(tensors["meter"])\n', "")
 bug("norm-after-clipping", "the gradient norm is reported after clipping", "ranks.clip(state.model.parameters(), config.grad_clip)", "ranks.clip(state.model.parameters(), config.grad_clip).clamp(max=config.grad_clip or math.inf)")
-bug("accumulation-undivided", "parts of a batch add up to a gradient that is too large", "ranks.backward(loss.sum() / len(batch.t),", "ranks.backward(loss.mean(),", "openai/guided-diffusion#111")
+bug("accumulation-undivided", "parts of a batch add up to a gradient that is too large", "(loss.sum() / len(batch.t)).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
 bug("gradients-pile-up", "gradients are never set back to zero", "        state.optimizer.zero_grad()\n", "")
 bug("decay-of-the-rest", "the linear decay takes the share that should be constant", "max(1, decay_share * total)", "max(1, (1 - decay_share) * total)")
 bug("decay-knows-length", "with a constant rate the cosine stays in force until the decay",
