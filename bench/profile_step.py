@@ -14,6 +14,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train
+from diffnb.core import SingleProcess
+from diffnb.unet import Attention
 from harness import *
 
 REGIONS = {
@@ -71,34 +73,37 @@ def spent(events, cuda):
     return dict(total)
 
 @contextmanager
-def regions(model):
-    """Name the parts of our step in the profile, while this lasts: draw_batch, EMA, meter, clipping; and every
-    attention."""
-    import diffnb.train as dt
-    from diffnb.unet import Attention
-    saved = []
-    def wrap(owner, name, label):
-        if (original := getattr(owner, name, None)) is None:
-            return
-        saved.append((owner, name, original))
-        def wrapped(*args, **kwargs):
-            with record_function(label):
-                return original(*args, **kwargs)
-        setattr(owner, name, wrapped)
-    for owner, name, label in (
-        (dt, "draw_batch", "bench: data"), (dt.EMA, "update", "bench: EMA"), (dt.Meter, "add", "bench: meter"),
-        (torch.nn.utils, "clip_grad_norm_", "bench: clipping")):
-        wrap(owner, name, label)
+def labelled(label):
+    with record_function(label):
+        yield
+
+def name_parts(state):
+    """Name the parts of this state's steps in the profile: EMA, meter, clipping, and the batch, which is drawn between
+    `prepare` and `shard`. Returns what train_steps takes for `ranks`."""
+    open_ones, prepare = [], state.prepare
+    class Named(SingleProcess):
+        def shard(self, batch):
+            open_ones.pop().__exit__(None, None, None)
+            return batch
+        clip = labelled("bench: clipping")(SingleProcess.clip)
+    def begin(*args):
+        prepare(*args)
+        open_ones.append(record_function("bench: data").__enter__())
+    state.prepare, state.average = begin, labelled("bench: EMA")(state.average)
+    state.meter.add = labelled("bench: meter")(state.meter.add)
+    return Named()
+
+@contextmanager
+def attention_named(model):
+    "Name every attention of a model in the profile, while this lasts."
     hooks, open_ones = [], []
-    for m in (m for m in model.modules() if isinstance(m, Attention)) if model else ():
+    for m in (m for m in model.modules() if isinstance(m, Attention)):
         hooks.append(
             m.register_forward_pre_hook(lambda *_: open_ones.append(record_function("bench: attention").__enter__())))
         hooks.append(m.register_forward_hook(lambda *_: open_ones.pop().__exit__(None, None, None)))
     try:
         yield
     finally:
-        for owner, name, original in saved:
-            setattr(owner, name, original)
         for h in hooks:
             h.remove()
 
@@ -153,9 +158,8 @@ def main(argv=None):
     library, options = parse(a.variant)
     if library != "ours":
         sys.exit("only our own step has its parts named: --variant ours, or ours:OPTIONS")
-    run, precision, close = train.ours(shape, batch, device, options)
-    with regions(None):
-        events, wall = recorded(run, device, a.steps)
+    run, precision, close = train.ours(shape, batch, device, options, name_parts)
+    events, wall = recorded(run, device, a.steps)
     close()
     parts = {k: v / a.steps for k, v in spent(events, device.type == "cuda").items()}
     parts["Python and waiting"] = max(0.0, wall - sum(parts.values()))

@@ -45,7 +45,7 @@ def attention_time(shape, batch, device, options):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = model(x, t).float().square().mean()
             loss.backward()
-    with profile_step.regions(model):
+    with profile_step.attention_named(model):
         events, _ = profile_step.recorded(run, device, 1)
     return profile_step.attention_share(events, device.type == "cuda")
 

@@ -19,6 +19,7 @@ of them): its
 """
 import argparse, contextlib, io, tempfile
 
+from diffnb.core import SingleProcess
 from harness import *
 
 
@@ -43,7 +44,8 @@ def our_state(shape, batch, device, options):
         **asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
     return new_state(shape.ours().config, config, device), pick_precision(config.precision, device, config)
 
-def ours(shape, batch, device, options):
+def ours(shape, batch, device, options, ranks_for=lambda state: SingleProcess()):
+    # profile_step.py names the parts of a step
     from diffnb.data import ImageData
     from diffnb.schedule import make_schedule
     from diffnb.train import train_steps
@@ -53,7 +55,8 @@ def ours(shape, batch, device, options):
     if "graphs" in options:
         network.compile(mode="reduce-overhead")
     data = ImageData(images(device, batch, size), None, (), size, size, name="random")
-    steps = train_steps(state, data, make_schedule(config.schedule, config.T), 10**6, precision, network)
+    steps = train_steps(
+        state, data, make_schedule(config.schedule, config.T), 10**6, precision, network, ranks_for(state))
     def run(n):
         for _ in range(n):
             next(steps)

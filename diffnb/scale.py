@@ -22,7 +22,7 @@ from .unet import Attention, ResBlock, UNet
 # %% ../nbs/13_scale.ipynb #c009
 def count_flops(model, # a UNet
                 train=False, # forward and backward, instead of forward alone
-               ):      # floating point operations for one image
+               ) -> int: # floating point operations for one image
     """Count multiplications and additions (two each) of convolutions, matrix products and attention; nothing is
     computed."""
     c = model.config
@@ -37,10 +37,10 @@ def count_flops(model, # a UNet
     return counter.get_total_flops()
 
 # %% ../nbs/13_scale.ipynb #c012
-def matmul_speed(device="cpu", dtype=torch.float32, n=None):
-    # n: side of the matrices; None: 8192 on a GPU, 1024 elsewhere
-    """The best of ten square matrix products, in floating point operations a second: the ceiling that a step is
-    compared with."""
+def matmul_speed(device="cpu", dtype=torch.float32,
+                 n=None   # side of the matrices; None: 8192 on a GPU, 1024 elsewhere
+                ) -> float: # floating point operations a second
+    "The best of ten square matrix products: the ceiling that a step is compared with."
     device = torch.device(device)
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
@@ -52,12 +52,13 @@ def matmul_speed(device="cpu", dtype=torch.float32, n=None):
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
 
-def wait(device): # a GPU answers before it has finished; a clock must wait for it
+def wait(device) -> None:
+    "Until the device has finished: a GPU answers before, and a clock must wait for it."
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 # %% ../nbs/13_scale.ipynb #c029
-def _fresh_store(store, rank, world, minutes=10):
+def _fresh_store(store, rank, world_size, minutes=10):
     "A part of the store that no earlier start has written to, the same for all ranks of this one."
     if rank:
         store.set(f"asks/{rank}", me := uuid.uuid4().hex)
@@ -65,47 +66,58 @@ def _fresh_store(store, rank, world, minutes=10):
         store.set(f"{name}/{rank}", "here")
     else:
         name, until = uuid.uuid4().hex, time.monotonic() + 60 * minutes
-        missing = set(range(1, world))
+        missing = set(range(1, world_size))
         while missing := {r for r in missing if not store.check([f"{name}/{r}"])}:
             for r in missing:
-                if store.check([f"asks/{r}"]):
-                    store.set(f"answer/{store.get(f'asks/{r}').decode()}", name)    # perhaps to a dead one: harmless
+                if not store.check([f"asks/{r}"]):
+                    continue
+                store.set(f"answer/{store.get(f'asks/{r}').decode()}", name) # perhaps to a dead one: harmless
             if time.monotonic() > until:
-                raise DiffnbError(
-                    f"ranks {sorted(missing)} of {world} did not come within {minutes} minutes: were all "
-                    "machines started?")
+                raise DiffnbError(f"ranks {sorted(missing)} of {world_size} did not come within {minutes} minutes: "
+                                  "were all machines started?")
             time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 # %% ../nbs/13_scale.ipynb #c032
 class Ranks(SingleProcess):
-    "This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`."
+    """This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`.
+    Raises DiffnbError if another rank does not come within `minutes`."""
     def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=self.rank,
-            world_size=self.world_size, store=_fresh_store(store, self.rank, self.world_size, minutes))
+        patience = timedelta(minutes=minutes)
+        store = _fresh_store(next(dist.rendezvous("env://", timeout=patience))[0], self.rank, self.world_size, minutes)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience, rank=self.rank,
+                                world_size=self.world_size, store=store)
 
-    def shard(self, batch): return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
+    def shard(self, batch) -> Batch:
+        return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
-    def sum(self, tensor):
+    def sync_gradients(self, last) -> None:
+        if self.sharded:
+            self.network.set_requires_gradient_sync(last)
+        else:
+            self.network.require_backward_grad_sync = last
+
+    def clip(self, parameters, max_norm) -> torch.Tensor:
+        return unsharded(super().clip(parameters, max_norm))
+
+    def sum(self, tensor) -> torch.Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag):
-        return self.sum(torch.tensor(int(bool(flag)))).item() > 0       # on the CPU: no GPU has to be waited for
+    def any(self, flag) -> bool:
+        return self.sum(torch.tensor(int(bool(flag)))).item() > 0      # on the CPU: no GPU has to be waited for
 
     def first(self, work):
         done = work() if self.rank == 0 else None
         dist.barrier()
         return done if self.rank == 0 else work()
 
-    def map(self, f, *tensors): # f works on each image by itself; all ranks get the whole result
+    def map(self, f, *tensors) -> torch.Tensor:
         n, each = len(tensors[0]), -(-len(tensors[0]) // self.world_size)
         # as many for each rank, some twice
         mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)
@@ -114,7 +126,7 @@ class Ranks(SingleProcess):
         dist.all_gather(parts, out)
         return torch.cat(parts)[:n]
 
-    def wrap(self, state):
+    def wrap(self, state) -> torch.nn.Module:
         self.network = _divide(state, self.device) if self.sharded else DistributedDataParallel(state.model)
         return self.network
 
@@ -122,24 +134,16 @@ class Ranks(SingleProcess):
         self.device = device
         return "cpu" if self.sharded else device  # a model that is to be divided may be too large for one GPU
 
-    def compile_targets(self, network):
-        # whoever divides a model steps in between its blocks: each is compiled by itself, in every shape it has
+    def compile_targets(self, network) -> list:
         if not self.sharded:
             return [network]
+        # FSDP steps in between blocks: each is compiled by itself, in every shape it has
         torch._dynamo.config.recompile_limit = 64
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
-    def backward(self, loss, last):
-        if self.sharded:
-            self.network.set_requires_gradient_sync(last)
-        else:
-            self.network.require_backward_grad_sync = last
-        loss.backward()
-
-    def clip(self, parameters, max_norm): return unsharded(super().clip(parameters, max_norm))
-
     @contextmanager
     def guard(self):
+        "Turns the loss of another rank into a DiffnbError, and leaves the group at the end."
         try:
             yield
         except RuntimeError as e:
@@ -147,9 +151,9 @@ class Ranks(SingleProcess):
                 raise
             raise DiffnbError(
                 f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its "
-                "own message says why. "
-                "The same command continues from the last checkpoint; torchrun --max-restarts 3 does so by "
-                "itself"
+                "own "
+                "message says why. The same command continues from the last checkpoint; "
+                "torchrun --max-restarts 3 does so by itself"
             ) from e
         dist.destroy_process_group()  # not after an error: on GPUs it would wait for the dead
 
@@ -165,12 +169,13 @@ def _divide(state, device):
         model.to(memory_format=torch.contiguous_format)          # the only one that can be divided
         for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))):
             fully_shard(block, mesh=mesh)
-        # the average draws samples, after which no backward pass puts it back
+        # the average draws samples; no backward pass puts it back
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     state.optimizer, state.meter.sums = make_optimizer(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():
-        if before[name] in moments:
-            state.optimizer.state[p] = {
-                k: distribute_tensor(v.to(device).contiguous(), mesh, p.placements) if v.ndim else v.to(device)
-                for k, v in moments[before[name]].items()}
+        if before[name] not in moments:
+            continue
+        whole = {k: v.to(device) for k, v in moments[before[name]].items()}
+        state.optimizer.state[p] = {k: distribute_tensor(v.contiguous(), mesh, p.placements) if v.ndim else v
+                                    for k, v in whole.items()}
     return state.model

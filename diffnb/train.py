@@ -50,9 +50,10 @@ def train_steps(state,    # TrainState; changed in place
         state.prepare(total, ranks.address)
         batch, losses = ranks.shard(draw_batch(data, config, state.step, state.device)), []
         for i, part in enumerate(micro_batches(batch, config.grad_accum_steps), 1):
+            ranks.sync_gradients(last=i == config.grad_accum_steps)
             with torch.autocast(state.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = diffusion_loss(network, schedule, *part, config.prediction)
-            ranks.backward(loss.sum() / len(batch.t), last=i == config.grad_accum_steps)
+            (loss.sum() / len(batch.t)).backward()
             losses.append(loss.detach())
         norm = ranks.clip(state.model.parameters(), config.grad_clip)
         state.optimizer.step()

@@ -106,7 +106,7 @@ def test_attention_is_told_apart_backwards_too(bench):
     def run(n):
         for _ in range(n):
             model(x, t).square().mean().backward()
-    with p.regions(model):
+    with p.attention_named(model):
         events, _ = p.recorded(run, torch.device("cpu"), 1)
     inside = p.attention_events(events)
     below = [d.name for e in inside for d in p.descendants(e)]

@@ -882,9 +882,18 @@ def of_scale(w):
             shard=V(False, True), device=refused("cpu", "cuda:99"), minutes=V(10, 20)))
     yield "Ranks.wrap", Case(with_group(C.Ranks.wrap), self=new(lambda: bare(sharded=False)),
         state=V(types.SimpleNamespace(model="one"), types.SimpleNamespace(model="two")))
-    yield "Ranks.sync_gradients", Case(C.Ranks.sync_gradients, lambda _,
-        args: args.self.network.require_backward_grad_sync, self=new(lambda: bare(sharded=False,
-        network=types.SimpleNamespace())), last=V(True, False))
+    def copied(): return bare(sharded=False, network=types.SimpleNamespace())
+    yield (
+        "Ranks.sync_gradients",
+        Case(
+            C.Ranks.sync_gradients, lambda _, args: args.self.network.require_backward_grad_sync, self=new(copied),
+            last=V(True, False)))
+    def long_gradient(k):
+        w = torch.ones(3, requires_grad=True)
+        w.grad = torch.full((3,), float(k))
+        return [w]
+    yield "Ranks.clip", Case(C.Ranks.clip, lambda norm, args: (norm, args.parameters[0].grad), self=copied(),
+        parameters=V(new(lambda: long_gradient(2)), new(lambda: long_gradient(3))), max_norm=V(1.0, 0.5))
 
 asked = []
 def with_group(f): # the calls of torch.distributed answered by one process
@@ -1012,7 +1021,17 @@ def of_train(w):
     yield "SingleProcess.first", Case(A.first, self=alone, work=V(lambda: 1, lambda: 2))
     yield "SingleProcess.init_device", Case(A.init_device, self=alone, device=V(1, 2))
     yield "SingleProcess.compile_targets", Case(A.compile_targets, self=alone, network=V(1, 2))
+    def long_gradient(k):
+        w = torch.ones(3, requires_grad=True)
+        w.grad = torch.full((3,), float(k))
+        return [w]
+    yield "SingleProcess.clip", Case(A.clip, lambda norm, args: (norm, args.parameters[0].grad), self=alone,
+        parameters=V(new(lambda: long_gradient(2)), new(lambda: long_gradient(3))), max_norm=V(1.0, 0.5))
+    yield "to_device", Case(M.to_device, x=V(x0, noise), device=V("cpu", "meta"))
     yield "unsharded", Case(M.unsharded, tensor=V(x0, noise))
+    batch = M.Batch(x0, t, noise, y)
+    yield "micro_batches", Case(M.micro_batches, lambda parts, args: [tuple(part) for part in parts],
+        batch=V(batch, batch._replace(y=None)), k=V(2, 4))
     losses, norm = torch.ones(4), torch.tensor(2.0)
     def meter():
         m = M.Meter("cpu")
@@ -1073,6 +1092,12 @@ def of_train(w):
         s.meter.sums += 1
         return s
     yield "TrainState.tensors", Case(M.TrainState.tensors, self=new(metered), ranks=V(alone, doubled(M, 2)))
+    def drawn(_, args): return [g["lr"] for g in args.self.optimizer.param_groups], torch.rand(2)
+    yield (
+        "TrainState.prepare",
+        Case(
+            M.TrainState.prepare, drawn, self=state(dropout=0.5, decay_share=1.0), total=V(2000, 9), address=V((), (1,))
+        ))
     kept = metered().tensors()
     yield "TrainState.restore", Case(M.TrainState.restore, lambda _,
         args: (args.self.tensors(), args.self.step, args.self.seconds, args.self.processor_seconds), self=state(),
@@ -1173,6 +1198,7 @@ def silent(f):
 def doubled(M, n): # ranks of which each has the same sums
     ranks = M.SingleProcess()
     ranks.sum, ranks.world_size = lambda x: n * x, n
+    ranks.clip = lambda *args: n * M.SingleProcess.clip(ranks, *args)
     return ranks
 
 def shy(M): # ranks one of which has a reason to stop

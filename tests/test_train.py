@@ -253,6 +253,25 @@ def test_weights_file_is_small_and_samples_alike(finished, tmp_path):
     assert (a - b).abs().max() < 0.05 and path.stat().st_size < checkpoints(finished)[-1].stat().st_size / 5
 
 
+def test_a_state_and_a_recorder_can_be_handed_in(finished, tmp_path):
+    """A run begins with the weights of another; a recorder of one's own sees each row, and writes what the usual one
+    does."""
+    rows = []
+    class Listening(R.Recorder):
+        def row(self):
+            rows.append(super().row())
+            return rows[-1]
+    config, _, net = S.resolve(tiny)
+    state = R.new_state(net, config, torch.device("cpu"))
+    T.load_weights(state.model, last_checkpoint(finished)[0], "model.")
+    assert (
+        state.stopped_by is None
+        and train(tiny, tmp_path / "run", progress=False, state=state, recorder=Listening) is state)
+    written = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == written["step"].tolist() == read_metrics(finished)["step"].tolist()
+    assert rows[0]["loss"] < read_metrics(finished)["loss"][0] and len(checkpoints(tmp_path / "run")) > 0
+
+
 def test_prefixes_of_wrappers_never_reach_a_file(finished):
     tensors, _ = read_tensors(checkpoints(finished)[-1])
     assert not [k for k in tensors if "_orig_mod" in k or "module." in k]

@@ -5,6 +5,7 @@ __all__ = ['plot_metrics', 'live_curves', 'to_tensorboard']
 
 # %% ../../nbs/workshop/curves.ipynb #i0
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # %% ../../nbs/workshop/curves.ipynb #i2
@@ -15,9 +16,9 @@ from .folder import read_metrics
 (plt := late_import("matplotlib.pyplot"))
 
 # %% ../../nbs/workshop/curves.ipynb #c050
-def plot_metrics(metrics,    # from read_metrics
+def plot_metrics(metrics,    # dict of columns, from read_metrics
                  floor=None, # mean loss of the best Gaussian denoiser for this data and schedule, if known
-                ):           # the Figure
+                ) -> plt.Figure:
     "Loss (with the Gaussian floor), loss by timestep bin, learning rate, and gradient norm, against images seen."
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout="constrained")
     x = metrics["images"]
@@ -26,8 +27,8 @@ def plot_metrics(metrics,    # from read_metrics
         axes[0].axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian: {floor:.3g}")
         axes[0].legend(fontsize=7)
     for i in range(BINS):
-        axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8,
-                     label=f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None)
+        label = f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None
+        axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8, label=label)
     axes[1].legend(fontsize=7)
     axes[2].plot(x, metrics["lr"])
     axes[2].set_ylim(bottom=0)
@@ -40,7 +41,7 @@ def plot_metrics(metrics,    # from read_metrics
 
 # %% ../../nbs/workshop/curves.ipynb #c111
 def live_curves(floor=None, # drawn as a dashed line
-               ):           # a function for train(on_log=...)
+               ) -> Callable: # for train(on_log=...)
     "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
     from IPython.display import display
     handle = display(display_id=True)
@@ -54,7 +55,7 @@ def live_curves(floor=None, # drawn as a dashed line
     return on_log
 
 # %% ../../nbs/workshop/curves.ipynb #c132
-def to_tensorboard(): # a function for train(on_log=...); the files go to the run's folder tensorboard/
+def to_tensorboard() -> Callable: # for train(on_log=...); the files go to the run's folder tensorboard/
     """Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is
     missing."""
     try:
@@ -68,15 +69,17 @@ def to_tensorboard(): # a function for train(on_log=...); the files go to the ru
             shutil.rmtree(Path(run) / "tensorboard", ignore_errors=True)
             writer = SummaryWriter(Path(run) / "tensorboard")
         metrics = read_metrics(run)
-        steps = metrics["step"]
-        for i in (i for i, step in enumerate(steps) if step not in shown):
-            for name in set(metrics) - {"step"}:
-                writer.add_scalar(name, metrics[name][i], int(steps[i]))
-        for path in (p for p in (Path(run) / "samples").glob("step_*.png") if p.name not in shown):
-            writer.add_image(
-                "samples", plt.imread(path), int(path.stem[5:]),
-                dataformats="HWC" if plt.imread(path).ndim == 3 else "HW")
+        for i, step in enumerate(metrics["step"]):
+            if step in shown:
+                continue
+            for name in metrics.keys() - {"step"}:
+                writer.add_scalar(name, metrics[name][i], int(step))
+            shown.add(step)
+        for path in (Path(run) / "samples").glob("step_*.png"):
+            if path.name in shown:
+                continue
+            image = plt.imread(path)
+            writer.add_image("samples", image, int(path.stem[5:]), dataformats="HWC" if image.ndim == 3 else "HW")
             shown.add(path.name)
-        shown.update(steps)
         writer.flush()
     return on_log

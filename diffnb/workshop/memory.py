@@ -23,9 +23,10 @@ from .settings import TrainConfig
 def kept_bytes(net,       # UNet configuration
                n,         # images at a time
                precision="float32", device="cpu",
-               activation_checkpointing=False): # with activation checkpointing
-    """Bytes that a forward pass puts aside for the backward pass; the weights themselves are not counted. Nothing is
-    computed or allocated."""
+               activation_checkpointing=False
+              ) -> int: # bytes
+    """What a forward pass puts aside for the backward pass; the weights themselves are not counted.
+    Nothing is computed or allocated."""
     with FakeTensorMode(), torch.device(device):
         model, size = UNet(**{**net, "num_classes": None}), net["image_size"]
         kept, weights = {}, {_storage(p) for p in model.parameters()}
@@ -33,39 +34,43 @@ def kept_bytes(net,       # UNet configuration
             if _storage(x) not in weights:
                 kept[_storage(x)] = x
             return x
-        def before(m, inputs): note(inputs[0])                           # all that a recomputed block keeps
+        def before(m, inputs): note(inputs[0])                           # all that a checkpointed block keeps
         for m in checkpoint_activations(model).modules() if activation_checkpointing else ():
             if hasattr(m, "checkpointed"):
                 m.register_forward_pre_hook(before)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
-            torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")):
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
             model(torch.zeros(n, net["in_channels"], size, size), torch.zeros(n, dtype=torch.int64))
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 def _storage(x): return x.untyped_storage()._cdata                       # which piece of memory a tensor looks at
 
-def training_memory(net, precision="float32", device="cpu", activation_checkpointing=False, config=None):
-    # (bytes whatever the batch, bytes for each image)
+def training_memory(net, precision="float32", device="cpu", activation_checkpointing=False, config=None
+                   ) -> tuple: # bytes whatever the batch, bytes for each image
     """What training a UNet(**net) needs: weights, gradients, averages and moments as `config` asks, and what a step
     puts aside."""
     with torch.device("meta"):
         state = TrainState(UNet(**net), config or TrainConfig())
-        copies = sum(
-            p.numel() * (2 + len(state.averages) + len(moments_of(state.optimizer, p)))
-            for p in state.model.parameters())
+        each = 2 + len(state.averages)                                   # weights and gradients, averages
+        copies = sum(p.numel() * (each + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
     one, three = (kept_bytes(net, n, precision, device, activation_checkpointing) for n in (1, 3))
     return 4 * copies + one - (three - one) // 2, (three - one) // 2
 
 # %% ../../nbs/workshop/memory.ipynb #c070
-def checkpoint_activations(model):
-    "Let every residual block and attention keep only its input, and work out the rest again when it is needed."
+def checkpoint_activations(model) -> torch.nn.Module: # the same model
+    """Let every residual block and attention keep only its input, and compute the rest again for the backward pass
+    (Chen et al. 2016, arXiv:1604.06174)."""
     for m in model.modules():
         if isinstance(m, (ResBlock, Attention)):
             m.forward, m.checkpointed = partial(checkpoint, m.forward, use_reentrant=False), True
     return model
 
 # %% ../../nbs/workshop/memory.ipynb #c076
+def _room(device): # bytes that this process can have
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
 @contextmanager
 def _memory_advice(net, config, device):
     "Turns running out of memory into a DiffnbError that names the batch that would fit."
@@ -74,24 +79,16 @@ def _memory_advice(net, config, device):
     except RuntimeError as e:                                        # torch.OutOfMemoryError is one; the CPU has no kind of its own
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
             raise
-        room = (
-            torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            if device.type == "cuda"
-            else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        room = _room(device)
         fixed, each = training_memory(net, config.precision, device, config.activation_checkpointing, config)
         # the rest: the images, what libraries need, gaps
         fits, size = int((0.85 * room - fixed) / each), config.batch_size
         parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal ones
-        advice = (
-            (
-                f"about {fits} images fit at a time: --batch-size {fits}, or the same batch in parts, "
-                f"--grad-accum-steps {parts}")
-            if fits > 0
-            else "not even one image fits: a smaller base_channels or image_size")
+        advice = (f"about {fits} images fit at a time: --batch-size {fits}, "
+                  f"or the same batch in parts, --grad-accum-steps {parts}"
+                  if fits > 0 else "not even one image fits: a smaller base_channels or image_size")
+        less = "" if config.activation_checkpointing else "--activation-checkpointing True needs less too. "
         raise DiffnbError(
-            (
-                f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, "
-                f"grad_accum_steps={config.grad_accum_steps}; {advice}. ")
-            + "--activation-checkpointing True needs less too. " * (not config.activation_checkpointing)
-            + "The last checkpoint stays"
+            f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, "
+            f"grad_accum_steps={config.grad_accum_steps}; {advice}. {less}The last checkpoint stays"
         ) from e

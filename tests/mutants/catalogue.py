@@ -402,7 +402,7 @@ bug(
     "ranks.clip(state.model.parameters(), config.grad_clip).clamp(max=config.grad_clip or math.inf)")
 bug(
     "accumulation-undivided", "parts of a batch add up to a gradient that is too large",
-    "ranks.backward(loss.sum() / len(batch.t),", "ranks.backward(loss.mean(),", "openai/guided-diffusion#111")
+    "(loss.sum() / len(batch.t)).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
 bug("gradients-pile-up", "gradients are never set back to zero", "        state.optimizer.zero_grad()\n", "")
 bug(
     "decay-of-the-rest", "the linear decay takes the share that should be constant", "max(1, decay_share * total)",
@@ -1026,8 +1026,8 @@ bug(
 # ---------------------------------------------------------------- workshop run
 bug = lesson("workshop/run", tests="")
 bug(
-    "rates-mixed", "the logged learning rate is that of the next step", '"lr": lr_at(state.step - 1, total',
-    '"lr": lr_at(state.step, total', tests="test_train.py -k rate_of")
+    "rates-mixed", "the logged learning rate is that of the next step", '"lr": lr_at(state.step - 1, self.total',
+    '"lr": lr_at(state.step, self.total', tests="test_train.py -k rate_of")
 bug(
     "resume-from-zero", "a resumed run counts from 0 and replays its first batches",
     'state.restore(tensors, meta["step"],', 'state.restore(tensors, 0,', tests="test_train.py -k resumed_metrics")
@@ -1036,8 +1036,8 @@ bug(
     'before = [r for r in _rows(run) if float(r["step"]) <= state.step]', "before = _rows(run)",
     tests="test_train.py -k written_once")
 bug(
-    "picture-lost", "killed between checkpoint and picture, a resumed run never draws it",
-    "            saved\n            and sampler", "            False", tests="test_faults.py -k killed_20")
+    "picture-lost", "killed between checkpoint and picture, a resumed run never draws it", "if resumed:", "if False:",
+    tests="test_faults.py -k killed_20")
 bug(
     "newest-removed", "the oldest checkpoints are kept instead of the newest", "checkpoints(self.run)[:-keep]",
     "checkpoints(self.run)[keep:]", tests="test_train.py")
