@@ -18,7 +18,7 @@ from torch import nn
 
 import diffnb, diffnb.workshop.cli as cli
 from diffnb.sample import load_model
-from diffnb.core import addressed
+from diffnb.core import addressed, DiffnbError
 from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
 from diffnb.core import checkpoints
@@ -821,11 +821,22 @@ def of_sample(w):
     yield "check_sampling", Case(S.check_sampling, schedule=refused(linear, diffnb.schedule.linear_schedule(10)),
         steps=15)
     yield "check_place", Case(S.check_place, out=V("a.png", "b.png"), suffixes=refused((".png",), ()))
+    yield "check_place", Case(X.check_place, out="a", images=refused((), (".",)))
+    yield "check_place", Case(X.check_place, out="", option=refused("--out", "--run"))
+    yield "check_run_place", Case(X.check_run_place, run=refused(pathlib.Path("a"), w / "pics"), data="digits")
+    yield "check_run_place", Case(X.check_run_place, run=w / "pics/new", data=refused("digits", str(w / "pics")))
     def names_inside(held, args):
         with held:
             return sorted(map(str, pathlib.Path().rglob("*")))
     yield "alone_in", Case(S.alone_in, names_inside, folder=V(pathlib.Path("a"), pathlib.Path("b")),
         doing=V("sampling", "scoring"))
+    yield "alone_in", Case(X.alone_in, names_inside, folder=w / "u/config.json/a", doing="sampling",
+        option=refused("--out", "--run"))
+    def taken(by):
+        def refuse(): raise DiffnbError(by)
+        return refuse
+    yield "locked", Case(X.locked, names_inside, path=V("a", "b"), taken=len)
+    yield "locked", Case(X.locked, names_inside, path=held(w) / ".lock", taken=refused(taken("one"), taken("two")))
     yield "fingerprint", Case(S.fingerprint, model=V(model, other), schedule=V(linear, cosine))
     second = diffnb.core.SingleProcess()
     second.world_size = 2
@@ -1147,6 +1158,13 @@ def of_train(w):
     yield "as_options", Case(M.as_options, config=V(T, replace(T, lr=1.0)), names=V(("lr",), ("lr", "channel_mult")))
     yield "as_command", Case(M.as_command, name=V("info", "doctor"), words=V((w / "u",), (w / "v",)))
     yield "read_config", Case(M.read_config, run=V(w / "u", w / "v"))
+    def miscounted():
+        run = pathlib.Path("run")
+        shutil.copytree(w / "u", run)
+        facts = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**facts, "parameters": 1}))
+        return run
+    yield "read_config", Case(M.read_config, run=new(miscounted), build=V(True, False))
     yield "make_config", Case(M.make_config, values=V({}, {"lr": 1.0}))
     yield "training_now", Case(M.training_now, run=V(w / "u", held(w)))
     yield "sample_grid", Case(M.sample_grid, state=V(state(), state(seed=1)),
