@@ -115,7 +115,7 @@ class SingleProcess:
     address = ()                    # what this rank adds to addresses of its own
     sharded = False                 # is the model divided over the ranks?
 
-    def shard(self, batch):
+    def shard(self, batch) -> tuple: # like `batch`
         "This rank's images of a Batch."
         return batch
 
@@ -135,19 +135,19 @@ class SingleProcess:
         "Logical OR over the ranks."
         return bool(flag)
 
-    def wrap(self, state):
+    def wrap(self, state) -> "torch.nn.Module":
         "Copy or divide the model of a TrainState; returns the network to call instead of it."
         return state.model
 
-    def map(self, f, *tensors):
+    def map(self, f, *tensors) -> "torch.Tensor":
         "f(*tensors), where each rank works on its images; every rank gets the whole result."
         return f(*tensors)
 
-    def first(self, work):
+    def first(self, work) -> object:
         "Call `work` on rank 0, then on the others; returns what it returns."
         return work()
 
-    def init_device(self, device):
+    def init_device(self, device) -> "torch.device":
         "Where the model is put together."
         return device
 

@@ -58,7 +58,7 @@ class Denoiser:
                t,         # int64 (B,)
               ) -> torch.Tensor: # (B, C, H, W), of the kind that `prediction` says
         """The network's answer from a single call; with guidance it sees every image twice, without its label and with
-        it."""
+        it. Raises DiffnbError if there are not as many labels as images."""
         if self.y is not None and len(self.y) != len(x_t):
             raise DiffnbError(f"{len(self.y)} labels for {len(x_t)} images: give one for each")
         y = self.y if self.y is None else self.y.to(x_t.device)
@@ -215,11 +215,13 @@ class Trained:
     step: int                 # training steps behind it
 
     @property
-    def shape(self) -> tuple[int, int, int]: # (C, H, W) of one image
+    def shape(self) -> tuple[int, int, int]:
+        "(C, H, W) of one image."
         return (self.model.config["in_channels"], *[self.model.config["image_size"]] * 2)
 
     @property
-    def prediction(self) -> str: # "eps", "x0", "v" or "velocity"
+    def prediction(self) -> str:
+        "What the network outputs: eps, x0, v or velocity."
         return _flat(self.settings)["prediction"]
 
     def denoiser(self, y=None,           # classes, integers (B,); None: without classes, or the null class

@@ -5,6 +5,7 @@ __all__ = ['count_flops', 'matmul_speed', 'wait', 'Ranks']
 
 # %% ../nbs/13_scale.ipynb #i0
 import os, re, time, uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -93,31 +94,38 @@ class Ranks(SingleProcess):
                                 world_size=self.world_size, store=store)
 
     def shard(self, batch) -> Batch:
+        "This rank's images of a Batch: one of world_size equal parts."
         return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
     def sync_gradients(self, last) -> None:
+        "Before the forward pass of a micro-batch: exchange gradients after it only if it is the last."
         if self.sharded:
             self.network.set_requires_gradient_sync(last)
         else:
             self.network.require_backward_grad_sync = last
 
     def clip(self, parameters, max_norm) -> torch.Tensor:
+        "Scale the gradient down to `max_norm`; returns the norm of the whole gradient before."
         return unsharded(super().clip(parameters, max_norm))
 
     def sum(self, tensor) -> torch.Tensor:
+        "Sum over the ranks; `tensor` itself stays."
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag) -> bool:
+        "Logical OR over the ranks."
         return self.sum(torch.tensor(int(bool(flag)))).item() > 0      # on the CPU: no GPU has to be waited for
 
-    def first(self, work):
+    def first(self, work) -> object:
+        "Call `work` on rank 0, then on the others; returns what it returns."
         done = work() if self.rank == 0 else None
         dist.barrier()
         return done if self.rank == 0 else work()
 
     def map(self, f, *tensors) -> torch.Tensor:
+        "f(*tensors), where each rank works on its images; every rank gets the whole result."
         n, each = len(tensors[0]), -(-len(tensors[0]) // self.world_size)
         # as many for each rank, some twice
         mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)
@@ -127,14 +135,17 @@ class Ranks(SingleProcess):
         return torch.cat(parts)[:n]
 
     def wrap(self, state) -> torch.nn.Module:
+        "Copy or divide the model of a TrainState; returns the network to call instead of it."
         self.network = _divide(state, self.device) if self.sharded else DistributedDataParallel(state.model)
         return self.network
 
-    def init_device(self, device):
+    def init_device(self, device) -> torch.device:
+        "Where the model is put together: on the CPU if it is to be divided."
         self.device = device
         return "cpu" if self.sharded else device  # a model that is to be divided may be too large for one GPU
 
     def compile_targets(self, network) -> list:
+        "The modules that torch.compile works on, each by itself."
         if not self.sharded:
             return [network]
         # FSDP steps in between blocks: each is compiled by itself, in every shape it has
@@ -142,8 +153,8 @@ class Ranks(SingleProcess):
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
     @contextmanager
-    def guard(self):
-        "Turns the loss of another rank into a DiffnbError, and leaves the group at the end."
+    def guard(self) -> Iterator[None]:
+        "Leaves the group at the end. Raises DiffnbError if another rank is lost on the way."
         try:
             yield
         except RuntimeError as e:

@@ -113,7 +113,9 @@ class NoiseSchedule:
         return f"NoiseSchedule(T={self.T}, alpha_bar {self.alpha_bar[0]:.5g} to {self.alpha_bar[-1]:.4g}{kind})"
 
     @property
-    def T(self) -> int: return len(self.alpha_bar)
+    def T(self) -> int:
+        "The number of timesteps."
+        return len(self.alpha_bar)
 
 # %% ../nbs/02_schedule.ipynb #c023
 def patch_to(cls) -> Callable: # the decorator

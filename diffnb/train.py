@@ -198,12 +198,14 @@ def hidden_matrices(model) -> list: # of parameters
 class Muon(torch.optim.AdamW):
     """Muon with Nesterov momentum for `matrices` (Jordan et al. 2024), AdamW for `others`, at one learning rate
     (Liu et al. 2025, arXiv:2502.16982). Matrices of one shape are orthogonalised together."""
-    def __init__(self, matrices, others, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32, **adamw): # dtype: of the iteration
+    def __init__(self, matrices, others, lr, weight_decay=0.0, momentum=0.95, # lists of parameters, then numbers
+                 dtype=torch.float32, # of the iteration
+                 **adamw): # settings of AdamW
         super().__init__([dict(params=others), dict(params=matrices)], lr=lr, weight_decay=weight_decay, **adamw)
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None) -> torch.Tensor | None: # what `closure` returns
         "One step of Muon for the matrices that have a gradient, then one of AdamW for the others."
         group = self.param_groups[1]
         params = [p for p in group["params"] if p.grad is not None]
@@ -293,11 +295,13 @@ class TrainState:
         self.stopped_by = None                                  # name of the signal that ended the run
 
     @property
-    def ema(self) -> EMA: # the one that draws the sample grids
+    def ema(self) -> EMA:
+        "The average that draws the sample grids."
         return next(iter(self.averages.values()))
 
     @property
     def device(self) -> torch.device:
+        "Where the weights are."
         return next(self.model.parameters()).device
 
     def prepare(self, total, address=()) -> None: # steps of the run; of this rank

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/workshop/generate.ipynb #i2
 from ..core import addressed, SingleProcess, DiffnbError, write_whole
 from ..data import to_uint8
-from ..sample import check_sampling, ddim, Denoiser, draw_noise
+from ..sample import check_sampling, ddim, draw_noise
 from ..schedule import NoiseSchedule
 from .folder import alone_in, check_place
 

@@ -76,7 +76,7 @@ def _memory_advice(net, config, device):
     "Turns running out of memory into a DiffnbError that names the batch that would fit."
     try:
         yield
-    except RuntimeError as e:                                        # torch.OutOfMemoryError is one; the CPU has no kind of its own
+    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU has no kind of its own
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
             raise
         room = _room(device)

@@ -71,7 +71,7 @@ def _stop_signals():
             signal.signal(s, handler)
 
 # %% ../../nbs/workshop/run.ipynb #c095
-def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()):
+def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()) -> Path | None:
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
     rows = min(10, len(data.classes)) if config.conditional else rows
@@ -125,7 +125,8 @@ class LossWatch:
         for r in rows:
             self.row(int(float(r["step"])), float(r["loss"]), say=False)
 
-    def above(self, loss) -> tuple: # logarithm of loss over the usual; what would be a leap
+    def above(self, loss) -> tuple[float, float]:
+        "Logarithm of the loss over the usual one, and the value of it that would be a leap."
         if len(self.calm) < 8:
             return 0.0, 1.0
         logs = np.log(np.maximum(self.calm, 1e-12))
@@ -207,7 +208,8 @@ def _what_stays(run):
 # %% ../../nbs/workshop/run.ipynb #c104a
 class Recorder:
     "Rows of metrics, checkpoints and sample grids of a run: writes each into its folder when it is due."
-    def __init__(self, run, state, data, net, total, # folder, TrainState, ImageData, UNet configuration, steps of the run
+    # a folder, TrainState, ImageData, UNet configuration, steps of the run
+    def __init__(self, run, state, data, net, total,
                  draw=None,   # draw(path) writes a sample grid; None: no grids
                  on_log=None, # as in train
                  ranks=SingleProcess()):
@@ -288,7 +290,8 @@ class Recorder:
         self.watch.store(tensors, meta, state.config.keep)
 
     @property
-    def picture(self) -> Path: # of this step
+    def picture(self) -> Path:
+        "The sample grid of this step."
         return self.run / f"samples/step_{self.state.step:09d}.png"
 
     def grid(self) -> bool:

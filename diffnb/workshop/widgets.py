@@ -183,8 +183,13 @@ class Interactive:
         self.box = w.VBox([*self.controls.values(), *([self.more(self)] if self.more else []), self.out])
         return self.box
 
-    def values(self) -> dict: return {name: control.value for name, control in self.controls.items()}
-    def redraw(self) -> None: self.out.value = self.html(**self.values())
+    def values(self) -> dict:
+        "What the controls say, by name."
+        return {name: control.value for name, control in self.controls.items()}
+
+    def redraw(self) -> None:
+        "Show the picture that belongs to the controls."
+        self.out.value = self.html(**self.values())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if not _watched():
