@@ -228,7 +228,9 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
            compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ) -> int: # exit code
-    "Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed)."
+    """Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed).
+
+    Raises DiffnbError for settings that cannot work, before anything is made."""
     with importing():
         from diffnb import sample as samplers
         from diffnb.data import save_grid
