@@ -124,8 +124,9 @@ def test_every_option_is_explained(command, capsys, monkeypatch):
     expected = set(inspect.signature(commands[command]).parameters) - {"config"}
     if command == "train":
         expected |= {f.name for f in fields(TrainConfig)}
+    options = {*entries, *re.findall(r"--[a-zA-Z][\w-]+", " ".join(entries.values()))}          # aliases stand beside
     first = "PATH" if "PATH" in entries else None
-    assert code == 0 and entries.keys() - {first} >= {
+    assert code == 0 and options - {first} >= {
         f"--{n.removesuffix('_').replace('_', '-')}"
         for n in expected - {"run" * (first is not None), "source", "out" * (command == "workbook")}}
     for option, text in entries.items():
