@@ -33,7 +33,7 @@ def shown(name) -> str: # a name or a path, or a class
 # %% ../nbs/workshop/core.ipynb #c016
 def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", step)
               device="cpu", # where they will be drawn; CPU and GPU draw different numbers from the same address
-             ) -> torch.Generator:
+             ) -> "torch.Generator":
     "A generator whose state depends on `key` alone, not on what was drawn before."
     key = tuple(k.item() if isinstance(k, np.generic) else k for k in key)   # 3 and numpy's 3 are the same address
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageCms
 
-from diffnb.workshop import cli, datasets
+from diffnb.workshop import cli, datasets, folder
 from diffnb.core import DiffnbError
 from diffnb.data import save_grid
 from diffnb.workshop.datasets import load_data
@@ -292,6 +292,7 @@ def test_labels_of_an_npz_have_names(tmp_path):
             write(wrong)
     with pytest.raises(DiffnbError, match="labels from 0 to 2, and 2 class names"):
         write(np.array([0, 1, 2]), classes=np.array(["x", "y"]))
+    write()
     shutil.copy(tmp_path / "x.npz", tmp_path / "y.NPZ")
     assert len(read_images(tmp_path / "y.NPZ")[0]) == 3
     np.savez_compressed(tmp_path / "c.npz", images)
@@ -590,10 +591,10 @@ def test_two_processes_fill_one_cache(tmp_path):
 
 def test_threads_fill_one_cache_even_without_locks(tmp_path, monkeypatch):
     put(tmp_path / "d", *(f"{k:02}.png" for k in range(8)))
-    class NoLocks(datasets.FileLock):
+    class NoLocks(folder.FileLock):
         def acquire(self, *_, **__): raise NotImplementedError("flock")
-    for lock in (datasets.FileLock, NoLocks):
-        monkeypatch.setattr(datasets, "FileLock", lock)
+    for lock in (folder.FileLock, NoLocks):
+        monkeypatch.setattr(folder, "FileLock", lock)
         shutil.rmtree(tmp_path / "root", ignore_errors=True)
         found = []
         threads = [threading.Thread(target=lambda: found.append(levels(read(tmp_path / "d")))) for _ in range(4)]

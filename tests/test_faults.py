@@ -421,10 +421,9 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path, monkeypatch):
 
 
 def test_signal_during_the_pictures_is_obeyed_after_a_checkpoint(tmp_path):
-    def sampler(model, schedule, shape, **kw):
-        if kw["x_T"].shape:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return torch.zeros(shape)
+    def sampler(denoiser, x_T, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(x_T.shape)
     state = train(
         change(tiny, sample_every=0.5, checkpoint_every=1e6), tmp_path / "run", sampler=sampler, progress=False)
     assert state.stopped_by == "SIGTERM" and last_checkpoint(tmp_path / "run")[1]["step"] == state.step < 24

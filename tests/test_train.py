@@ -157,7 +157,7 @@ def test_folder_that_is_no_run(tmp_path):
 
 def test_no_write_access(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiffnbError, match="cannot write"):
+    with pytest.raises(DiffnbError, match="is a file, so .*run cannot be made"):
         train(tiny, tmp_path / "file" / "run", progress=False)
 
 
@@ -321,9 +321,9 @@ def test_what_a_killed_process_left_is_swept(finished, tmp_path):
 def test_rows_log_the_rate_of_their_last_step_and_grids_come_from_the_average(tmp_path):
     from diffnb.train import lr_at
     asked = []
-    def sampler(model, schedule, shape, **_):
-        asked.append(model)
-        return torch.zeros(shape)
+    def sampler(denoiser, x_T, **_):
+        asked.append(denoiser.model)
+        return torch.zeros(x_T.shape)
     state = train(change(tiny, sample_every=0.5), tmp_path / "run", sampler=sampler, progress=False)
     m = read_metrics(tmp_path / "run")
     assert np.allclose(m["lr"], [lr_at(int(s) - 1, state.step, tiny.lr, tiny.warmup) for s in m["step"]])
@@ -714,9 +714,9 @@ def test_each_average_can_be_loaded(fast_run):
 
 def test_grids_come_from_the_first_average(tmp_path):
     asked = []
-    def sampler(model, schedule, shape, prediction, **_):
-        asked.append((model, schedule, prediction))
-        return torch.zeros(shape)
+    def sampler(denoiser, x_T, **_):
+        asked.append((denoiser.model, denoiser.schedule, denoiser.prediction))
+        return torch.zeros(x_T.shape)
     state = train(fast, tmp_path / "run", sampler=sampler, progress=False)
     assert asked == [(state.averages["ema"].model, make_schedule("flow"), "velocity")]
 

@@ -18,7 +18,7 @@ from .folder import read_metrics
 # %% ../../nbs/workshop/curves.ipynb #c050
 def plot_metrics(metrics,    # dict of columns, from read_metrics
                  floor=None, # mean loss of the best Gaussian denoiser for this data and schedule, if known
-                ) -> plt.Figure:
+                ) -> "plt.Figure":
     "Loss (with the Gaussian floor), loss by timestep bin, learning rate, and gradient norm, against images seen."
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.4), layout="constrained")
     x = metrics["images"]

@@ -319,7 +319,7 @@ def _weight_files(folder):
         if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name:
             files[m[1]] = p
     for p in sorted(folder.glob(f"{_stem}.safetensors.index.*")):
-        variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors")[1])
+        variant = re.fullmatch(r"index(?:\.([^.]+))?\.json", p.name.split(".safetensors.")[1])
         if variant is None:
             continue
         shards = [s for s in _shards(p) if (folder / s).is_file()]
