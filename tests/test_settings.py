@@ -183,7 +183,7 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
     monkeypatch.setattr(ImageData, "to", lambda self, device: seen.update(moved=True) or self)
     monkeypatch.setattr(nn.Module, "compile", lambda self: seen.update(compiled=True))
     def checkpoint_activations(model, real=diffnb.workshop.memory.checkpoint_activations):
-        seen.update(activation_checkpointing=True)
+        seen.update(recomputed=True)
         return real(model)
     monkeypatch.setattr(diffnb.workshop.run, "checkpoint_activations", checkpoint_activations)
     def look(state, *rest, real=diffnb.train.train_steps):
@@ -502,6 +502,9 @@ def of_course(w):
         return fig
     yield "describe", Case(diffnb.workshop.course.describe, fig=V(drawn(1), drawn(2)))
     yield "you_are_here", Case(diffnb.workshop.course.you_are_here, name=V(None, "03_unet"))
+    facts = {"title": "a", "subtitle": "b", "sections": [], "picture": None, "summary": "c", "lessons": []}
+    yield "render", Case(diffnb.workshop.pages.render, template=V("report.html", "progress.html"),
+        facts=V(facts, {**facts, "title": "<d>"}))
 
 def of_data(w):
     D, images, x0 = X, torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6).to(torch.uint8), normal(4, 3, 6,
@@ -597,7 +600,7 @@ def of_doctor(w):
         images=V(digits, replace(digits, images=255 - pixels)))
     yield "draw", Case(D.draw, lambda made, args: made[1], name=V("loss", "lr"), facts=V(u, v))
     yield "verdict", Case(D.verdict, facts=V(u, v), found=V(D.findings(u), []))
-    yield "Report.mark", Case(D.Report.mark, self=warned, c=V(D.CHECKS["plateau"], D.CHECKS["spikes"]))
+    yield "Report.mark", Case(D.Report.mark, self=warned, check=V(D.CHECKS["plateau"], D.CHECKS["spikes"]))
     yield "Report.write", Case(D.Report.write, self=report, folder=V("a", "b"))
     yield "Facts.in_training", Case(D.Facts.in_training, self=u, curve=V(u.floor, 2 * u.floor))
     yield "Facts.command", Case(D.Facts.command, self=u, name=V("sample", "resume"), options=V((), ("--n", "3")))
@@ -747,7 +750,7 @@ def of_interchange(w):
         diffnb.workshop.interchange, diffnb.schedule.linear_schedule(20), diffnb.schedule.flow_schedule(20))
     model, plain = small(attention=(), norm_groups=8), small(attention=(), num_classes=None)
     for name, m in (("one", model), ("two", plain)):
-        if not (w / name / "unet").exists():
+        if not (w / name / "saved").exists():
             I.save_diffusers(m, linear, w / name / "saved", say=str)
     theirs, others = I.unet_to_diffusers(model), I.unet_to_diffusers(plain)
     yield "key_map", Case(I.key_map, model=V(model, plain))
@@ -1175,9 +1178,17 @@ def of_train(w):
         replace(config, conditional=False))), data=digits, schedule=linear, sampler=diffnb.sample.ddim, path="a.png",
         rows=V(8, 2))
     untimed = lambda s, args: (s.step, s.model)
+    def begun(): # other weights than those of the seed
+        s = M.new_state(M.resolve(config)[2], config, cpu)
+        awake(s.model, seed=1)
+        return s
+    class Loud(M.Recorder):
+        def log(self):
+            print("logged")
+            return super().log()
     yield "train", Case(listing(M.train), untimed, config=V(config, replace(config, lr=1.0)), run=V("a", "b"),
         sampler=V(None, diffnb.sample.ddim), on_log=V(None, lambda run: print("row")), progress=V(False, True),
-        ranks=alone)
+        ranks=alone, state=V(None, new(begun)), recorder=V(M.Recorder, Loud))
     yield "train", Case(listing(M.train), lambda s, args: (s.step, s.stopped_by), config=config, run="a",
         progress=False, ranks=V(alone, shy(M)))
     yield "live_curves", Case(live(M.live_curves), lambda on_log, args: shown_live(on_log,
@@ -1187,6 +1198,68 @@ def of_train(w):
         dtype=V(torch.float16, torch.float32))
     yield "load_model", Case(M.load_model, lambda made, args: made.model, source=V(w / "u", w / "v"),
         device=refused("cpu", "cuda:99"), weights=V("ema", "model"))
+
+TIMES = ("seconds", "processor_seconds", "images_per_s")
+
+def written(run): # what lies in a run's folder, without times; the files that hold them go
+    run = pathlib.Path(run)
+    names, table = sorted(str(p) for p in run.rglob("*")), run / "metrics.csv"
+    files = [p for p in (table, *checkpoints(run)) if p.exists()]
+    rows = diffnb.workshop.folder.read_metrics(run) if table.exists() else {}
+    saved = [diffnb.core.read_tensors(p) for p in checkpoints(run)]
+    for p in files:
+        p.unlink()
+    def untimed(facts): return {k: v for k, v in facts.items() if k not in TIMES}
+    return names, untimed(rows), [(tensors, untimed(meta)) for tensors, meta in saved]
+
+def of_run(w):
+    R, digits, linear = diffnb.workshop.run, load_data("digits"), diffnb.schedule.linear_schedule()
+    W, alone, second = R.LossWatch, diffnb.core.SingleProcess(), diffnb.core.SingleProcess()
+    second.rank = 1
+    losses = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9, 1.0, 1.02]
+    rows = [{"step": str(i), "loss": str(loss)} for i, loss in enumerate(losses, 1)]
+    def blank(cls): return new(lambda: cls.__new__(cls))
+    yield "LossWatch", Case(W.__init__, lambda _, args: (args.self.before(), args.self.safe, args.self.above(9.0)),
+        self=blank(W), run=V(w / "u", w / "v"), rows=V((), rows))
+    calm = new(lambda: W(w / "u", rows))
+    yield "LossWatch.above", Case(W.above, self=calm, loss=V(1.0, 9.0))
+    def told(f): # with the warnings that it gave
+        @functools.wraps(f)
+        def run(*args, **kw):
+            with warnings.catch_warnings(record=True) as given:
+                warnings.simplefilter("always")
+                f(*args, **kw)
+            return [str(one.message) for one in given]
+        return run
+    yield "LossWatch.row", Case(told(W.row), lambda warned, args: (warned, args.self.leapt, args.self.safe), self=calm,
+        step=V(20, 21), loss=V(9.0, 1.0), say=V(True, False))
+    def watching():
+        shutil.copytree(w / "u", "run")
+        return W("run")
+    x, meter = normal(4), torch.zeros(2 * diffnb.train.BINS + 3)
+    yield "LossWatch.store", Case(W.store, lambda _, args: written("run"), self=new(watching),
+        tensors=V({"a": x, "meter": meter}, {"a": -x, "meter": meter}), meta=V({"step": 9}, {"step": 10}), keep=V(3, 1))
+    # every step logs a row, saves a checkpoint and draws
+    config = replace(T, batch_size=4, log_every=1, sample_every=1e-3, checkpoint_every=1e-3)
+    def walked(**change): # a state after two steps, of which no row tells yet
+        state = diffnb.train.TrainState(small(), replace(config, **change))
+        steps = diffnb.train.train_steps(state, digits, linear, 9)
+        next(steps)
+        next(steps)
+        return state
+    net, few = small().config, replace(digits, images=digits.images[:500], labels=digits.labels[:500])
+    usual = dict(run="a", data=digits, net=net, total=9)
+    yield "Recorder", Case(R.Recorder.__init__,
+        lambda _, args: (args.self.after_step(False), written(args.run)), self=blank(R.Recorder), run=V("a", "b"),
+        state=V(new(walked), new(lambda: walked(seed=1))), data=V(digits, few),
+        net=V(net, {**net, "dropout": 0.5}), total=V(9, 20), draw=V(None, lambda path: print(path.name)),
+        on_log=V(None, lambda run: print("row")), ranks=V(alone, second))
+    def recorder(**change): return new(lambda: R.Recorder(**{**usual, "state": walked(**change)}))
+    yield "Recorder.after_step", Case(R.Recorder.after_step, lambda ended, args: (ended, written("a")),
+        self=recorder(checkpoint_every=1e6), interrupted=V([], ["SIGINT"]))
+    def asked(answer, args): return answer, written("a")[0]
+    yield "Recorder.epochs", Case(R.Recorder.epochs, asked, self=recorder(), step=V(1, 2))
+    yield "Recorder.due", Case(R.Recorder.due, asked, self=recorder(), every=V(1e-3, 1e6))
 
 def patched(f, owner, **parts): # f with some of its helpers replaced; owner X: those of its own module
     owner = sys.modules[inspect.unwrap(f).__module__] if owner is X else owner
@@ -1361,9 +1434,9 @@ def of_workbook(w):
 
 CASES = {
     "check": of_check, "course": of_course, "data": of_data, "doctor": of_doctor, "evaluate": of_evaluate,
-    "evaluate_run": of_evaluate_run, "guide": of_guide, "interchange": of_interchange, "sample": of_sample,
-    "scale": of_scale, "schedule": of_schedule, "train": of_train, "unet": of_unet, "widgets": of_widgets,
-    "workbook": of_workbook}
+    "evaluate_run": of_evaluate_run, "guide": of_guide, "interchange": of_interchange, "run": of_run,
+    "sample": of_sample, "scale": of_scale, "schedule": of_schedule, "train": of_train, "unet": of_unet,
+    "widgets": of_widgets, "workbook": of_workbook}
 UNSEEN = {
     "SingleProcess.sync_gradients": "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",
     "write_digits_features": "trains the shipped network anew; its one parameter is the file",
