@@ -7,6 +7,12 @@ from types import SimpleNamespace
 
 import pytest, torch
 
+from diffnb.train import make_averages
+from diffnb.unet import UNet
+from diffnb.workshop.features import Features
+from diffnb.workshop.folder import read_metrics
+from diffnb.workshop.settings import check_config
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parent.parent / "bench" / "cifar10"
@@ -39,8 +45,7 @@ def tiny(common):
 
 @pytest.fixture(scope="module")
 def features(script): # stand-in for Inception: 12 numbers of each image
-    evaluate = importlib.import_module("diffnb.evaluate")
-    return evaluate.Features(
+    return Features(
         lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :12] / 255, "means of quarters",
         12)
 
@@ -73,7 +78,7 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert any(k.startswith("ema2.") for k in a) and not torch.equal(a["ema.conv_in.weight"], a["ema2.conv_in.weight"])
     assert not torch.equal(kept["ema2"]["ema.conv_in.weight"], b["ema2.conv_in.weight"].half())
-    lr = common.diffnb.workshop.folder.read_metrics(parts / "run")["lr"]
+    lr = read_metrics(parts / "run")["lr"]
     assert lr[-1] < 0.01 * lr.max()
     with pytest.raises(common.DiffnbError, match="lr=0.0001"):
         common.train_for(replace(tiny, lr=1.0), parts, 0.1, 0)
@@ -84,7 +89,7 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
 def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
     config, plan = common.planned(tiny, 0.2)
     assert plan["steps"] * plan["seconds_per_step"] <= 12 and math.ceil(config.epochs * 1498 / 32) == plan["steps"]
-    averages = common.diffnb.train.make_averages(torch.nn.Linear(1, 1), config)
+    averages = make_averages(torch.nn.Linear(1, 1), config)
     assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
     for memory, ema in zip((0.05, 0.1), averages.values()):  # half of the weight: ln 2 of what is remembered
         last = range(round((1 - memory * math.log(2)) * 10_000), 10_000)
@@ -92,7 +97,7 @@ def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
 
 
 def test_shards_come_together_bit_for_bit(common, tmp_path):
-    unet = common.diffnb.train.UNet(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
+    unet = UNet(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
     tensors = {f"ema.{k}": v.half() for k, v in unet.state_dict().items()}
     meta = {
         "step": 7, "config": asdict(common.TrainConfig()), "model": unet.config,
@@ -118,7 +123,7 @@ def test_shards_come_together_bit_for_bit(common, tmp_path):
 
 def test_shipped_weights_load(common, script, tiny, tmp_path):
     ship = script("ship")
-    unet = common.diffnb.train.UNet(
+    unet = UNet(
         image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
     common.write_shards(
         {f"ema.{k}": v.half() for k, v in unet.state_dict().items()},
@@ -138,11 +143,11 @@ def test_every_ablation_is_a_possible_run(common, script):
     # no two are the same experiment
     assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)
     for v in ablations.VARIANTS:
-        config = common.diffnb.workshop.settings.check_config(replace(ablations.BASE, **v.change))
+        config = check_config(replace(ablations.BASE, **v.change))
         assert v.claim and v.prediction and v.weights in ("ema", "ema2", "model")
         assert all(getattr(config, k) != getattr(ablations.BASE, k) for k in v.change)  # each change changes something
         with torch.device("meta"):
-            common.diffnb.train.UNet(
+            UNet(
                 image_size=config.image_size or 32, base_channels=config.base_channels, attention=config.attention)
 
 
@@ -175,7 +180,7 @@ def test_an_ablation_writes_all_that_must_be_known(common, script, tiny, feature
 
 
 def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkeypatch, capsys):
-    evaluate, Features, opened = script("evaluate"), importlib.import_module("diffnb.evaluate").Features, []
+    evaluate, opened = script("evaluate"), []
     features = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255, "quarters", 4)
     def open_features(a):
         a.sample_batch = 10
@@ -333,7 +338,7 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     total = math.ceil(32 / 0.75)                                                        # three quarters are done
     assert long.go(out, "--finish", until=36).step == 36
     assert long.go(out).step == total == common.read_json(out / "plan.json")["steps"]   # the end stays chosen
-    m = common.diffnb.workshop.folder.read_metrics(out / "run")
+    m = read_metrics(out / "run")
     for step, lr in zip(m["step"][1:], m["lr"][1:]):                    # after the warm-up; the rate of that update
         assert lr == pytest.approx(2e-3 * min(1, (total - step + 1) / (0.25 * total)))
     assert (m["lr"][(m["step"] > 5) & (m["step"] <= 32)] == 2e-3).all() and m["lr"][-1] < 2e-3 / 10
@@ -389,7 +394,7 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
         assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
     assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
     assert config.epochs == 1e5 and long.go(new, until=28).step == 28
-    assert list(common.diffnb.workshop.folder.read_metrics(new / "run")["step"]) == [24, 28]
+    assert list(read_metrics(new / "run")["step"]) == [24, 28]
     assert [(e["event"], e["step"]) for e in events(new)] == [
         ("began from weights", 20), ("resumed", 20), ("stopped", 28)]
     with pytest.raises(common.DiffnbError, match="exists"):
@@ -403,7 +408,7 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255
     def open_features(a):
         a.sample_batch = 8
-        return importlib.import_module("diffnb.evaluate").Features(network, "quarters", 4), 10
+        return Features(network, "quarters", 4), 10
     def random(seed): return torch.rand(80, 4, generator=torch.Generator().manual_seed(seed))
     real = {"train": module.Real(random(0)), "test": module.Real(random(1))}
     monkeypatch.setattr(module, "open_features", open_features)
@@ -441,7 +446,7 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
 
 
 def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_path, monkeypatch):
-    score, evaluate, seen = script("score"), importlib.import_module("diffnb.evaluate"), []
+    score, seen = script("score"), []
     def network(x):
         if len(seen) == 3:
             seen.append(0)
@@ -449,7 +454,7 @@ def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_pa
         seen.append(len(x))
         return x.float().mean((2, 3))
     monkeypatch.setattr(score, "load_data", lambda name, size, split, root: load_data("digits", split=split))
-    features, load_data = evaluate.Features(network, "means", 1), common.load_data
+    features, load_data = Features(network, "means", 1), common.load_data
     with pytest.raises(KeyboardInterrupt):
         score.real_images(8, features, cache=tmp_path, batch=500)
     real = score.real_images(8, features, cache=tmp_path, batch=500)

@@ -9,12 +9,11 @@ from dataclasses import asdict
 
 import pytest, safetensors.torch, torch
 
-import diffnb.train as T
 from diffnb.core import DiffnbError
-from diffnb.core import last_checkpoint, read_tensors, write_tensors
+from diffnb.core import _digest, last_checkpoint, read_tensors, write_tensors
 from diffnb.sample import load_model
 from diffnb.train import TrainState
-from diffnb.workshop.folder import make_config, read_config, read_metrics
+from diffnb.workshop.folder import _rows, columns, make_config, read_config, read_metrics
 from diffnb.workshop.settings import TrainConfig
 from diffnb.unet import UNet
 
@@ -145,7 +144,7 @@ def lying_header(data, rng):
 def sealed(tensors, meta):
     "A file whose checksum is right, whatever it says."
     return safetensors.torch.save(
-        tensors, metadata={"diffnb": json.dumps(meta), "sha256": T._digest(tensors, json.loads(json.dumps(meta)))})
+        tensors, metadata={"diffnb": json.dumps(meta), "sha256": _digest(tensors, json.loads(json.dumps(meta)))})
 
 
 def other_tensors(tensors, rng):
@@ -192,7 +191,7 @@ class Bench:
         self.config, self.metrics = self.run / "config.json", self.run / "metrics.csv"
         self.whole, self.csv = (
             self.file.read_bytes(),
-            (",".join(T.columns) + "\n" + "".join(f"{i}{',0.5' * (len(T.columns) - 1)}\n" for i in range(9))).encode())
+            (",".join(columns) + "\n" + "".join(f"{i}{',0.5' * (len(columns) - 1)}\n" for i in range(9))).encode())
         self.config.write_text(json.dumps(self.facts))
         self.metrics.write_bytes(self.csv)
 
@@ -258,7 +257,7 @@ class Bench:
     def rows(self, rng):
         self.metrics.write_bytes(scramble(self.csv, rng))
         read_metrics(self.run)
-        T._rows(self.run)
+        _rows(self.run)
 
     SHARE = {
         "bytes": 2500, "header": 2500, "described": 700, "stuffed": 300, "folder": 600, "settings": 800, "values": 1600,

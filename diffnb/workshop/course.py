@@ -104,6 +104,7 @@ def figures_in_words() -> None:
     if not ip:
         return
     from IPython.core.pylabtools import print_figure
+    plt.switch_backend(plt.get_backend())                        # what a first figure does: it would undo the rest
     def html(fig):
         png = print_figure(fig, base64=True)
         return png and (
