@@ -385,7 +385,7 @@ bug(
 bug(
     "moments-laid-out-otherwise", "a resumed optimiser's moments lie in memory in another order than its weights",
     'torch.empty_like(p).copy_(tensors[f"{m}.{name}"])', 'tensors[f"{m}.{name}"].to(p)', "pytorch/pytorch#110758",
-    tests="test_train.py -k order_of_memory")
+    tests="test_train.py -k order_of_memory", page=False)
 bug(
     "ema-not-saved", "checkpoints hold the last weights in place of the average",
     "for k, v in ema.model.state_dict().items()}", "for k, v in self.model.state_dict().items()}", "Vchitect/Latte#55")
