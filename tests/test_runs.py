@@ -620,7 +620,7 @@ def test_a_full_disk_at_every_write(here, monkeypatch):
 
 def test_a_full_disk_under_the_lock(here, monkeypatch):
     "What is lost is the name of its holder; it holds all the same."
-    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
     def look(run): assert f"is in use: another process is training" in train_in(run)[1]
     monkeypatch.setattr(Path, "write_text", full)
     assert train(read_config("run")["config"], "new", on_log=look, progress=False).step == 3
