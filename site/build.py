@@ -52,18 +52,20 @@ class Named:
     def __init__(self, name): self.name = name
     def __repr__(self): return self.name
 
+def default(p): # a parameter that has one
+    if inspect.isfunction(p.default) or inspect.isclass(p.default):
+        return Named(p.default.__name__)
+    if type(p.default).__repr__ is object.__repr__:
+        return Named(f"{type(p.default).__name__}()")
+    return Named("...") if repr(p.default) == "<factory>" else p.default
+
 def signature(f, called=True):
     "As Python writes it, with functions and factories among the defaults by their names, without `self`."
     try:
         found = inspect.signature(f)
     except (TypeError, ValueError):
         return ""
-    def plain(p):
-        if p.default is not p.empty and (inspect.isfunction(p.default) or inspect.isclass(p.default)):
-            return p.replace(default=Named(p.default.__name__))
-        if type(p.default).__repr__ is object.__repr__:
-            return p.replace(default=Named(f"{type(p.default).__name__}()"))
-        return p.replace(default=Named("...")) if repr(p.default) == "<factory>" else p
+    def plain(p): return p if p.default is p.empty else p.replace(default=default(p))
     returns = inspect.Signature.empty if inspect.isclass(f) else found.return_annotation
     if isinstance(returns, str):
         returns = Named(returns)                                    # of a class, within it
@@ -78,7 +80,8 @@ def details(f):
             if p.docment and not inspect.isclass(f):
                 yield f"\nReturns: {prose(p.docment)}"
         elif p.docment:
-            yield f"- `{name}`: {prose(p.docment)}"
+            given = "" if p.default is inspect.Parameter.empty else f"={default(p)!r}"
+            yield f"- `{name}{given}`: {prose(p.docment)}"
 
 def members(cls):
     "The public methods and properties of a class that have docstrings: name, function, and whether one calls it."
