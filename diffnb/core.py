@@ -3,10 +3,12 @@
 # %% auto #0
 __all__ = ['MOST_JSON', 'late_import', 'DiffnbError', 'shown', 'addressed', 'sync_folder', 'write_whole', 'pick_device',
            'default_on_cuda', 'has_native_bf16', 'to_device', 'SingleProcess', 'unsharded', 'strict_json',
-           'write_tensors', 'read_tensors', 'checkpoints', 'last_checkpoint']
+           'write_tensors', 'read_tensors', 'checkpoints', 'last_checkpoint', 'config_json']
 
 # %% ../nbs/workshop/core.ipynb #i0
 import hashlib, importlib, json, math, os, secrets, warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/workshop/core.ipynb #i0l
@@ -18,8 +20,9 @@ class late_import: # name of a module
 # %% ../nbs/workshop/core.ipynb #i1
 import safetensors
 
-(np := late_import("numpy"))
-(torch := late_import("torch"))
+# %% ../nbs/workshop/core.ipynb #i1z
+np = late_import("numpy")
+torch = late_import("torch")
 
 # %% ../nbs/workshop/core.ipynb #c008
 class DiffnbError(ValueError):
@@ -294,3 +297,21 @@ def _same_model(written, asked, run):
                 f"says {v!r}. "
                 "They belong to different runs: restore the right config.json, or start anew in another "
                 "folder")
+
+# %% ../nbs/workshop/core.ipynb #c084b
+@contextmanager
+def config_json(run # a run folder
+               ) -> Iterator[dict]:
+    """What `config.json` says; version 0.1 left one setting of the model out. Raises DiffnbError if the folder is not a
+    run, or if an error in reading the file, or under `with`, shows that it is damaged."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise DiffnbError(f"{run} is not a run folder: it has no config.json")
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
+        facts = strict_json(path.read_bytes())
+        facts["model"] = _whole(facts["model"])
+        yield facts
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e

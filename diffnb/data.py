@@ -20,7 +20,8 @@ from torch.nn import functional as F
 # %% ../nbs/01_data.ipynb #i2
 from .core import addressed, late_import, write_whole
 
-(plt := late_import("matplotlib.pyplot"))
+# %% ../nbs/01_data.ipynb #i2z
+plt = late_import("matplotlib.pyplot")
 
 # %% ../nbs/01_data.ipynb #c013
 def to_float(images, # uint8, any shape

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/05_sample.ipynb #i2
-from .core import (_whole, DiffnbError, last_checkpoint, MOST_JSON, pick_device, read_tensors, strict_json,
-                         write_tensors)
+from .core import config_json, DiffnbError, last_checkpoint, pick_device, read_tensors, write_tensors
 from .schedule import _check_prediction, make_schedule, NoiseSchedule
 from .train import load_weights
 from .unet import UNet
@@ -199,12 +198,6 @@ def ddim(denoiser,          # Denoiser, or any denoiser(x_t, t) -> (x0, eps) wit
     return x
 
 # %% ../nbs/05_sample.ipynb #c037a
-def _flat(settings): # by name, also where a file groups them
-    flat = {}
-    for name, value in settings.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
-
 @dataclass(frozen=True)
 class Trained:
     "A trained model with what is needed to sample from it."
@@ -222,7 +215,7 @@ class Trained:
     @property
     def prediction(self) -> str:
         "What the network outputs: eps, x0, v or velocity."
-        return _flat(self.settings)["prediction"]
+        return self.settings["prediction"]
 
     def denoiser(self, y=None,           # classes, integers (B,); None: without classes, or the null class
                  guidance_scale=1.0,     # 0 unconditional, 1 conditional, above 1 guided
@@ -231,7 +224,7 @@ class Trained:
         """This model as samplers take it. Raises DiffnbError for labels it does not know, or guidance it was not
         trained for."""
         denoiser = Denoiser(self.model, self.schedule, self.prediction, y, clip, guidance_scale)
-        if guidance_scale != 1 and not _flat(self.settings)["label_dropout"]:
+        if guidance_scale != 1 and not self.settings["label_dropout"]:
             raise DiffnbError(
                 f"guidance_scale={guidance_scale:g}: this model never saw a withheld label (label_dropout "
                 "was 0), so there is nothing to guide away from (command line: --guidance-scale)")
@@ -242,21 +235,12 @@ def _embedded(): # the models that come with the package: name -> path
     found = sorted((Path(diffnb.__file__).parent / "weights").glob("*.safetensors"))
     return {p.stem: p for p in found if not p.stem.endswith("_features")} # those are networks that look, for scores
 
-def _model_of_run(run): # a run folder -> the UNet's settings, as config.json has them
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise DiffnbError(f"{run} is not a run folder: it has no config.json")
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
-        return _whole(strict_json(path.read_bytes())["model"])
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
-
 def _read_trained(source): # (tensors, meta)
     path, embedded = Path(source), _embedded()
     if path.is_dir():
-        if found := last_checkpoint(path, _model_of_run(path)):
+        with config_json(path) as facts:
+            net = facts["model"]
+        if found := last_checkpoint(path, net):
             return found
         raise DiffnbError(
             f"{path} has no checkpoint yet: the first is written after checkpoint_every epochs, or on Ctrl-C")
@@ -268,7 +252,7 @@ def _read_trained(source): # (tensors, meta)
         f"{source} is neither a run folder nor a file, nor the name of an embedded model: {', '.join(embedded)}")
 
 def _described(meta): # Trained, its network on no device and without weights; raises all sorts of errors
-    settings, classes, step = _flat(meta["config"]), meta["data"]["classes"], meta["step"]
+    settings, classes, step = meta["config"], meta["data"]["classes"], meta["step"]
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     if type(step) is not int or not 0 <= step < 2**53:

@@ -5,7 +5,7 @@
 
 The table at the end counts wall time, and processor time with that of processes that have ended: on a busy machine
 only the latter says what a test costs."""
-import os, sys
+import os, signal, sys
 from collections import defaultdict
 
 import pytest
@@ -17,6 +17,12 @@ sys.modules.setdefault("rfc3987_syntax", None)
 LONGEST = ["test_faults.py", "test_cifar10_bench.py", "test_jupyterlab.py", "test_ranks.py", "test_bench.py",
            "test_settings.py", "test_train.py", "test_doctor.py", "test_site.py", "test_notebooks.py", "test_fuzz.py",
            "test_misuse.py", "test_cli.py", "test_runs.py", "test_evaluate.py", "test_interchange.py"]
+
+
+def pytest_configure(config): # also in each worker
+    """A shell starts jobs in the background with Ctrl-C ignored, and commands that tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -1161,6 +1161,10 @@ def of_train(w):
     yield "as_options", Case(M.as_options, config=V(T, replace(T, lr=1.0)), names=V(("lr",), ("lr", "channel_mult")))
     yield "as_command", Case(M.as_command, name=V("info", "doctor"), words=V((w / "u",), (w / "v",)))
     yield "read_config", Case(M.read_config, run=V(w / "u", w / "v"))
+    def described(run):
+        with M.config_json(run) as facts:
+            return facts
+    yield "config_json", Case(described, run=V(w / "u", w / "v"))
     def miscounted():
         run = pathlib.Path("run")
         shutil.copytree(w / "u", run)

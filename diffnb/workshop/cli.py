@@ -21,7 +21,8 @@ from .folder import (
     as_command, as_options, check_place, make_config, reached, read_config, read_metrics, training_now)
 from .settings import check_config, pick_precision, PRESETS, RENAMED, SIDES, total_steps, TrainConfig
 
-(torch := late_import("torch"))
+# %% ../../nbs/workshop/cli.ipynb #i2z
+torch = late_import("torch")
 
 # %% ../../nbs/workshop/cli.ipynb #c006a
 _ascii = dict(zip("…±•→×≥≤─│²", ("...", "+-", "*", "->", "x", ">=", "<=", "-", "|", "2")))

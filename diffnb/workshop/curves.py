@@ -13,7 +13,8 @@ from ..core import DiffnbError, late_import
 from ..train import BINS
 from .folder import read_metrics
 
-(plt := late_import("matplotlib.pyplot"))
+# %% ../../nbs/workshop/curves.ipynb #i2z
+plt = late_import("matplotlib.pyplot")
 
 # %% ../../nbs/workshop/curves.ipynb #c050
 def plot_metrics(metrics,    # dict of columns, from read_metrics

@@ -16,13 +16,14 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/workshop/folder.ipynb #i2
 from .. import __version__
-from ..core import (_checked, _whole, checkpoints, DiffnbError, late_import, MOST_JSON, pick_device, read_tensors,
+from ..core import (_checked, checkpoints, config_json, DiffnbError, late_import, pick_device, read_tensors,
                          strict_json, write_whole)
 from .settings import _unwritable, check_config, RENAMED, SIDES, total_steps, TrainConfig
 
-(np := late_import("numpy"))
-(torch := late_import("torch"))
-(Image := late_import("PIL.Image"))
+# %% ../../nbs/workshop/folder.ipynb #i2z
+np = late_import("numpy")
+torch = late_import("torch")
+Image = late_import("PIL.Image")
 
 # %% ../../nbs/workshop/folder.ipynb #c097x
 def _rows(run):
@@ -99,13 +100,7 @@ def read_config(run: str | Path,    # a run folder
                 build: bool = True, # the network, and find out whether it can be; False: only if its size is not known
                ) -> dict: # config, model, parameters, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise DiffnbError(f"{run} is not a run folder: it has no config.json")
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
-        facts = strict_json(path.read_bytes())
+    with config_json(run) as facts:
         for k, kind in _facts_of_data.items():
             v = facts["data"][k]
             if type(v) is not kind or kind is int and not 0 < v < 2**53:
@@ -114,13 +109,10 @@ def read_config(run: str | Path,    # a run folder
         config = make_config(facts["config"])
         facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # version 0.1 did not write it
         _check_plans(facts["plans"])
-        facts["model"] = _whole(facts["model"])
         if build or type(facts.get("parameters")) is not int:
             facts["parameters"] = _count(facts["model"])
         config = replace(config, data=_where(config.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise DiffnbError(f"{path} is damaged: {f'{e} is missing' if isinstance(e, KeyError) else e!s:.300}") from e
 
 def make_config(values: dict,   # as JSON gives it
                ) -> TrainConfig: # a new one

@@ -22,7 +22,8 @@ from .facts import Facts, gather
 from .folder import check_place
 from .pages import render
 
-(plt := late_import("matplotlib.pyplot"))
+# %% ../../nbs/workshop/report.ipynb #i2z
+plt = late_import("matplotlib.pyplot")
 
 # %% ../../nbs/workshop/report.ipynb #c070
 def _fig_loss(f, ax):

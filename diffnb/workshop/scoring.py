@@ -26,7 +26,8 @@ from .generate import sample_to
 from .reader import decode, list_images, match_classes, NoSplit, split_folders
 from .settings import pick_precision
 
-(plt := late_import("matplotlib.pyplot"))
+# %% ../../nbs/workshop/scoring.ipynb #i2z
+plt = late_import("matplotlib.pyplot")
 
 # %% ../../nbs/workshop/scoring.ipynb #c090
 def panel(e, # Evaluation

@@ -16,7 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt
 # %% ../../nbs/workshop/settings.ipynb #i2
 from ..core import DiffnbError, has_native_bf16, late_import, pick_device
 
-(torch := late_import("torch")) # the command line knows its settings without it
+# %% ../../nbs/workshop/settings.ipynb #i2z
+torch = late_import("torch") # the command line knows its settings without it
 
 # %% ../../nbs/workshop/settings.ipynb #c039x
 def pick_precision(name: str, # "auto", "float32" or "bf16"
