@@ -18,14 +18,14 @@ from diffnb.workshop.folder import read_config, read_metrics
 
 def curve(run, statistics, out):
     config, m = read_config(run)["config"], read_metrics(run)
-    schedule = make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
+    schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr)
     spectrum, _ = load_statistics(statistics)
-    by_timestep = gaussian_loss_floor(spectrum, schedule, config.prediction)
-    floor = (by_timestep * timestep_probabilities(config.T, config.logit_normal)).sum().item()
+    by_timestep = gaussian_loss_floor(spectrum, schedule, config.noise.prediction)
+    floor = (by_timestep * timestep_probabilities(config.noise.T, config.noise.logit_normal)).sum().item()
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     ax.plot(m["images"], m["loss"], marker=".", ms=3, lw=1, label="training loss")
     ax.axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {floor:.4f}")
-    ax.set(xlabel="images seen", ylabel=f"loss ({config.prediction}, MSE)", yscale="log")
+    ax.set(xlabel="images seen", ylabel=f"loss ({config.noise.prediction}, MSE)", yscale="log")
     ax.legend(fontsize=8)
     fig.savefig(out, dpi=110)
     last = m["loss"][-10:].mean()

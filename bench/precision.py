@@ -40,8 +40,10 @@ def main(argv=None):
     device = pick_device(a.device)
     m = load_model(a.run, device)
     config = make_config(m.settings)
-    features = make_features(a.features, config.data, device, a.inception)
-    real = load_data(config.data, config.image_size, split="test", filter=config.interpolation, root=a.data_root)
+    features = make_features(a.features, config.images.data, device, a.inception)
+    real = load_data(
+        config.images.data, config.images.image_size, split="test", filter=config.images.interpolation, root=a.data_root
+    )
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
         denoiser = m.denoiser(torch.arange(a.n) % len(m.classes) if m.classes else None)
@@ -60,8 +62,9 @@ def main(argv=None):
         {
             "what": "bf16 against float32 in sampling", "source": Path(a.run).name, "machine": machine(device),
             "run": {
-                "data": config.data, "size": config.image_size,
-                "parameters": sum(q.numel() for q in m.model.parameters()), "images_seen": m.step * config.batch_size},
+                "data": config.images.data, "size": config.images.image_size,
+                "parameters": sum(q.numel() for q in m.model.parameters()),
+                "images_seen": m.step * config.training.batch_size},
             "n": a.n, "steps": a.steps, "features": features.name, "dim": features.dim,
             "reference": f"{len(real):,} test images", "variants": rows},
         a.out or HERE / f"results/precision_{device.type}.json")

@@ -41,7 +41,7 @@ def ours(shape, batch, device, options, steps, model=None, prediction="eps"):
     if options & {"compile", "graphs"}:
         network.compile(mode="reduce-overhead" if "graphs" in options else None)
     asked = "bf16" if "bf16" in options else "float32" if options else "auto"       # auto: as `diffnb sample` comes
-    precision = pick_precision(asked, device, TrainConfig(**asdict(shape)))
+    precision = pick_precision(asked, device, TrainConfig.of(**asdict(shape)))
     denoiser = Denoiser(network, linear_schedule(), prediction)
     def run(n, steps=steps):
         for _ in range(n):

@@ -40,9 +40,9 @@ def our_state(shape, batch, device, options):
     if options:                                                   # without options every setting stays as it comes
         asked = {"precision": "bf16" if "bf16" in options else "float32", "compile": "compile" in options,
                  "channels_last": "channels_last" in options, "activation_checkpointing": "recompute" in options}
-    config = TrainConfig(
+    config = TrainConfig.of(
         **asdict(shape), data="random", conditional=False, flip=True, batch_size=batch, device=str(device), **asked)
-    return new_state(shape.ours().config, config, device), pick_precision(config.precision, device, config)
+    return new_state(shape.ours().config, config, device), pick_precision(config.run.precision, device, config)
 
 def ours(shape, batch, device, options, ranks_for=lambda state: SingleProcess()):
     # profile_step.py names the parts of a step
@@ -56,11 +56,11 @@ def ours(shape, batch, device, options, ranks_for=lambda state: SingleProcess())
         network.compile(mode="reduce-overhead")
     data = ImageData(images(device, batch, size), None, (), size, size, name="random")
     steps = train_steps(
-        state, data, make_schedule(config.schedule, config.T), 10**6, precision, network, ranks_for(state))
+        state, data, make_schedule(config.noise.schedule, config.noise.T), 10**6, precision, network, ranks_for(state))
     def run(n):
         for _ in range(n):
             next(steps)
-            if state.step % config.log_every == 0:
+            if state.step % config.run.log_every == 0:
                 state.meter.read()
     return run, precision, steps.close
 

@@ -142,7 +142,7 @@ def _bin_above_floor(f):
     if not bad:
         return None
     i = max(bad, key=lambda i: excess[i])
-    first, last = i * f.config.T // BINS, (i + 1) * f.config.T // BINS - 1
+    first, last = i * f.config.noise.T // BINS, (i + 1) * f.config.noise.T // BINS - 1
     return Problem(f"Timesteps {first} to {last}: loss {mean[i]:.4f}, floor {floor[i]:.4f}; the excess is "
                    f"{excess[i]:.0%} of the whole loss. Bins above their floor by that measure: {bad}.",
                    "Look at the samples of that noise level: high t decides composition, low t detail. "
@@ -150,7 +150,7 @@ def _bin_above_floor(f):
                    f"Up to {sum(excess[bad]):.0%} of the loss.", "bins")
 
 def _by_bin(facts, values): # float64 (T,) -> sums over each timestep bin, (BINS,)
-    bins = torch.arange(facts.config.T) * BINS // facts.config.T
+    bins = torch.arange(facts.config.noise.T) * BINS // facts.config.noise.T
     return torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, values)
 
 def bin_floor(facts # Facts
@@ -174,7 +174,7 @@ def _diverging(f):
     "plateau", "minor", "The loss is flat while the learning rate is still high",
     "07_evaluate: What a loss of 0.03 means")
 def _plateau(f):
-    fit, rate = _slope(f), f.late()["lr"].mean() / f.config.lr
+    fit, rate = _slope(f), f.late()["lr"].mean() / f.config.training.lr
     if fit is None or rate < 0.3 or not -FLAT < fit[1] <= fit[2] < FLAT:
         return None
     if f.holding:
@@ -199,7 +199,7 @@ def _spikes(f):
     return Problem(
         f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with "
         f"{y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5) : worst + 6]):.3f}.",
-        f"Clip the gradient harder than {f.config.grad_clip:g}, or lower the peak learning rate; look at "
+        f"Clip the gradient harder than {f.config.training.grad_clip:g}, or lower the peak learning rate; look at "
         "the batches of those steps.", "Each spike costs the steps until the curve is back where it was.",
         "loss")
 @looks_for("not-finite", "critical", "Numbers that are not finite", "workshop/folder: The run folder")
@@ -222,7 +222,7 @@ DECAY_LEAST = 0.05 # share of the run; Hägele et al. (2024, arXiv:2405.18392) f
     "no-warmup", "moderate", "No warm-up of the learning rate", "04_train: A learning rate that rises and falls",
     "config")
 def _no_warmup(f):
-    steps = min(f.config.warmup, f.total // 10)
+    steps = min(f.config.training.warmup, f.total // 10)
     if steps >= 5:
         return f"{steps} steps of warm-up."
     first = (
@@ -232,15 +232,15 @@ def _no_warmup(f):
         if f.metrics
         else "")
     return Problem(
-        f"The rate is at its peak of {f.config.lr:g} after {steps} steps, when the optimiser's averages "
+        f"The rate is at its peak of {f.config.training.lr:g} after {steps} steps, when the optimiser's averages "
         f"have seen almost nothing.{first}", f"warmup={max(10, min(500, f.total // 20))}",
         "Costs nothing; protects the first steps, and more so the larger the rate.",
         "lr")
-def _decay_begins(f): return round((1 - f.config.decay_share) * f.total) # the step
+def _decay_begins(f): return round((1 - f.config.training.decay_share) * f.total) # the step
 def _decayed(f): # did the rate end low, or where a linear decay of some length was planned to end?
     c, rate = f.config, f.metrics["lr"][-1] / f.metrics["lr"].max()
-    planned = lr_at(f.total - 1, f.total, 1.0, c.warmup, c.decay_share)
-    return rate < 0.05 or (c.decay_share or 0) >= DECAY_LEAST and rate < 1.01 * planned < 0.5
+    planned = lr_at(f.total - 1, f.total, 1.0, c.training.warmup, c.training.decay_share)
+    return rate < 0.05 or (c.training.decay_share or 0) >= DECAY_LEAST and rate < 1.01 * planned < 0.5
 
 @looks_for(
     "lr-not-decayed", "moderate", "The learning rate has not decayed", "04_train: A learning rate that rises and falls")
@@ -250,7 +250,7 @@ def _lr_not_decayed(f):
                 f"{f.total:,}. Before that step the run can be extended as if it had been planned so.")
     if f.step < f.total:
         return None
-    rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.decay_share
+    rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.training.decay_share
     if _decayed(f):
         return f"All {f.total:,} steps are done, and the learning rate ended at {rate:.1%} of its peak."
     text = f"All {f.total:,} steps are done, but the last row's learning rate is {rate:.0%} of the highest."
@@ -265,7 +265,8 @@ def _lr_not_decayed(f):
     "workshop/run: Stop, resume, extend")
 def _lr_jump(f):
     rate, step = f.metrics["lr"], f.metrics["step"]
-    up = np.flatnonzero((np.diff(rate) > 0.05 * f.config.lr) & (step[:-1] > min(f.config.warmup, f.total // 10)))
+    up = np.flatnonzero(
+        (np.diff(rate) > 0.05 * f.config.training.lr) & (step[:-1] > min(f.config.training.warmup, f.total // 10)))
     if not len(up):
         return None
     i = up[0]
@@ -274,7 +275,7 @@ def _lr_jump(f):
         f"{len(up)} such jump(s) after the warm-up.",
         (
             "Plan the length at the start"
-            if f.config.decay_share is None
+            if f.config.training.decay_share is None
             else "Extend from a checkpoint before the decay, where the rate is constant")
         + "; what was trained after the jump needs its own decay to zero.",
         f"The loss was {f.metrics['loss'][i]:.4f} before the jump and {f.metrics['loss'][i + 1]:.4f} after it.",
@@ -288,12 +289,14 @@ def _stopped_early(f):
         return None                                      # it may be running
     advice, severity = f.command("resume"), None
     if f.holding: # a run of `now` epochs would begin its decay at this step
-        now, severity = f.step * f.config.batch_size / f.data["images"] / (1 - f.config.decay_share), "minor"
+        now, severity = (
+            f.step * f.config.training.batch_size / f.data["images"] / (1 - f.config.training.decay_share), "minor")
         advice += f", or with --epochs {now:.2f} to let the rate decay from here, or more epochs to extend"
     return Problem(
         f"Step {f.step:,} of {f.total:,} ({f.done:.0%}), learning rate at "
-        f"{f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, and no new row for {f.age / 3600:.1f} hours.", advice,
-        "What is missing is the decay of the rate, in which the weights settle.", "lr",
+        f"{f.metrics['lr'][-1] / f.config.training.lr:.0%} of its peak, and no new row for "
+        f"{f.age / 3600:.1f} hours.", advice, "What is missing is the decay of the rate, in which the weights settle.",
+        "lr",
         severity)
 
 # %% ../nbs/08_doctor.ipynb #c044
@@ -303,24 +306,24 @@ CLIPPED, GROWTH = 0.3, 5
 def _clipping(f):
     late, share = f.late(1 / 2), f.late(1 / 2)["clipped"].mean()
     if (
-        not f.config.grad_clip
+        not f.config.training.grad_clip
         or not np.isfinite(share)
         or len(late["step"]) < LEAST_ROWS
-        or f.step < 2 * min(f.config.warmup, f.total // 10)):
+        or f.step < 2 * min(f.config.training.warmup, f.total // 10)):
         return None
     text = (
-        f"In the second half {share:.0%} of the steps were clipped at {f.config.grad_clip:g}; the gradient "
+        f"In the second half {share:.0%} of the steps were clipped at {f.config.training.grad_clip:g}; the gradient "
         f"norm is {np.median(late['grad_norm']):.2f} (median).")
     if share <= CLIPPED:
         return text
-    if f.config.optimizer == "muon":
+    if f.config.training.optimizer == "muon":
         return f"{text} With Muon that matters less: its steps are as long as the rate says, whatever the norm."
     return Problem(
         text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
         "The bound, not the learning rate, decides the length of most steps.", "grad")
 @looks_for("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
 def _no_clip(f):
-    if f.config.grad_clip:
+    if f.config.training.grad_clip:
         return None
     return Problem(
         "grad_clip is 0"
@@ -347,15 +350,16 @@ SEEN, DATA = 0.065, 500           # images per parameter, a twentieth of the sho
 PUBLISHED = "DDPM 2.9 (Ho et al. 2020), improved DDPM 1.2 (Nichol & Dhariwal 2021), EDM 3.6 (Karras et al. 2022)"
 def _longest(f): # the decay of the longest average; None if one is over a share of the run, which fits any length
     c = f.config
-    if c.ema_half_lives is None:
-        return c.ema_decay
-    return None if min(c.ema_half_lives) < 1 else 0.5 ** (c.batch_size / max(c.ema_half_lives))
+    if c.training.ema_half_lives is None:
+        return c.training.ema_decay
+    return (
+        None if min(c.training.ema_half_lives) < 1 else 0.5 ** (c.training.batch_size / max(c.training.ema_half_lives)))
 def _horizons(f): # in words
-    lives = [f"{100 * h:.3g}% of the run" if h < 1 else f"{h:,.0f} images" for h in f.config.ema_half_lives]
+    lives = [f"{100 * h:.3g}% of the run" if h < 1 else f"{h:,.0f} images" for h in f.config.training.ema_half_lives]
     return ", ".join(f"the last {h} ({name})" for h, name in zip(lives, make_averages(torch.nn.Module(), f.config)))
 @looks_for("no-ema", "moderate", "The weights are not averaged", "04_train: An average of the weights", "config")
 def _no_ema(f):
-    d, halves = _longest(f), f.config.ema_half_lives
+    d, halves = _longest(f), f.config.training.ema_half_lives
     if d is None:
         return f"Half of each average's weight lies on {_horizons(f)}."
     span = 1 / (1 - d)
@@ -379,7 +383,8 @@ def _ema_short(f):
     d = _longest(f)
     if d is None or d < EMA_LEAST or (span := 1 / (1 - d)) >= EMA_SHARE * f.total:
         return None
-    advice = "ema_half_lives=0.1, a tenth of the run" if f.config.ema_half_lives else "ema_decay=0.9999 or longer"
+    advice = (
+        "ema_half_lives=0.1, a tenth of the run" if f.config.training.ema_half_lives else "ema_decay=0.9999 or longer")
     return Problem(f"It spans {span:,.0f} of {f.total:,} steps, {span / f.total:.2%}.", advice,
                    "Smoother weights; measured only by training or by scores.", "ema")
 @looks_for(
@@ -400,7 +405,7 @@ def _ema_worse(f):
                    f"Up to {worse:.0%} of the loss, at once and free.", "bins")
 @looks_for("few-images", "moderate", "Few images seen for a model of this size", "04_train: The loop", "config")
 def _few_images(f):
-    seen, parameters = f.total * f.config.batch_size, f.parameters
+    seen, parameters = f.total * f.config.training.batch_size, f.parameters
     ratio = seen / parameters
     text = (
         f"{seen:,} images planned for {parameters:,} parameters: {ratio:.3g} each. Published CIFAR-10 "
@@ -469,7 +474,7 @@ def _mirrors(f):
     "flip-harmful", "critical", "Images are mirrored although mirroring changes what they show",
     "01_data: Augmentation, on the device, per image", "images")
 def _flip_harmful(f):
-    if not f.config.flip or not (m := _mirrors(f)) or m[0] is None:
+    if not f.config.images.flip or not (m := _mirrors(f)) or m[0] is None:
         return None
     text = (
         f"A linear classifier of the classes is right for {m[0]:.0%} of held-out images, and for "
@@ -483,7 +488,7 @@ def _flip_harmful(f):
     "flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
 def _flip_absent(f):
     if (
-        f.config.flip
+        f.config.images.flip
         or not (m := _mirrors(f))
         or m[2] >= MIRROR_TOLD
         or m[0] is not None
@@ -516,7 +521,7 @@ def _small_data(f):
     if n >= DATA:
         return None
     return Problem(
-        f"{n:,} images, each seen {f.total * f.config.batch_size / n:,.0f} times.",
+        f"{n:,} images, each seen {f.total * f.config.training.batch_size / n:,.0f} times.",
         "Watch the held-out loss and the nearest training images; use dropout, and fewer epochs.",
         "Beyond some hundred passes, samples tend to be copies.", "loss")
 
@@ -525,7 +530,7 @@ def _small_data(f):
     "size-mismatch", "critical", "Data, network, checkpoint or scores disagree about the size of the images",
     "workshop/folder: The run folder", "config")
 def _size_mismatch(f):
-    sizes = {"settings": f.config.image_size, "data": f.size, "network": f.net["image_size"]}
+    sizes = {"settings": f.config.images.image_size, "data": f.size, "network": f.net["image_size"]}
     if f.saved:
         sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
     if f.scores:
@@ -553,7 +558,7 @@ def _upscaled(f):
             f"{f.spectrum[: len(f.spectrum) // int(scale**2)].sum() / f.spectrum.sum():.1%} of the "
             "variance.")
     if f.spectrum is not None and f.native_spectrum is not None:
-        small = f.in_training(gaussian_loss_floor(f.native_spectrum, f.schedule, f.config.prediction))
+        small = f.in_training(gaussian_loss_floor(f.native_spectrum, f.schedule, f.config.noise.prediction))
         evidence += (
             f" The best Gaussian denoiser has a loss of {f.floor_mean:.4f} at {f.size} pixels and "
             f"{small:.4f} at {f.native}: a lower loss here is no better picture.")
@@ -571,11 +576,11 @@ PURE = 0.1 # share of the signal's amplitude left at the last timestep; DDPM's s
     "zero-snr-eps", "critical", "Zero terminal SNR with eps prediction", "02_schedule: What may the network predict?",
     "config")
 def _zero_snr_eps(f):
-    if not (f.schedule.a[-1] == 0 and f.config.prediction == "eps"):
+    if not (f.schedule.a[-1] == 0 and f.config.noise.prediction == "eps"):
         return None
     return Problem(
-        f"No signal is left at t = {f.config.T - 1}: x_t is the noise itself, and eps says nothing about the image.",
-        f"prediction='{'velocity' if f.schedule.straight else 'v'}', in a new run",
+        f"No signal is left at t = {f.config.noise.T - 1}: x_t is the noise itself, and eps says nothing "
+        "about the image.", f"prediction='{'velocity' if f.schedule.straight else 'v'}', in a new run",
         "Lin et al. (2024): only v or x0 can start from pure noise; with eps the first step divides by zero.",
         "schedule")
 @looks_for(
@@ -586,28 +591,28 @@ def _noise_never_pure(f):
     if left <= PURE:
         return f"At the last timestep {left:.2%} of the signal's amplitude is left."
     return Problem(
-        f"At t = {f.config.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from "
+        f"At t = {f.config.noise.T - 1} the amplitude of the signal is still {left:.0%}; samplers start from "
         "pure noise, which the network has never met.",
-        f"T=1000 (the betas of the {f.config.schedule} schedule are made for it), or schedule='cosine'",
+        f"T=1000 (the betas of the {f.config.noise.schedule} schedule are made for it), or schedule='cosine'",
         "Washed-out or wrongly composed samples disappear.",
         "schedule")
 @looks_for(
     "no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible",
     "06_guide: What the network sees", "config")
 def _no_label_dropout(f):
-    if not f.config.conditional:
+    if not f.config.images.conditional:
         return None
-    if f.config.label_dropout:
+    if f.config.images.label_dropout:
         return (
-            f"{f.config.label_dropout:.0%} of the labels are hidden in training."
-            if f.config.label_dropout <= 0.3
+            f"{f.config.images.label_dropout:.0%} of the labels are hidden in training."
+            if f.config.images.label_dropout <= 0.3
             else None)
     return Problem(
         "label_dropout is 0: the row of the null class is as it was initialised.", "label_dropout=0.1, in a new run",
         "Guidance becomes possible; 06_guide measures what it does for legibility and variety.", "classes")
 @looks_for("sampler-steps", "minor", "Sampler steps", "05_sample: Quality against cost", "config")
 def _sampler_steps(f):
-    used = {"sample grids": f.config.sample_steps} | (
+    used = {"sample grids": f.config.run.sample_steps} | (
         {"scores": f.scores["steps"]} if f.scores and isinstance(f.scores.get("steps"), int) else {})
     few = {k: v for k, v in used.items() if v < 10}
     if not few:
@@ -671,7 +676,7 @@ def _copies(f):
         "None that a score would show: Fréchet distance rewards copies.", "samples")
 @looks_for("no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits", "metrics saved")
 def _no_samples(f):
-    if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.sample_every, f.config.epochs):
+    if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.run.sample_every, f.config.training.epochs):
         return None
     if any((f.run / "samples").glob("*.png")):
         return None
@@ -766,7 +771,7 @@ def _overhead(f):
         "speed")
 @looks_for("float32-on-gpu", "minor", "float32 on a GPU", "workshop/settings: One configuration", "config")
 def _float32_on_gpu(f):
-    if not f.device.startswith("cuda") or f.config.precision != "float32":
+    if not f.device.startswith("cuda") or f.config.run.precision != "float32":
         return None
     return Problem(
         f"precision is float32 on {f.device}.", "precision=auto takes bf16 where the device has it",
@@ -793,8 +798,8 @@ def _good(f): # sentence 1: is the loss good?
     kind = (
         f"{f.size}x{f.size}"
         + (f" enlarged from {f.native}" if f.size > f.native else "")
-        + f", {f.config.schedule} schedule, predicting {f.config.prediction}")
-    if f.config.logit_normal:
+        + f", {f.config.noise.schedule} schedule, predicting {f.config.noise.prediction}")
+    if f.config.noise.logit_normal:
         kind += ", timesteps drawn logit-normal"
     now = f"The loss of the last third of the rows is {loss:.4f}" + (
         f" ± {1.96 * error:.4f}" if math.isfinite(error) else "")
@@ -833,7 +838,7 @@ def _falling(f): # sentence 2: does it still change?
         else "neither falling nor rising beyond doubt")
     return (
         f"Over that third it changed by {change:+.1%} (95% interval {low:+.1%} to {high:+.1%}): {word}, "
-        f"with the learning rate at {f.late()['lr'].mean() / f.config.lr:.0%} of its peak on average.")
+        f"with the learning rate at {f.late()['lr'].mean() / f.config.training.lr:.0%} of its peak on average.")
 
 def _stop(f, found): # sentence 3: may I stop?
     worst = [x for x in found if x.severity == "critical"]
@@ -847,14 +852,14 @@ def _stop(f, found): # sentence 3: may I stop?
     if f.step < f.total:
         return (
             f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning "
-            f"rate, at {f.metrics['lr'][-1] / f.config.lr:.0%} of its peak, has still to decay.")
+            f"rate, at {f.metrics['lr'][-1] / f.config.training.lr:.0%} of its peak, has still to decay.")
     if any(x.id == "few-images" and x.severity != "good" for x in found):
         return (
             f"All {f.total:,} steps are done, but the run was a short one, "
-            f"{f.total * f.config.batch_size / f.parameters:.2g} images for each parameter: a longer one "
+            f"{f.total * f.config.training.batch_size / f.parameters:.2g} images for each parameter: a longer one "
             "will be better.")
     if _decayed(f):
-        last = f.metrics["lr"][-1] / f.config.lr
+        last = f.metrics["lr"][-1] / f.config.training.lr
         return (f"You may stop: all {f.total:,} steps are done and the learning rate has decayed to {last:.1%} of its "
                 "peak.")
     return f"All {f.total:,} steps are done, but the learning rate never decayed: let it decay before you stop."

@@ -49,17 +49,17 @@ def train_steps(state,    # TrainState; changed in place
     while state.step < total:
         state.prepare(total, ranks.address)
         batch, losses = ranks.shard(draw_batch(data, config, state.step, state.device)), []
-        for i, part in enumerate(micro_batches(batch, config.grad_accum_steps), 1):
-            ranks.sync_gradients(last=i == config.grad_accum_steps)
+        for i, part in enumerate(micro_batches(batch, config.training.grad_accum_steps), 1):
+            ranks.sync_gradients(last=i == config.training.grad_accum_steps)
             with torch.autocast(state.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = diffusion_loss(network, schedule, *part, config.prediction)
+                loss = diffusion_loss(network, schedule, *part, config.noise.prediction)
             (loss.sum() / len(batch.t)).backward()
             losses.append(loss.detach())
-        norm = ranks.clip(state.model.parameters(), config.grad_clip)
+        norm = ranks.clip(state.model.parameters(), config.training.grad_clip)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.average()
-        state.meter.add(torch.cat(losses), batch.t, config.T, norm, config.grad_clip)
+        state.meter.add(torch.cat(losses), batch.t, config.noise.T, norm, config.training.grad_clip)
         state.step += 1
         yield state.step
 
@@ -109,13 +109,14 @@ def draw_batch(data,   # ImageData
                device, # where to
               ) -> Batch: # x0 (B, C, H, W) in [-1, 1], t (B,), noise like x0, y (B,) or None
     "All that step `step` needs: a function of its arguments alone."
-    g = addressed(config.seed, "batch", step, device=device)
-    index = to_device(batch_indices(len(data), config.batch_size, config.seed, step), data.images.device)
-    x0 = augment(to_float(to_device(data.take(index), device)), g, config.flip, config.jitter)
-    t = draw_timesteps(len(x0), config.T, g, config.logit_normal)
+    seed, asked = config.training.seed, config.images
+    g = addressed(seed, "batch", step, device=device)
+    index = to_device(batch_indices(len(data), config.training.batch_size, seed, step), data.images.device)
+    x0 = augment(to_float(to_device(data.take(index), device)), g, asked.flip, asked.jitter)
+    t = draw_timesteps(len(x0), config.noise.T, g, config.noise.logit_normal)
     noise = torch.randn(x0.shape, device=device, generator=g)
-    y = to_device(data.labels[index], device) if config.conditional and data.labels is not None else None
-    return Batch(x0, t, noise, drop_labels(y, config.label_dropout, len(data.classes), g))
+    y = to_device(data.labels[index], device) if asked.conditional and data.labels is not None else None
+    return Batch(x0, t, noise, drop_labels(y, asked.label_dropout, len(data.classes), g))
 
 # %% ../nbs/04_train.ipynb #c019
 def lr_at(step,   # 0, 1, …, total-1
@@ -229,14 +230,16 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, config) -> torch.optim.Optimizer: # config: TrainConfig
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
-    fused = config.fused and next(model.parameters()).device.type != "mps"
-    how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=fused, foreach=None if config.fused else False)
-    if config.optimizer == "adamw":
+    asked, fused = config.training, config.run.fused and next(model.parameters()).device.type != "mps"
+    how = dict(
+        lr=asked.lr, weight_decay=asked.weight_decay, fused=fused, foreach=None if config.run.fused else False)
+    if asked.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **how)
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
     return Muon(
-        hidden, others, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, betas=(0.9, 0.99), **how)
+        hidden, others, dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32, betas=(0.9, 0.99),
+        **how)
 
 def moments_of(optimizer, p) -> tuple: # names
     "What the optimiser keeps for parameter `p`."
@@ -245,12 +248,13 @@ def moments_of(optimizer, p) -> tuple: # names
 
 def make_averages(model, config) -> dict: # TrainConfig -> EMA by name: "ema", "ema2", …
     "One average, or one for each of `ema_half_lives`, in their order."
-    if config.ema_half_lives is None:
-        return {"ema": EMA(model, config.ema_decay, config.fused)}
+    asked, fused = config.training, config.run.fused
+    if asked.ema_half_lives is None:
+        return {"ema": EMA(model, asked.ema_decay, fused)}
     return {
         f"ema{i or ''}": EMA(
-            model, fused=config.fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (config.batch_size / h))))
-        for i, h in zip((0, *range(2, 100)), config.ema_half_lives)}
+            model, fused=fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (asked.batch_size / h))))
+        for i, h in zip((0, *range(2, 100)), asked.ema_half_lives)}
 
 # %% ../nbs/04_train.ipynb #c046
 BINS = 10
@@ -306,11 +310,11 @@ class TrainState:
 
     def prepare(self, total, address=()) -> None: # steps of the run; of this rank
         "Set the learning rate of this step, and seed what dropout draws in it."
-        c = self.config
+        asked = self.config.training
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.step, total, c.lr, c.warmup, c.decay_share)
-        if c.dropout:
-            torch.manual_seed(addressed(c.seed, "dropout", self.step, *address).initial_seed())
+            group["lr"] = lr_at(self.step, total, asked.lr, asked.warmup, asked.decay_share)
+        if self.config.network.dropout:
+            torch.manual_seed(addressed(asked.seed, "dropout", self.step, *address).initial_seed())
 
     def average(self) -> None:
         "Move every average towards the weights."

@@ -1,15 +1,14 @@
 "What test files share: settings of small runs, and commands, in this process or in one that starts at once."
 import contextlib, io, multiprocessing, os, signal, sys, tempfile, warnings
-from dataclasses import replace
 from pathlib import Path
 
 from diffnb.workshop.settings import TrainConfig
 
 # 24 steps on the digits, in about a second
-tiny = TrainConfig(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1,
+tiny = TrainConfig.of(data="digits", base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,), epochs=1,
                    batch_size=64, lr=1e-3, log_every=5, sample_every=1e6, checkpoint_every=0.5, device="cpu",
                    sample_steps=3)
-smallest = replace(tiny, channel_mult=(1,), blocks=1, attention=())
+smallest = tiny.change(channel_mult=(1,), blocks=1, attention=())
 
 
 def command(*args): # -> exit code, all that was printed

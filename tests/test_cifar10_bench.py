@@ -1,7 +1,6 @@
 """The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no
 Inception is needed; the digits stand in."""
 import importlib, json, math, os, shutil, signal, subprocess, sys, time
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ from diffnb.train import make_averages
 from diffnb.unet import UNet
 from diffnb.workshop.features import Features
 from diffnb.workshop.folder import read_metrics
-from diffnb.workshop.settings import check_config
+from diffnb.workshop.settings import check_config, flattened
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def common(script): return script("common")
 
 @pytest.fixture
 def tiny(common):
-    return common.TrainConfig(
+    return common.TrainConfig.of(
         data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32,
         device="cpu", precision="float32", sample_steps=2, ema_half_lives=common.HALF_LIVES)
 
@@ -81,14 +80,16 @@ def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path)
     lr = read_metrics(parts / "run")["lr"]
     assert lr[-1] < 0.01 * lr.max()
     with pytest.raises(common.DiffnbError, match="lr=0.0001"):
-        common.train_for(replace(tiny, lr=1.0), parts, 0.1, 0)
+        common.train_for(tiny.change(lr=1.0), parts, 0.1, 0)
     with pytest.raises(common.DiffnbError, match="total_minutes"):
         common.train_for(tiny, parts, 9, 0)
 
 
 def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
     config, plan = common.planned(tiny, 0.2)
-    assert plan["steps"] * plan["seconds_per_step"] <= 12 and math.ceil(config.epochs * 1498 / 32) == plan["steps"]
+    assert (
+        plan["steps"] * plan["seconds_per_step"] <= 12
+        and math.ceil(config.training.epochs * 1498 / 32) == plan["steps"])
     averages = make_averages(torch.nn.Linear(1, 1), config)
     assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
     for memory, ema in zip((0.05, 0.1), averages.values()):  # half of the weight: ln 2 of what is remembered
@@ -100,7 +101,7 @@ def test_shards_come_together_bit_for_bit(common, tmp_path):
     unet = UNet(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
     tensors = {f"ema.{k}": v.half() for k, v in unet.state_dict().items()}
     meta = {
-        "step": 7, "config": asdict(common.TrainConfig()), "model": unet.config,
+        "step": 7, "config": flattened(common.TrainConfig()), "model": unet.config,
         "data": {"classes": list("0123456789")}}
     paths = common.write_shards(tensors, meta, tmp_path / "weights" / "ema", largest=2**17)
     assert len(paths) > 2 and all(p.stat().st_size <= 2**17 for p in paths)
@@ -127,7 +128,7 @@ def test_shipped_weights_load(common, script, tiny, tmp_path):
         image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
     common.write_shards(
         {f"ema.{k}": v.half() for k, v in unet.state_dict().items()},
-        {"step": 1, "config": asdict(tiny), "model": unet.config, "data": {"classes": list("0123456789")}},
+        {"step": 1, "config": flattened(tiny), "model": unet.config, "data": {"classes": list("0123456789")}},
         tmp_path / "weights" / "ema2")
     assert common.load_model(ship.ship(tmp_path, "small", "ema2", tmp_path), "cpu").classes == tuple("0123456789")
     with pytest.raises(common.DiffnbError, match="evaluate.py"):
@@ -143,18 +144,20 @@ def test_every_ablation_is_a_possible_run(common, script):
     # no two are the same experiment
     assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)
     for v in ablations.VARIANTS:
-        config = check_config(replace(ablations.BASE, **v.change))
+        config = check_config(ablations.BASE.change(**v.change))
         assert v.claim and v.prediction and v.weights in ("ema", "ema2", "model")
-        assert all(getattr(config, k) != getattr(ablations.BASE, k) for k in v.change)  # each change changes something
+        # each change changes something
+        assert all(flattened(config)[k] != flattened(ablations.BASE)[k] for k in v.change)
         with torch.device("meta"):
             UNet(
-                image_size=config.image_size or 32, base_channels=config.base_channels, attention=config.attention)
+                image_size=config.images.image_size or 32, base_channels=config.network.base_channels,
+                attention=config.network.attention)
 
 
 def test_an_ablation_writes_all_that_must_be_known(common, script, tiny, features, tmp_path, monkeypatch, capsys):
     ablations, figures = script("ablations"), script("figures")
     monkeypatch.setattr(
-        ablations, "variant_config", lambda v, a, seed: replace(tiny, seed=seed, image_size=8, **v.change))
+        ablations, "variant_config", lambda v, a, seed: tiny.change(seed=seed, image_size=8, **v.change))
     monkeypatch.setattr(
         ablations, "draw",
         lambda model, schedule, shape, n, **_: torch.randint(
@@ -393,7 +396,7 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
         given = {k: v.half().float() for k, v in tensors.items() if k.startswith(source + ".")}
         assert all(torch.equal(begun[k.replace(source, name, 1)], v) for k, v in given.items())
     assert {k.split(".")[0] for k in begun} == {"model", "ema", "ema2", "ema3", "meter"}            # no moments
-    assert config.epochs == 1e5 and long.go(new, until=28).step == 28
+    assert config.training.epochs == 1e5 and long.go(new, until=28).step == 28
     assert list(read_metrics(new / "run")["step"]) == [24, 28]
     assert [(e["event"], e["step"]) for e in events(new)] == [
         ("began from weights", 20), ("resumed", 20), ("stopped", 28)]

@@ -2,7 +2,6 @@
 and the shell around it."""
 import errno, functools, inspect, io, os, re, shlex, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields, replace
 from unittest import mock
 
 import pytest, torch
@@ -12,7 +11,7 @@ from diffnb import __version__
 from diffnb.sample import load_model
 from diffnb.workshop.cli import _without_preset, commands, main
 from diffnb.workshop.folder import read_config
-from diffnb.workshop.settings import PRESETS, TrainConfig, check_config
+from diffnb.workshop.settings import check_config, flattened, PRESETS, TrainConfig
 
 TINY = ("--image-size 8 --base-channels 16 --channel-mult 1 --blocks 1 --attention --norm-groups 8 --head-dim 16 "
         "--batch-size 8 --device cpu --sample-steps 2").split()
@@ -31,7 +30,7 @@ def test_what_stands_after_a_preset_changes_it_and_what_stands_before_does_not(m
     monkeypatch.setattr("diffnb.workshop.cli._train", lambda config, *rest: seen.append(config) or 0)
     main(["train", "--preset", "clothes", "--channel-mult", "1", "--lr", "0.5"])
     main(["train", "--lr", "0.5", "--preset", "clothes"])
-    assert seen == [replace(PRESETS["clothes"], channel_mult=(1.0,), lr=0.5), PRESETS["clothes"]]
+    assert seen == [PRESETS["clothes"].change(channel_mult=(1.0,), lr=0.5), PRESETS["clothes"]]
 
 @pytest.mark.parametrize("args", [["train", "--preset", "clothing"], ["train", "--preset="]])
 def test_an_unknown_preset_is_a_mistake_of_the_command_line(args, capsys):
@@ -73,7 +72,7 @@ def test_a_small_run_of_the_new_recipe_through_every_command(tmp_path, capsys):
     assert "ema2" in capsys.readouterr().err
     assert main(["doctor", str(run)]) == 0 and (run / "report.html").exists()
     first, second = (load_model(run, "cpu", w).model.state_dict()["mid.blocks.0.conv1.weight"] for w in ("ema", "ema2"))
-    assert not first.equal(second) and read_config(run)["config"].ema_half_lives == (0.1, 0.3)
+    assert not first.equal(second) and read_config(run)["config"].training.ema_half_lives == (0.1, 0.3)
 
 @pytest.mark.parametrize(
     "change, says",
@@ -123,7 +122,7 @@ def test_every_option_is_explained(command, capsys, monkeypatch):
         re.findall(r"^[│ ]{1,4}(--[a-zA-Z][\w-]+|--[nT]|PATH)(.*?)(?=^[│ ]{1,4}[-\w]|^ *$|^╰|\Z)", out, re.S | re.M))
     expected = set(inspect.signature(commands[command]).parameters) - {"config"}
     if command == "train":
-        expected |= {f.name for f in fields(TrainConfig)}
+        expected |= flattened(TrainConfig()).keys()
     options = {*entries, *re.findall(r"--[a-zA-Z][\w-]+", " ".join(entries.values()))}          # aliases stand beside
     first = "PATH" if "PATH" in entries else None
     assert code == 0 and options - {first} >= {
@@ -200,7 +199,7 @@ def options_of(command):
     parameters = list(inspect.signature(commands[command]).parameters.values())
     names = [p.name for p in parameters if p.name not in ("config", "run", "source")]
     if command == "train":
-        names += ["run", *(f.name for f in fields(TrainConfig))]
+        names += ["run", *flattened(TrainConfig())]
     return [f"--{n.removesuffix('_').replace('_', '-')}" for n in names if n not in ("dry_run", "data_url")]
 
 words = st.one_of(

@@ -1,6 +1,5 @@
 "The doctor: each finding against a run with that fault planted, and a healthy run in which all are silent."
 import json, math, os, re, shutil, time, warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from diffnb.workshop.folder import columns, read_metrics
 from diffnb.workshop.run import train
 from diffnb.workshop.settings import TrainConfig
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     data="digits", base_channels=16, channel_mult=(1, 2), blocks=1, attention=(), norm_groups=8, epochs=12, lr=4e-3,
     log_every=5, sample_every=12, sample_steps=20, checkpoint_every=6, device="cpu", precision="float32")
 
@@ -110,13 +109,13 @@ def test_no_prefix_of_the_healthy_metrics_alarms(patient):
     "change", [dict(seed=1, epochs=9.0), dict(prediction="v", schedule="cosine", seed=2, epochs=9.0)])
 @pytest.mark.slow
 def test_other_healthy_runs(change, tmp_path):
-    train(replace(BASE, **change), tmp_path / "run", sampler=ddim, progress=False)
+    train(BASE.change(**change), tmp_path / "run", sampler=ddim, progress=False)
     assert examine(tmp_path / "run").problems == []
 
 
 # --- the flow, drawn timesteps, a rate that stays, averages of several horizons, Muon, patches ---------------------
 
-FLOW = replace(BASE, schedule="flow", prediction="velocity", T=100, logit_normal=(0.0, 1.0), optimizer="muon",
+FLOW = BASE.change(schedule="flow", prediction="velocity", T=100, logit_normal=(0.0, 1.0), optimizer="muon",
                weight_decay=0.1, decay_share=0.3, ema_half_lives=(0.05, 640.0), patch_size=2, lr=1e-2, epochs=20.0)
 
 
@@ -151,7 +150,7 @@ def test_the_live_doctor_is_silent_in_a_healthy_flow(flow):
 @pytest.mark.parametrize("logit_normal", [None, (0.0, 1.0), (-1.5, 0.5)])
 def test_the_floor_is_that_of_the_timesteps_drawn(logit_normal, patient):
     facts = gather(patient(config=dict(logit_normal=logit_normal)), deep=False)
-    floor, T = facts.floor, facts.config.T
+    floor, T = facts.floor, facts.config.noise.T
     t = draw_timesteps(4_000_000, T, torch.Generator().manual_seed(0), logit_normal)
     assert facts.floor_mean == pytest.approx(floor[t].mean().item(), rel=5e-3)
     for i, expected in enumerate(bin_floor(facts)):
@@ -276,13 +275,13 @@ def test_a_rate_that_never_fell_although_a_decay_was_planned(patient):
 
 @pytest.mark.slow
 def test_extending_before_the_decay_is_no_jump_and_after_it_is(tmp_path):
-    short = replace(BASE, decay_share=0.5, epochs=2.0, log_every=4, sample_every=1e6, checkpoint_every=0.5, keep=9)
+    short = BASE.change(decay_share=0.5, epochs=2.0, log_every=4, sample_every=1e6, checkpoint_every=0.5, keep=9)
     train(short, tmp_path / "run", progress=False)
     early = shutil.copytree(tmp_path / "run", tmp_path / "early")
     for p in checkpoints(early)[1:]:
         p.unlink()                                  # at a quarter, in the constant part
     for run, expected in ((early, False), (tmp_path / "run", True)):
-        train(replace(short, epochs=4.0), run, progress=False)
+        train(short.change(epochs=4.0), run, progress=False)
         problems = {x.id: x for x in examine(run, deep=False).problems}
         assert ("lr-jump" in problems) == expected
     assert "before the decay" in problems["lr-jump"].advice
@@ -423,10 +422,10 @@ def test_stopped_early_only_when_nothing_moves(patient):
 
 
 def test_an_extension_is_seen_as_a_jump(tmp_path):
-    short = replace(BASE, epochs=2.0, log_every=4, sample_every=1e6)
+    short = BASE.change(epochs=2.0, log_every=4, sample_every=1e6)
     train(short, tmp_path / "run", progress=False)
     assert "lr-jump" not in alarms(tmp_path / "run")
-    train(replace(short, epochs=5.0), tmp_path / "run", progress=False)
+    train(short.change(epochs=5.0), tmp_path / "run", progress=False)
     assert "lr-jump" in alarms(tmp_path / "run")
 
 
@@ -507,8 +506,7 @@ def test_overfitting(tmp_path):
     train_set, test_set = load_data("digits"), load_data("digits", split="test")
     as_folder(train_set.images[:32], train_set.labels[:32], tmp_path / "set/train")
     as_folder(test_set.images[:32], test_set.labels[:32], tmp_path / "set/test")
-    config = replace(
-        BASE, data=str(tmp_path / "set"), image_size=8, data_root=str(tmp_path), epochs=600.0, lr=8e-3,
+    config = BASE.change(data=str(tmp_path / "set"), image_size=8, data_root=str(tmp_path), epochs=600.0, lr=8e-3,
         sample_every=1e6, checkpoint_every=1e6, flip=False)
     train(config, tmp_path / "run", progress=False)
     report = examine(tmp_path / "run")
@@ -662,7 +660,7 @@ def test_findings_are_computed(patient):
 
 def test_watch_says_each_thing_once(tmp_path):
     said = []
-    config = replace(BASE, epochs=4.0, grad_clip=0.05, label_dropout=0.0, sample_every=1e6)
+    config = BASE.change(epochs=4.0, grad_clip=0.05, label_dropout=0.0, sample_every=1e6)
     train(config, tmp_path / "run", on_log=watch(tmp_path / "run", 0.1, said.append), progress=False)
     titles = [s.split("] ")[1].split(".")[0] for s in said]
     assert len(titles) == len(set(titles)) >= 2 and any("clipped" in t for t in titles)

@@ -44,7 +44,7 @@ def test_digits(): return load_data("digits", split="test")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     train(
-        TrainConfig(
+        TrainConfig.of(
             base_channels=16, channel_mult=(1, 1), blocks=1, norm_groups=8, attention=(), epochs=0.3, device="cpu"),
         folder,
         progress=False)
@@ -492,7 +492,7 @@ def test_guided_samples_are_kept_apart(run, tmp_path):
 
 def test_the_commands_on_a_flow_with_muon_patches_and_averages(tmp_path, capsys):
     from diffnb.workshop.cli import main
-    config = TrainConfig(base_channels=16, channel_mult=(1, 1), blocks=1, norm_groups=8, attention=(), epochs=0.5,
+    config = TrainConfig.of(base_channels=16, channel_mult=(1, 1), blocks=1, norm_groups=8, attention=(), epochs=0.5,
                          device="cpu", schedule="flow", prediction="velocity", T=20, sample_steps=10, patch_size=2,
                          logit_normal=(0.0, 1.0), optimizer="muon", weight_decay=0.1, decay_share=0.5,
                          ema_half_lives=(0.2, 200.0), log_every=1)

@@ -232,7 +232,7 @@ def test_disk_full_and_folder_read_only(tmp_path):
         same_run(tmp_path / "straight2", tmp_path / name)
 
 
-tiny = dataclasses.replace(smallest, base_channels=8, norm_groups=4, checkpoint_every=0.25, precision="float32")
+tiny = smallest.change(base_channels=8, norm_groups=4, checkpoint_every=0.25, precision="float32")
 change = dataclasses.replace
 
 
@@ -301,12 +301,12 @@ def test_lock_is_free_again_after_an_error(tmp_path):
     train(tiny, run, progress=False)
     for _ in range(2):
         with pytest.raises(DiffnbError, match="lr="):
-            train(change(tiny, lr=1e-4), run, progress=False)
+            train(tiny.change(lr=1e-4), run, progress=False)
     def boom(run): raise RuntimeError("in a callback")
     with pytest.raises(RuntimeError):
-        train(change(tiny, epochs=2), run, on_log=boom, progress=False)
+        train(tiny.change(epochs=2), run, on_log=boom, progress=False)
     assert F.training_now(run) is None
-    assert train(change(tiny, epochs=2), run, progress=False).step == 47
+    assert train(tiny.change(epochs=2), run, progress=False).step == 47
 
 
 # --- damaged checkpoints -------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_rotation_never_removes_the_last_good_checkpoint(tmp_path, keep):
         damage(path, how)
     stop = lambda run: len(read_metrics(run)["step"]) == 4  # at step 20, before the damaged ones are passed
     with pytest.warns(UserWarning) as said:
-        train(change(tiny, keep=keep), run, on_log=stop, progress=False)
+        train(tiny.change(keep=keep), run, on_log=stop, progress=False)
     assert [any(p.name in str(w.message) for w in said) for p in bad] == [True, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -343,7 +343,7 @@ def test_rotation_never_removes_the_last_good_checkpoint(tmp_path, keep):
     assert sorted(p.name for p in (run / "checkpoints").glob("*.damaged")) == sorted(
         p.with_suffix(".damaged").name for p in bad)
     assert len(checkpoints(run)) <= keep
-    train(change(tiny, keep=3), run, progress=False)
+    train(tiny.change(keep=3), run, progress=False)
     one = train(tiny, tmp_path / "one", progress=False)
     assert same_tensors(run, one)
 
@@ -358,12 +358,12 @@ def test_checkpoint_damaged_as_it_is_written_costs_no_other(tmp_path, monkeypatc
         return path
     monkeypatch.setattr(R, "write_tensors", failing)
     with pytest.warns(UserWarning, match="may be failing"):
-        train(change(tiny, keep=1), run, progress=False)
+        train(tiny.change(keep=1), run, progress=False)
     monkeypatch.undo()
     with pytest.warns(UserWarning, match="step_000000024"):
         assert last_checkpoint(run)[1]["step"] == 6
     with pytest.warns(UserWarning):
-        train(change(tiny, keep=1), run, progress=False)
+        train(tiny.change(keep=1), run, progress=False)
     one = train(tiny, tmp_path / "one", progress=False)
     assert same_tensors(run, one)
 
@@ -373,7 +373,7 @@ def test_foreign_file_among_the_checkpoints(tmp_path):
     train(tiny, run, progress=False)
     (run / "checkpoints/step_best copy.safetensors").write_text("not ours")
     assert last_checkpoint(run)[1]["step"] == 24
-    train(change(tiny, epochs=1.5), run, progress=False)
+    train(tiny.change(epochs=1.5), run, progress=False)
     assert (run / "checkpoints/step_best copy.safetensors").exists()
 
 
@@ -387,7 +387,7 @@ def test_loss_spike_is_said_and_the_checkpoint_before_it_stays(tmp_path, monkeyp
                 state.meter.sums[:T.BINS] *= 4  # as seen by the meter; the weights are not harmed
             yield step
     monkeypatch.setattr(R, "train_steps", unlucky)
-    config, seen = change(tiny, epochs=6, log_every=2, checkpoint_every=0.1, keep=1), {}
+    config, seen = tiny.change(epochs=6, log_every=2, checkpoint_every=0.1, keep=1), {}
     def look(run): seen[int(read_metrics(run)["step"][-1])] = [C._step(p) for p in checkpoints(run)]
     def until(last): return lambda run: look(run) or read_metrics(run)["step"][-1] == last
     with pytest.warns(
@@ -404,7 +404,7 @@ def test_loss_spike_is_said_and_the_checkpoint_before_it_stays(tmp_path, monkeyp
 def test_no_alarm_in_a_healthy_run(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(change(tiny, epochs=8, log_every=1, batch_size=16, lr=3e-3), tmp_path / "run", progress=False)
+        train(tiny.change(epochs=8, log_every=1, batch_size=16, lr=3e-3), tmp_path / "run", progress=False)
 
 
 def test_weights_that_are_not_finite_are_never_stored(tmp_path, monkeypatch):
@@ -425,7 +425,7 @@ def test_signal_during_the_pictures_is_obeyed_after_a_checkpoint(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return torch.zeros(x_T.shape)
     state = train(
-        change(tiny, sample_every=0.5, checkpoint_every=1e6), tmp_path / "run", sampler=sampler, progress=False)
+        tiny.change(sample_every=0.5, checkpoint_every=1e6), tmp_path / "run", sampler=sampler, progress=False)
     assert state.stopped_by == "SIGTERM" and last_checkpoint(tmp_path / "run")[1]["step"] == state.step < 24
 
 
@@ -435,6 +435,6 @@ def test_damaged_metrics_are_named(tmp_path):
     for bad in (b"\xff\xfe\x00", b"step,loss\n1,a\n", b"", b"step,loss\n1,2\n"):
         (run / "metrics.csv").write_bytes(bad)
         with pytest.raises(DiffnbError, match="move it away"):
-            train(change(tiny, epochs=1.2), run, progress=False)
+            train(tiny.change(epochs=1.2), run, progress=False)
     (run / "metrics.csv").unlink()
-    assert train(change(tiny, epochs=1.2), run, progress=False).step == 29
+    assert train(tiny.change(epochs=1.2), run, progress=False).step == 29

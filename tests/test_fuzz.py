@@ -5,7 +5,6 @@ Run as a script in a process of its own, whose memory is limited, so that a cras
 outside."""
 import copy, json, os, pathlib, random, re, signal, struct, subprocess, sys, time, warnings
 from collections import Counter
-from dataclasses import asdict
 
 import pytest, safetensors.torch, torch
 
@@ -14,14 +13,14 @@ from diffnb.core import _digest, last_checkpoint, read_tensors, write_tensors
 from diffnb.sample import load_model
 from diffnb.train import TrainState
 from diffnb.workshop.folder import _rows, columns, make_config, read_config, read_metrics
-from diffnb.workshop.settings import TrainConfig
+from diffnb.workshop.settings import flattened, TrainConfig
 from diffnb.unet import UNet
 
 pytestmark = pytest.mark.slow
 
 resource = pytest.importorskip("resource")
 CASES, SLOW, GIGABYTE = 10_000, 2.0, 2**30 # how many; seconds of CPU; bytes that may be added
-tiny = TrainConfig(
+tiny = TrainConfig.of(
     image_size=8, flip=False, base_channels=4, channel_mult=(1,), blocks=1, attention=(), norm_groups=2, device="cpu",
     precision="float32")
 
@@ -177,7 +176,7 @@ class Bench:
         net(torch.zeros(1, 1, 8, 8), 0).sum().backward()
         self.state.optimizer.step()
         self.facts = {
-            "config": json.loads(json.dumps(asdict(tiny))), "model": net.config, "diffnb": "0", "torch": "0",
+            "config": json.loads(json.dumps(flattened(tiny))), "model": net.config, "diffnb": "0", "torch": "0",
             "device": "cpu",
             "data": {
                 "name": "digits", "images": 100, "classes": ["a", "b", "c"], "class_counts": None, "native_size": 8,
@@ -244,7 +243,7 @@ class Bench:
                     *[("data", n) for n in self.facts["data"]]]))
         self.config.write_bytes(text(facts, rng))
         facts = read_config(self.run)
-        assert make_config(json.loads(json.dumps(asdict(facts["config"])))) == facts["config"]
+        assert make_config(json.loads(json.dumps(flattened(facts["config"])))) == facts["config"]
         last_checkpoint(self.run, facts["model"])
     def values(self, rng):
         values = mutate(self.facts["config"], rng) if rng.random() < 0.9 else rng.choice(EXTREMES)

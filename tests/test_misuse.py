@@ -2,7 +2,7 @@
 or it is right."""
 import errno, functools, json, math, os, re, shlex, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import diffnb, hypothesis, numpy as np, pytest, torch
@@ -25,13 +25,13 @@ from diffnb.workshop.folder import alone_in
 from diffnb.workshop.generate import fingerprint, sample_batches, sample_to
 from diffnb.schedule import linear_schedule
 from diffnb.workshop.run import train
-from diffnb.workshop.settings import TrainConfig
+from diffnb.workshop.settings import flattened, TrainConfig
 from diffnb.unet import UNet
 from diffnb.workshop.widgets import sampling
 
 quick = ["--steps", "2", "--device", "cpu"]
 net = dict(image_size=8, in_channels=1, base_channels=16, channel_mult=(1,), blocks=1, norm_groups=8, attention=())
-config = TrainConfig(
+config = TrainConfig.of(
     base_channels=16, channel_mult=(1,), blocks=1, norm_groups=8, attention=(), batch_size=8, device="cpu", epochs=1,
     sample_steps=2, log_every=1, channels=1, image_size=8)
 
@@ -40,7 +40,7 @@ def untrained(classes=(), **change):
     torch.manual_seed(0)
     model = UNet(**net, num_classes=len(classes) or None).eval().requires_grad_(False)
     return Trained(
-        model, linear_schedule(), asdict(replace(config, conditional=bool(classes), **change)), tuple(classes), 1)
+        model, linear_schedule(), flattened(config.change(conditional=bool(classes), **change)), tuple(classes), 1)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_an_npz_carries_the_names_of_its_labels(tmp_path):
 def test_the_doctor_matches_classes_by_name(tmp_path, capsys):
     for c, level in (("bee", 50), ("cat", 200)):
         pictures(tmp_path / "d" / c, [np.full((8, 8), level + k, np.uint8) for k in range(10)])
-    settings = replace(config, data=str(tmp_path / "d"), data_root=str(tmp_path / "cache"))
+    settings = config.change(data=str(tmp_path / "d"), data_root=str(tmp_path / "cache"))
     train(settings, tmp_path / "run", progress=False)
     known = examine(tmp_path / "run").facts
     pictures(tmp_path / "d" / "ant", [np.full((8, 8), 9, np.uint8)] * 10)     # what was class 0 is class 1 now
@@ -336,8 +336,7 @@ def test_the_doctor_examines_a_run_of_few_or_equal_images(name, images, tmp_path
     pictures(tmp_path / name, [noise[0]] * images if name == "equal" else noise[:images])
     with _no_warnings(but=".*images.*"):
         train(
-            replace(
-                config, data=str(tmp_path / name), data_root=str(tmp_path / "cache"), epochs=2 if images > 9 else 30),
+            config.change(data=str(tmp_path / name), data_root=str(tmp_path / "cache"), epochs=2 if images > 9 else 30),
             tmp_path / "run", sampler=ddim,
             progress=False)
         text = examine(tmp_path / "run").markdown()
@@ -591,13 +590,13 @@ def test_what_a_killed_process_left_is_cleared(here):
 
 @pytest.mark.parametrize("name", ["my run", "it's; $HOME"])
 def test_commands_in_a_report_are_as_a_shell_takes_them(name, tmp_path):
-    train(replace(config, data="digits", image_size=None, epochs=0.05), tmp_path / name, progress=False)
+    train(config.change(data="digits", image_size=None, epochs=0.05), tmp_path / name, progress=False)
     text = examine(tmp_path / name, deep=False).markdown()
     found = [line for line in re.findall(r"diffnb (?:resume|evaluate|sample) [^\n,(]+", text) if str(tmp_path) in line]
     assert len(found) > 1 and all(shlex.split(line)[2].rstrip(".") == str(tmp_path / name) for line in found)
 
 def test_metrics_without_some_columns_or_with_others(tmp_path, capsys):
-    train(replace(config, data="digits", image_size=None, epochs=0.05), tmp_path / "u", progress=False)
+    train(config.change(data="digits", image_size=None, epochs=0.05), tmp_path / "u", progress=False)
     table = [line.split(",") for line in (tmp_path / "u/metrics.csv").read_text().splitlines()]
     def keep(columns, more=""):
         write_whole(

@@ -3,7 +3,6 @@
 One warm process (this file, run as a script) forks the ranks, so that the imports are paid once; torchrun itself is
 tried at the end."""
 import json, os, pathlib, shutil, signal, socket, subprocess, sys, time, traceback
-from dataclasses import replace
 
 import numpy as np, pytest, torch
 
@@ -21,9 +20,9 @@ import helpers
 
 pytestmark = pytest.mark.slow
 
-tiny = replace(helpers.tiny, epochs=0.85, lr=2e-3, sample_every=0.35, checkpoint_every=0.4)        # 20 steps
+tiny = helpers.tiny.change(epochs=0.85, lr=2e-3, sample_every=0.35, checkpoint_every=0.4)        # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}
-muon = replace(tiny, optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
+muon = tiny.change(optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 "
             "--sample-steps 3 --device cpu").split()
 
@@ -61,7 +60,7 @@ def script(folder):
     def go(run, shard=False, on_log=None, config=tiny, **change):
         ranks = Ranks(shard, "cpu")
         with ranks.guard():
-            train(replace(config, **change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
+            train(config.change(**change), run, sampler=ddim, progress=False, ranks=ranks, on_log=on_log)
     for name, world, shard, change in (
         ("two", 2, False, {}), ("four", 4, False, dict(grad_accum_steps=2)), ("divided", 2, True, {}),
         ("divided_last", 2, True, dict(channels_last=True))):
@@ -282,8 +281,8 @@ def test_torchrun_takes_a_signal_for_all_ranks(tmp_path):
 
 
 def test_a_plan_counts_what_a_run_will_do(capsys):
-    p = plan(replace(tiny, batch_size=32, grad_accum_steps=2), steps=2)
+    p = plan(tiny.change(batch_size=32, grad_accum_steps=2), steps=2)
     assert p["steps"] == 40 and p["seconds_per_step"] > 0 and p["memory"] > 5 * 4 * p["parameters"]
     assert "in 2 parts" in capsys.readouterr().out
-    less = plan(replace(tiny, batch_size=32, activation_checkpointing=True), steps=1)
-    assert less["memory"] < plan(replace(tiny, batch_size=32), steps=1)["memory"]
+    less = plan(tiny.change(batch_size=32, activation_checkpointing=True), steps=1)
+    assert less["memory"] < plan(tiny.change(batch_size=32), steps=1)["memory"]

@@ -4,7 +4,7 @@ disks.
 Everything goes through `diffnb.workshop.cli.main` in this process, as a user would call it, with a run of three
 steps."""
 import builtins, errno, json, os, shlex, shutil, signal, threading, unicodedata, warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest
@@ -24,7 +24,7 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensor
 from diffnb.workshop.folder import read_config, read_metrics
 from diffnb.workshop.run import train
 from diffnb.workshop.scoring import _config_of
-from diffnb.workshop.settings import TrainConfig
+from diffnb.workshop.settings import flattened, TrainConfig
 from helpers import command as shell
 
 # 12 images: an epoch is a step and a half
@@ -85,9 +85,9 @@ def test_moved_data_is_found_again_and_compared(here):
     assert code == 1 and "diffnb resume run --data FOLDER" in said
     code, said = shell("resume", "run", "--epochs", 3, "--data", "elsewhere")
     assert code == 0 and "at step 3 of 5" in said, said
-    assert (
-        shell("resume", "run")[0] == 0
-        and _config_of(Path("run"), load_model("run")).data == read_config("run")["config"].data == "elsewhere")
+    assert shell("resume", "run")[0] == 0
+    found = _config_of(Path("run"), load_model("run")), read_config("run")["config"]
+    assert [config.images.data for config in found] == ["elsewhere", "elsewhere"]
     images("other", seed=1)
     before = state("run")
     for change, words in (
@@ -115,7 +115,7 @@ def test_from_another_working_directory(here, monkeypatch):
     assert code == 0 and "at step 3 of 5" in said, said
     images("set", seed=3)                                                # of the same name: the run's own are meant
     assert shell("resume", "../run", "--epochs", 4)[0] == 0
-    assert _config_of(Path("../run"), load_model("../run")).data == str(here / "set")
+    assert _config_of(Path("../run"), load_model("../run")).images.data == str(here / "set")
 
 
 def test_where_downloads_are_kept_does_not_matter(here):
@@ -283,7 +283,7 @@ def test_what_is_written_is_read_back_or_refused(tmp_path, names, data, seed, lr
         norm_groups=4).config
     set_ = replace(load_data("digits"), labels=None, classes=tuple(names), name="digits")
     try:
-        config = S.check_config(TrainConfig(data=data, seed=seed, lr=lr, channel_mult=tuple(widths), device="cpu"))
+        config = S.check_config(TrainConfig.of(data=data, seed=seed, lr=lr, channel_mult=tuple(widths), device="cpu"))
         S._check_names(set_.classes)
         F._open_run(run, config, set_, net)
     except DiffnbError as e:
@@ -296,7 +296,7 @@ def test_what_is_written_is_read_back_or_refused(tmp_path, names, data, seed, lr
         return
     facts = read_config(run)
     assert facts["config"] == config and facts["data"]["classes"] == names
-    meta = {"step": 1, "seconds": 0.5, "config": asdict(config), "model": net, "data": {"classes": names}}
+    meta = {"step": 1, "seconds": 0.5, "config": flattened(config), "model": net, "data": {"classes": names}}
     assert read_tensors(write_tensors(run / "x.safetensors", {}, meta))[1] == json.loads(json.dumps(meta))
     assert shell("info", run)[0] == 0
     F._open_run(run, config, set_, net)                                  # and it is the same run
@@ -519,14 +519,14 @@ def test_readers_while_it_trains(here):
                     ["sample", run, "--n", 2, "--steps", 2, "--device", "cpu", "--out", "new.png"]):
                     assert shell(*command)[0] == 0
             assert "is in use" in train_in(run)[1] and "is in use" in shell("resume", run, "--epochs", 9)[1]
-    config = replace(read_config("run")["config"], keep=1)
+    config = read_config("run")["config"].change(keep=1)
     assert train(config, "new", sampler=ddim, on_log=look, progress=False).step == 3
     assert len(told) >= 3 and all(f"running (process {os.getpid()}" in said for said in told)
 
 
 def test_a_reader_that_loads_without_a_pause(here):
     "Against a training that keeps one checkpoint and writes one a step."
-    config, told = replace(read_config("run")["config"], keep=1, epochs=30.0), []
+    config, told = read_config("run")["config"].change(keep=1, epochs=30.0), []
     def go():
         try:
             told.append(train(config, "new", progress=False).step)

@@ -4,7 +4,7 @@ Three tables name every field of `TrainConfig`, every option of every command, a
 function. Each entry holds two values, and the test calls twice and compares what comes out: weights, files, pictures,
 printed text. What is documented to change speed or memory alone must change nothing else. Reflection finds what has no
 entry: add one in the table."""
-import contextlib, dataclasses, functools, hashlib, importlib, inspect, io, json, os, pathlib, pkgutil, re, shutil
+import contextlib, functools, hashlib, importlib, inspect, io, json, os, pathlib, pkgutil, re, shutil
 import sys, types, warnings
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from diffnb.data import ImageData
 from diffnb.workshop.datasets import load_data
 from diffnb.core import checkpoints
 from diffnb.workshop.run import train
-from diffnb.workshop.settings import TrainConfig
+from diffnb.workshop.settings import flattened, TrainConfig
 
 found = [
     m.name
@@ -45,7 +45,8 @@ X = Anywhere()
 # words of a comment that say: this changes speed or memory alone
 SPEED = r"memory|faster|speed|fuse|a few calls|on a GPU|on the GPU|at a time|a batch is cut"
 step = 8 / 1498                                                            # epochs of one step
-T = TrainConfig(data="digits", image_size=8, base_channels=16, channel_mult=(1,), blocks=1, attention=(), norm_groups=8,
+T = TrainConfig.of(
+    data="digits", image_size=8, base_channels=16, channel_mult=(1,), blocks=1, attention=(), norm_groups=8,
     batch_size=8, lr=1e-2, epochs=3 * step, device="cpu", precision="float32", sample_every=1e6, checkpoint_every=1e6,
     sample_steps=2)
 
@@ -55,7 +56,7 @@ def work(tmp_path_factory):
     "Two short runs, u and v, and folders of pictures."
     at = tmp_path_factory.mktemp("work")
     for name, seed in (("u", 0), ("v", 1)):
-        train(replace(T, seed=seed, epochs=6 * step, sample_every=3 * step, checkpoint_every=3 * step, log_every=2),
+        train(T.change(seed=seed, epochs=6 * step, sample_every=3 * step, checkpoint_every=3 * step, log_every=2),
             at / name, sampler=diffnb.sample.ddim, progress=False)
     g = torch.Generator().manual_seed(0)
     def pictures(*folders, n=6):
@@ -150,11 +151,11 @@ SPEED_SETTINGS = { # name: (value A, value B, what shows that it was heard altho
     "fused": (False, True, "fused"), "tf32": (False, True, "tf32"), "resident": (False, True, "moved"),
     "activation_checkpointing": (False, True, "recomputed")}
 
-def comments(): return dict(re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(TrainConfig), re.M))
+def comments(): return dict(re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(diffnb.workshop.settings), re.M))
 
 def test_every_setting_has_an_entry():
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    assert fields == SETTINGS.keys() | SPEED_SETTINGS.keys(), "each field of TrainConfig needs a line in one table"
+    assert flattened(TrainConfig()).keys() == SETTINGS.keys() | SPEED_SETTINGS.keys(), (
+        "each field of TrainConfig needs a line in one table")
     assert not SETTINGS.keys() & SPEED_SETTINGS.keys()
     for name in SPEED_SETTINGS:
         assert re.search(SPEED, comments()[name]), f"the comment of {name} must say that it is for speed or memory"
@@ -163,7 +164,7 @@ def test_every_setting_changes_what_a_run_leaves(work, tmp_path, monkeypatch, qu
     monkeypatch.setenv("DIFFNB_DATA", str(work / "cache"))
     known, bad = {}, []
     def once(changes, grids=False): # a run that several entries share is made once
-        config = replace(T, **{k: x.format(work=work) if isinstance(x, str) else x for k, x in changes.items()})
+        config = T.change(**{k: x.format(work=work) if isinstance(x, str) else x for k, x in changes.items()})
         key = config, grids
         if key not in known:
             known[key] = trained(config, tmp_path / str(len(known)), diffnb.sample.ddim if grids else None)
@@ -196,7 +197,7 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
         results, heard = [], []
         for x in (a, b):
             seen.clear()
-            results.append(trained(replace(T, base_channels=16, channel_mult=(1, 1), **{name: x}),
+            results.append(trained(T.change(base_channels=16, channel_mult=(1, 1), **{name: x}),
   tmp_path / f"{name}-{x}"))
             heard.append(seen.get(what))
         assert torch.allclose(results[0]["weights"], results[1]["weights"], rtol=1e-3,
@@ -205,9 +206,9 @@ def test_settings_of_speed_change_nothing_else_and_are_heard(tmp_path, monkeypat
 
 def test_every_draw_depends_on_the_seed(work):
     "Of everything random: each kind by itself, since any one of them makes the whole result another."
-    data, config = load_data("digits"), replace(T, dropout=0.5, label_dropout=0.5, batch_size=64, flip=True, jitter=0.1)
+    data, config = load_data("digits"), T.change(dropout=0.5, label_dropout=0.5, batch_size=64, flip=True, jitter=0.1)
     def draws(seed):
-        c = replace(config, seed=seed)
+        c = config.change(seed=seed)
         net = diffnb.workshop.settings.resolve(c)[2]
         b = diffnb.train.draw_batch(data, c, 0, "cpu")
         state, off = diffnb.workshop.run.new_state(net, c, torch.device("cpu")), []
@@ -335,14 +336,14 @@ def test_every_setting_is_an_option_of_train(monkeypatch, recorded, tmp_path):
     def said(value): return [str(x) for x in value] if isinstance(value, tuple) else [str(value)]
     for name, (a, b, *_) in {**SETTINGS, **SPEED_SETTINGS}.items():
         company = v if name == "zero_terminal_snr" else {}                 # refused without
-        value = next(x for x in (a, b) if x is not None and x != getattr(usual, name))
+        value = next(x for x in (a, b) if x is not None and x != flattened(usual)[name])
         if name in ("channel_mult", "ema_half_lives"):
             value = tuple(map(float, value))
         line = ["train", f"--{name.replace('_', '-')}", *said(value)]
         line += [word for k, x in company.items() for word in (f"--{k}", x)]
         got = []
         monkeypatch.setattr(cli, "_train", lambda config, *rest: got.append(config) or 0)
-        assert cli.main(line) == 0 and got == [replace(usual, **company, **{name: value})], name
+        assert cli.main(line) == 0 and got == [usual.change(**company, **{name: value})], name
 
 
 # ---------------------------------------------------------------- parameters of public functions
@@ -458,7 +459,8 @@ class Case: # one function with its arguments; `see(result, arguments)`: what is
 
 # What is made of them is what they are given
 RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features", "Score", "Evaluation", "Facts",
-           "Report", "TrainConfig", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
+           "Report", "TrainConfig", "ImageSettings", "NoiseSettings", "NetworkSettings", "TrainingSettings",
+           "RunSettings", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
            "TrainingStopped", "Run"}
 
 def public(module):
@@ -850,14 +852,14 @@ def of_sample(w):
         classes=V((), tuple("0123456789")), settings=dict(steps=3, progress=False))
 
 def of_scale(w):
-    C, config = X, replace(T, epochs=1)
-    _, data, net = diffnb.workshop.settings.resolve(config)
+    C, config = X, T.change(epochs=1)
+    _, data, net, *_ = diffnb.workshop.settings.resolve(config)
     yield "count_flops", Case(C.count_flops, model=V(small(), small(blocks=2)), train=V(False, True))
     yield "matmul_speed", Case(shapes_of(C.matmul_speed), device=V("cpu", "meta"),
         dtype=V(torch.float32, torch.float64), n=V(8, 16))
     yield "wait", Case(C.wait, device=refused("cpu", "nonsense"))
     yield "time_steps", Case(C.time_steps, lambda timed, args: timed[1].tensors(),
-        config=V(config, replace(config, lr=1.0)), data=V(data, replace(data, images=255 - data.images)),
+        config=V(config, config.change(lr=1.0)), data=V(data, replace(data, images=255 - data.images)),
         net=V(net, {**net, "blocks": 2}), steps=V(1, 2), warm=V(1, 2))
     counted = []
     def watched(config, data, net, steps=5, real=C.time_steps):
@@ -874,7 +876,7 @@ def of_scale(w):
                 made = f(**kw)
             return counted[:], made["steps"]
         return run
-    yield "plan", Case(planned(C.plan), config=V(config, replace(config, epochs=2)), steps=V(5, 1))
+    yield "plan", Case(planned(C.plan), config=V(config, config.change(epochs=2)), steps=V(5, 1))
     def bare(**facts): # ranks without a process group
         ranks = C.Ranks.__new__(C.Ranks)
         vars(ranks).update(facts)
@@ -989,9 +991,9 @@ def of_train(w):
         rank=1, wrap=lambda state: "wrap", init_device=lambda device: "meta", map=lambda f, *x: 0 * f(*x))
     x0, t, noise, y = normal(4, 1, 8, 8), torch.tensor([1, 500, 900, 999]), normal(4, 1, 8, 8,
         seed=1), torch.tensor([1, 2, 3, 4])
-    net, config = dict(model.config), replace(T, batch_size=4)
+    net, config = dict(model.config), T.change(batch_size=4)
     def g(seed): return new(lambda: addressed(seed))
-    def state(**change): return new(lambda: M.TrainState(small(), replace(config, **change)))
+    def state(**change): return new(lambda: M.TrainState(small(), config.change(**change)))
     yield "diffusion_loss", Case(M.diffusion_loss, model=V(model, other), schedule=V(linear, cosine), x0=V(x0, -x0),
         t=V(t, t - 1), noise=V(noise, -noise), y=V(y, y + 1), prediction=V("eps", "v"))
     yield "lr_at", Case(M.lr_at, step=V(70, 80), total=V(100, 200), peak=V(1.0, 2.0), warmup=V(5, 9),
@@ -1011,7 +1013,7 @@ def of_train(w):
         model=V(nudged, model), step=V(1, 2))
     yield "drop_labels", Case(M.drop_labels, y=V(y.repeat(9), y.repeat(9) + 1), p=V(0.5, 0.1), null=V(10, 11),
         generator=V(g(0), g(1)))
-    yield "check_config", Case(M.check_config, config=refused(T, replace(T, lr=0.0)))
+    yield "check_config", Case(M.check_config, config=refused(T, T.change(lr=0.0)))
     yield "pick_device", Case(M.pick_device, name=refused("cpu", "cuda:99"))
     yield "default_on_cuda", Case(M.default_on_cuda, setting=V(None, True), device=V(cpu, torch.device("cuda")))
     yield "has_native_bf16", Case(M.has_native_bf16, lambda said, args: (args.device.type == "mps",
@@ -1019,12 +1021,12 @@ def of_train(w):
     yield "pick_precision", Case(M.pick_precision, name=V("float32", "bf16"), device=cpu, config=T)
     with_bf16 = patched(M.pick_precision, M, has_native_bf16=lambda device: True)
     yield "pick_precision", Case(with_bf16, name="auto", device=V(cpu, torch.device("cuda")),
-        config=V(T, replace(T, base_channels=64, image_size=32)))
+        config=V(T, T.change(base_channels=64, image_size=32)))
     yield "draw_timesteps", Case(M.draw_timesteps, n=V(9, 8), T=V(100, 200), generator=V(g(0), g(1)),
         logit_normal=V(None, (0.0, 1.0)))
     yield "timestep_probabilities", Case(M.timestep_probabilities, T=V(10, 20), logit_normal=V(None, (0.0, 1.0)))
     yield "draw_batch", Case(M.draw_batch, data=V(digits, replace(digits, images=255 - digits.images)),
-        config=V(config, replace(config, seed=1)), step=V(0, 1), device=refused("cpu", "cuda:99"))
+        config=V(config, config.change(seed=1)), step=V(0, 1), device=refused("cpu", "cuda:99"))
     A = M.SingleProcess  # one process: what it is given, it gives back
     yield "SingleProcess.shard", Case(A.shard, self=alone, batch=V(1, 2))
     yield "SingleProcess.sum", Case(A.sum, self=alone, tensor=V(1, 2))
@@ -1090,17 +1092,17 @@ def of_train(w):
         return M.Muon([p], [nn.Parameter(normal(4))],
 0.1)
     yield "Muon.step", Case(M.Muon.step, self=new(muon), closure=V(None, lambda: 3.0))
-    yield "make_optimizer", Case(M.make_optimizer, model=model, config=V(config, replace(config, lr=1.0)))
+    yield "make_optimizer", Case(M.make_optimizer, model=model, config=V(config, config.change(lr=1.0)))
     yield "make_optimizer", Case(M.make_optimizer, lambda o,
         args: [[tuple(p.shape) for p in g["params"]] for g in o.param_groups], model=V(model, other), config=config)
-    muon = M.make_optimizer(model, replace(config, optimizer="muon"))
+    muon = M.make_optimizer(model, config.change(optimizer="muon"))
     yield "moments_of", Case(M.moments_of, optimizer=V(muon, M.make_optimizer(model, config)),
         p=V(model.mid.blocks[0].conv1.weight, model.conv_in.weight))
     yield "make_averages", Case(M.make_averages, lambda made, args: {k: (e.model, e.decay) for k, e in made.items()},
-        model=V(model, other), config=V(config, replace(config, ema_half_lives=(4.0, 0.1))))
+        model=V(model, other), config=V(config, config.change(ema_half_lives=(4.0, 0.1))))
     yield "TrainState", Case(M.TrainState.__init__, lambda _, args: (args.self.model, args.self.optimizer),
         self=new(lambda: M.TrainState.__new__(M.TrainState)), model=V(model, other),
-        config=V(config, replace(config, lr=1.0)))
+        config=V(config, config.change(lr=1.0)))
     def metered():
         s = state().make()
         s.meter.sums += 1
@@ -1131,14 +1133,14 @@ def of_train(w):
         device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), activation_checkpointing=V(False, True))
     yield "training_memory", Case(M.training_memory, net=V(net, {**net, "blocks": 2}), precision=V("float32", "bf16"),
         device=V("cpu", "cuda", error=not torch.backends.cuda.is_built()), activation_checkpointing=V(False, True),
-        config=V(None, replace(T, ema_half_lives=(0.1, 0.2))))
+        config=V(None, T.change(ema_half_lives=(0.1, 0.2))))
     yield (
         "checkpoint_activations",
         Case(
             M.checkpoint_activations, lambda made, args: sum(hasattr(m, "checkpointed") for m in made.modules()),
             model=V(new(small), new(lambda: small(blocks=2)))))
     yield "new_state", Case(M.new_state, lambda s, args: s.tensors(), net=V(net, {**net, "blocks": 2}),
-        config=V(config, replace(config, seed=1)), device=V(cpu, torch.device("meta")), ranks=V(alone, second))
+        config=V(config, config.change(seed=1)), device=V(cpu, torch.device("meta")), ranks=V(alone, second))
     yield (
         "ready",
         Case(
@@ -1146,7 +1148,7 @@ def of_train(w):
             state=V(state(), state(activation_checkpointing=True)), device=cpu, ranks=V(alone, second)))
     yield "ready", Case(patched(M.ready, nn.Module, compile=lambda self: print("compiled")), lambda n, args: n,
         state=state(), device=V(cpu, torch.device("cuda")))
-    yield "resolve", Case(M.resolve, lambda made, args: made[2], config=V(T, replace(T, blocks=2)))
+    yield "resolve", Case(M.resolve, lambda made, args: made[2], config=V(T, T.change(blocks=2)))
     yield "checkpoints", Case(M.checkpoints, run=V(w / "u", w / "v"))
     def spoilt():
         run = pathlib.Path("run")
@@ -1157,8 +1159,10 @@ def of_train(w):
         run=V(new(spoilt), w / "u"), model=refused(None, {**M.read_config(w / "u")["model"], "blocks": 5}),
         set_aside=V(False, True))
     yield "reached", Case(M.reached, run=V(w / "u", new(spoilt)))
-    yield "total_steps", Case(M.total_steps, config=V(T, replace(T, epochs=1)), images=V(5000, 9000))
-    yield "as_options", Case(M.as_options, config=V(T, replace(T, lr=1.0)), names=V(("lr",), ("lr", "channel_mult")))
+    yield "total_steps", Case(M.total_steps, config=V(T, T.change(epochs=1)), images=V(5000, 9000))
+    yield "TrainConfig.change", Case(M.TrainConfig.change, self=T, values=V({"lr": 1.0}, {"lr": 2.0}))
+    yield "flattened", Case(M.flattened, config=V(T, T.change(lr=1.0)))
+    yield "as_options", Case(M.as_options, config=V(T, T.change(lr=1.0)), names=V(("lr",), ("lr", "channel_mult")))
     yield "as_command", Case(M.as_command, name=V("info", "doctor"), words=V((w / "u",), (w / "v",)))
     yield "read_config", Case(M.read_config, run=V(w / "u", w / "v"))
     def described(run):
@@ -1179,7 +1183,7 @@ def of_train(w):
         sampler=V(diffnb.sample.ddim, diffnb.sample.heun), path=V("a.png", "b.png"),
                               per_row=V(6, 2), ranks=V(alone, second))
     yield "sample_grid", Case(M.sample_grid, state=new(lambda: M.TrainState(small(num_classes=None),
-        replace(config, conditional=False))), data=digits, schedule=linear, sampler=diffnb.sample.ddim, path="a.png",
+        config.change(conditional=False))), data=digits, schedule=linear, sampler=diffnb.sample.ddim, path="a.png",
         rows=V(8, 2))
     untimed = lambda s, args: (s.step, s.model)
     def begun(): # other weights than those of the seed
@@ -1190,7 +1194,7 @@ def of_train(w):
         def log(self):
             print("logged")
             return super().log()
-    yield "train", Case(listing(M.train), untimed, config=V(config, replace(config, lr=1.0)), run=V("a", "b"),
+    yield "train", Case(listing(M.train), untimed, config=V(config, config.change(lr=1.0)), run=V("a", "b"),
         sampler=V(None, diffnb.sample.ddim), on_log=V(None, lambda run: print("row")), progress=V(False, True),
         ranks=alone, state=V(None, new(begun)), recorder=V(M.Recorder, Loud))
     yield "train", Case(listing(M.train), lambda s, args: (s.step, s.stopped_by), config=config, run="a",
@@ -1244,9 +1248,9 @@ def of_run(w):
     yield "LossWatch.store", Case(W.store, lambda _, args: written("run"), self=new(watching),
         tensors=V({"a": x, "meter": meter}, {"a": -x, "meter": meter}), meta=V({"step": 9}, {"step": 10}), keep=V(3, 1))
     # every step logs a row, saves a checkpoint and draws
-    config = replace(T, batch_size=4, log_every=1, sample_every=1e-3, checkpoint_every=1e-3)
+    config = T.change(batch_size=4, log_every=1, sample_every=1e-3, checkpoint_every=1e-3)
     def walked(**change): # a state after two steps, of which no row tells yet
-        state = diffnb.train.TrainState(small(), replace(config, **change))
+        state = diffnb.train.TrainState(small(), config.change(**change))
         steps = diffnb.train.train_steps(state, digits, linear, 9)
         next(steps)
         next(steps)

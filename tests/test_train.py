@@ -15,6 +15,7 @@ from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensor
 from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.unet import UNet, count_parameters
+from diffnb.workshop.settings import flattened
 from helpers import Started, command, tiny
 
 change = dataclasses.replace
@@ -39,7 +40,7 @@ def test_run_folder_holds_what_is_promised(finished):
     assert {"config.json", "metrics.csv", "samples/step_000000024.png"} <= set(names(finished)) and len(
         checkpoints(finished)) == 2
     facts = read_config(finished)
-    assert facts["data"]["class_counts"] and facts["data"]["native_size"] == 8 and facts["config"].flip is False
+    assert facts["data"]["class_counts"] and facts["data"]["native_size"] == 8 and facts["config"].images.flip is False
     assert not [n for n in names(finished) if "partial" in n]
 
 
@@ -51,7 +52,7 @@ def test_run_folder_holds_what_is_promised(finished):
 def test_run_and_request_that_disagree(finished, setting):
     before = names(finished)
     with pytest.raises(DiffnbError, match=next(iter(setting))):
-        train(change(tiny, **setting), finished, progress=False)
+        train(tiny.change(**setting), finished, progress=False)
     assert names(finished) == before
 
 
@@ -102,12 +103,12 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(finished, tm
 
 
 def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
-    cpu, config = torch.device("cpu"), change(tiny, base_channels=32, image_size=32)
+    cpu, config = torch.device("cpu"), tiny.change(base_channels=32, image_size=32)
     for fast, auto in ((True, "bf16"), (False, "float32")):
         monkeypatch.setattr(S, "has_native_bf16", lambda device: fast)
         assert (
             S.pick_precision("auto", cpu, config) == auto
-            and S.pick_precision("auto", cpu, change(config, image_size=8)) == "float32")
+            and S.pick_precision("auto", cpu, config.change(image_size=8)) == "float32")
     with pytest.warns(UserWarning, match="imitates"):
         assert S.pick_precision("bf16", cpu, config) == "bf16"
 
@@ -115,7 +116,7 @@ def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
 @pytest.mark.parametrize("last", [False, True])
 def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
     "A GPU keeps channels last and refuses moments that lie otherwise; a CPU took them and went astray."
-    config = change(tiny, channels_last=last, weight_decay=0.01)
+    config = tiny.change(channels_last=last, weight_decay=0.01)
     stop = lambda run: read_metrics(run)["step"][-1] == 10
     train(config, tmp_path / "two", on_log=stop, progress=False)
     two = train(config, tmp_path / "two", progress=False)
@@ -129,10 +130,10 @@ def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
 def test_one_flag_takes_the_fused_calls_away_and_changes_nothing_else():
     ends = []
     for fused in (True, False):
-        config, data, net = S.resolve(change(tiny, fused=fused))
+        config, data, net, *_ = S.resolve(tiny.change(fused=fused))
         state = R.new_state(net, config, torch.device("cpu"))
         assert state.optimizer.defaults["fused"] == fused and state.ema.fused == fused
-        for step in T.train_steps(state, data, make_schedule(config.schedule), 3):
+        for step in T.train_steps(state, data, make_schedule(config.noise.schedule), 3):
             pass
         ends.append({k: v for k, v in state.tensors().items() if k.startswith(("model.", "ema."))})
     assert max(float((ends[0][k] - v).abs().max()) for k, v in ends[1].items()) < 1e-6
@@ -174,12 +175,12 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, setting
     if setting == dict(image_size=10):
         setting = dict(image_size=10, channel_mult=(1, 2, 2), attention=())
     with pytest.raises(DiffnbError, match=word):
-        train(change(tiny, **setting), tmp_path / "run", progress=False)
+        train(tiny.change(**setting), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_config_from_json_is_validated():
-    good = json.loads(json.dumps(dataclasses.asdict(tiny)))
+    good = json.loads(json.dumps(flattened(tiny)))
     assert make_config(good) == tiny
     for key, value in (
         ("lr", "1e-3"), ("batch_size", 2.5), ("flip", "yes"), ("unknown", 1), ("channel_mult", "abc"),
@@ -207,8 +208,8 @@ def test_unlabelled_folder_trains_unconditionally(tmp_path):
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
             tmp_path / "f" / f"{i}.png")
-    config = change(
-        tiny, data=str(tmp_path / "f"), image_size=8, batch_size=8, epochs=4, data_root=str(tmp_path / "cache"))
+    config = tiny.change(
+        data=str(tmp_path / "f"), image_size=8, batch_size=8, epochs=4, data_root=str(tmp_path / "cache"))
     run = tmp_path / "run"
     train(config, run, sampler=ddim, progress=False)
     m = load_model(run, "cpu")
@@ -261,7 +262,7 @@ def test_a_state_and_a_recorder_can_be_handed_in(finished, tmp_path):
         def row(self):
             rows.append(super().row())
             return rows[-1]
-    config, _, net = S.resolve(tiny)
+    config, _, net, *_ = S.resolve(tiny)
     state = R.new_state(net, config, torch.device("cpu"))
     T.load_weights(state.model, last_checkpoint(finished)[0], "model.")
     assert (
@@ -296,8 +297,8 @@ def test_changed_data_is_noticed_on_resume(tmp_path):
             tmp_path / "f" / "cat" / f"{i}.png")
     for i in range(4):
         add(i)
-    config = change(
-        tiny, data=str(tmp_path / "f"), image_size=8, batch_size=4, epochs=2, data_root=str(tmp_path / "cache"))
+    config = tiny.change(
+        data=str(tmp_path / "f"), image_size=8, batch_size=4, epochs=2, data_root=str(tmp_path / "cache"))
     train(config, tmp_path / "run", progress=False)
     add(9)
     with pytest.raises(DiffnbError, match="4 images"):
@@ -324,9 +325,10 @@ def test_rows_log_the_rate_of_their_last_step_and_grids_come_from_the_average(tm
     def sampler(denoiser, x_T, **_):
         asked.append(denoiser.model)
         return torch.zeros(x_T.shape)
-    state = train(change(tiny, sample_every=0.5), tmp_path / "run", sampler=sampler, progress=False)
+    state = train(tiny.change(sample_every=0.5), tmp_path / "run", sampler=sampler, progress=False)
     m = read_metrics(tmp_path / "run")
-    assert np.allclose(m["lr"], [lr_at(int(s) - 1, state.step, tiny.lr, tiny.warmup) for s in m["step"]])
+    assert np.allclose(
+        m["lr"], [lr_at(int(s) - 1, state.step, tiny.training.lr, tiny.training.warmup) for s in m["step"]])
     assert asked and all(model is state.ema.model for model in asked)
 
 
@@ -341,7 +343,7 @@ def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
 def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
     from diffnb.workshop.memory import _memory_advice, training_memory
     config, net = (
-        change(tiny, batch_size=10**7, precision="float32"),
+        tiny.change(batch_size=10**7, precision="float32"),
         UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8).config)
     with pytest.raises(DiffnbError, match="images fit at a time") as e:
         with _memory_advice(net, config, torch.device("cpu")):
@@ -423,23 +425,23 @@ def test_probabilities_are_those_of_the_draws(T_, draw):
 
 
 def test_draws_depend_on_their_address_alone():
-    config, data, _ = S.resolve(change(tiny, logit_normal=(-1.0, 1.0), flip=True))
+    config, data, _, *_ = S.resolve(tiny.change(logit_normal=(-1.0, 1.0), flip=True))
     a, b, other = (T.draw_batch(data, config, step, "cpu") for step in (7, 7, 8))
     torch.manual_seed(123)
     assert all(x.equal(y) for x, y in zip(a, b)) and T.draw_batch(data, config, 7, "cpu").t.equal(a.t)
     assert not a.t.equal(other.t) and a.t.float().mean() < 400
-    assert not a.t.equal(T.draw_batch(data, change(config, seed=1), 7, "cpu").t)
+    assert not a.t.equal(T.draw_batch(data, config.change(seed=1), 7, "cpu").t)
 
 
 @pytest.mark.parametrize("step", [0, 7, 1000])
 def test_the_uniform_draw_is_that_of_version_0_1(step):
     "Bit for bit: timesteps first, then noise, then hidden labels, from one generator."
-    config, data, _ = S.resolve(tiny)
-    batch, g = T.draw_batch(data, config, step, "cpu"), addressed(config.seed, "batch", step)
-    t = torch.randint(config.T, (64,), generator=g)
+    config, data, _, *_ = S.resolve(tiny)
+    batch, g = T.draw_batch(data, config, step, "cpu"), addressed(config.training.seed, "batch", step)
+    t = torch.randint(config.noise.T, (64,), generator=g)
     noise = torch.randn(64, 1, 8, 8, generator=g)
-    hidden = torch.rand(64, generator=g) < config.label_dropout
-    index = T.batch_indices(len(data), 64, config.seed, step)
+    hidden = torch.rand(64, generator=g) < config.images.label_dropout
+    index = T.batch_indices(len(data), 64, config.training.seed, step)
     assert batch.t.equal(t) and batch.noise.equal(noise)
     assert batch.y.equal(torch.where(hidden, 10, data.labels[index]))
 
@@ -466,14 +468,14 @@ def test_the_uniform_draw_is_that_of_version_0_1(step):
 ])
 def test_new_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, setting, words):
     with pytest.raises(DiffnbError) as e:
-        train(change(tiny, **setting), tmp_path / "run", progress=False)
+        train(tiny.change(**setting), tmp_path / "run", progress=False)
     assert words in str(e.value) and not (tmp_path / "run").exists()
 
 
 def test_new_settings_survive_json():
-    config = change(tiny, schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon",
+    config = tiny.change(schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon",
                     decay_share=0.25, ema_half_lives=(0.1, 640.0), patch_size=2, attention=(2,))
-    assert make_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert make_config(json.loads(json.dumps(flattened(config)))) == config
 
 
 # ---- learning rate and averages
@@ -496,15 +498,15 @@ def test_what_a_change_of_length_is_said_to_do(tmp_path, capsys):
     flat = ("planned before: 24 steps. The learning rate goes on at 0.001, where the old plan had 0.001: "
             "as if the longer run had been planned")
     for name, share, words in (("flat", 0.25, flat), ("cosine", None, "it jumps")):
-        config = change(tiny, decay_share=share, warmup=2)
+        config = tiny.change(decay_share=share, warmup=2)
         train(config, tmp_path / name, on_log=stop, progress=False)
         capsys.readouterr()
-        long = train(change(config, epochs=2), tmp_path / name, on_log=lambda run: True)
+        long = train(config.change(epochs=2), tmp_path / name, on_log=lambda run: True)
         said = capsys.readouterr().out
         assert words in said and long.step == 15, said
-        train(change(config, epochs=2), tmp_path / name, on_log=lambda run: True)
+        train(config.change(epochs=2), tmp_path / name, on_log=lambda run: True)
         assert "planned before" not in capsys.readouterr().out        # the same plan again
-    longer = change(tiny, decay_share=0.25, warmup=2, epochs=2)
+    longer = tiny.change(decay_share=0.25, warmup=2, epochs=2)
     assert last_checkpoint(tmp_path / "flat")[1]["step"] == 20        # extended on the way
     extended, planned = (train(longer, tmp_path / name, progress=False).tensors() for name in ("flat", "planned"))
     assert all(v.equal(planned[k]) for k, v in extended.items())
@@ -519,7 +521,7 @@ class Weight(torch.nn.Module):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("batch, half_life", [(64, 640.0), (64, 64.0), (16, 10_000.0), (512, 1.0)])
 def test_a_half_life_in_images_is_a_fixed_decay(batch, half_life, fused):
-    config = change(tiny, batch_size=batch, ema_half_lives=(half_life,), fused=fused)
+    config = tiny.change(batch_size=batch, ema_half_lives=(half_life,), fused=fused)
     model = Weight()
     ours, fixed = T.make_averages(model, config)["ema"], T.EMA(model, 0.5 ** (batch / half_life))
     g = torch.Generator().manual_seed(0)
@@ -546,8 +548,8 @@ def test_a_share_holds_half_of_the_weight_whatever_the_length(share):
 
 def test_averages_are_named_in_their_order():
     one = T.make_averages(Weight(), tiny)
-    several = T.make_averages(Weight(), change(tiny, ema_half_lives=(0.2, 320.0, 0.05)))
-    assert list(one) == ["ema"] and one["ema"].decay == tiny.ema_decay and one["ema"].share is None
+    several = T.make_averages(Weight(), tiny.change(ema_half_lives=(0.2, 320.0, 0.05)))
+    assert list(one) == ["ema"] and one["ema"].decay == tiny.training.ema_decay and one["ema"].share is None
     assert list(several) == ["ema", "ema2", "ema3"] and [e.share for e in several.values()] == [0.2, None, 0.05]
     for wrong in (dict(share=0.0), dict(share=1.0), dict(decay=1.0)):
         with pytest.raises(DiffnbError):
@@ -612,7 +614,7 @@ def test_a_step_of_muon_does_not_depend_on_the_size_of_the_gradient():
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_is_no_hidden_matrix_takes_the_steps_of_adamw(fused):
     "Bit for bit, in a real network, with weights that have no gradient left alone."
-    config, data, net = S.resolve(change(tiny, optimizer="muon", weight_decay=0.01, fused=fused))
+    config, data, net, *_ = S.resolve(tiny.change(optimizer="muon", weight_decay=0.01, fused=fused))
     torch.manual_seed(0)
     model = UNet(**net)
     twin = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
@@ -622,7 +624,7 @@ def test_what_is_no_hidden_matrix_takes_the_steps_of_adamw(fused):
     assert all(p.ndim >= 2 for n, p in model.named_parameters() if n in hidden)
     ours = T.make_optimizer(model, config)
     others = [p for n, p in twin.items() if n not in hidden]
-    theirs = torch.optim.AdamW(others, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=fused,
+    theirs = torch.optim.AdamW(others, lr=config.training.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=fused,
                                foreach=None if fused else False)
     g = torch.Generator().manual_seed(1)
     for step in range(5):
@@ -639,8 +641,8 @@ def test_what_is_no_hidden_matrix_takes_the_steps_of_adamw(fused):
         assert set(T.moments_of(ours, p)) == set(ours.state[p]) - {"step"}
 
 
-fast = change(
-    tiny, schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon", weight_decay=0.01,
+fast = tiny.change(
+    schedule="flow", prediction="velocity", logit_normal=(-0.5, 1.0), optimizer="muon", weight_decay=0.01,
     decay_share=0.3, patch_size=2, attention=(2,), dropout=0.1, ema_half_lives=(0.1, 320.0))
 timed = ("images_per_s", "seconds", "processor_seconds")
 
@@ -667,7 +669,7 @@ def test_resume_with_muon_and_two_averages_is_exact(fast_run, tmp_path):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_resumed_muon_lies_in_memory_as_its_weights(tmp_path, last):
-    config = change(fast, channels_last=last)
+    config = fast.change(channels_last=last)
     train(config, tmp_path / "two", on_log=lambda run: read_metrics(run)["step"][-1] == 10, progress=False)
     two, one = train(config, tmp_path / "two", progress=False), train(config, tmp_path / "one", progress=False)
     assert all(v.equal(two.tensors()[k]) for k, v in one.tensors().items())
@@ -676,19 +678,19 @@ def test_resumed_muon_lies_in_memory_as_its_weights(tmp_path, last):
 
 def test_a_checkpoint_of_another_optimiser_is_refused(fast_run, finished, tmp_path):
     for run, config, other in ((fast_run[0], fast, "adamw"), (finished, tiny, "muon")):
-        with pytest.raises(DiffnbError, match=f"optimizer='{config.optimizer}', and now optimizer='{other}'"):
-            train(change(config, optimizer=other), run, progress=False)
+        with pytest.raises(DiffnbError, match=f"optimizer='{config.training.optimizer}', and now optimizer='{other}'"):
+            train(config.change(optimizer=other), run, progress=False)
         copied = copy(run, tmp_path / other)                          # with words that agree, the tensors must tell
         facts = json.loads((copied / "config.json").read_text())
         facts["config"]["optimizer"] = other
         (copied / "config.json").write_text(json.dumps(facts))
         with pytest.raises(DiffnbError, match="optimiser state or meter is missing or belongs to another"):
-            train(change(config, optimizer=other), copied, progress=False)
+            train(config.change(optimizer=other), copied, progress=False)
     tensors, meta = last_checkpoint(fast_run[0])
-    state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1,)), torch.device("cpu"))
+    state = R.new_state(meta["model"], fast.change(ema_half_lives=(0.1,)), torch.device("cpu"))
     with pytest.raises(DiffnbError, match="holds 'ema2', which this configuration"):
         state.restore(tensors, 24, 0.0)
-    state = R.new_state(meta["model"], change(fast, ema_half_lives=(0.1, 320.0, 0.2)), torch.device("cpu"))
+    state = R.new_state(meta["model"], fast.change(ema_half_lives=(0.1, 320.0, 0.2)), torch.device("cpu"))
     with pytest.raises(DiffnbError, match="is missing"):
         state.restore(tensors, 24, 0.0)
     state = R.new_state(meta["model"], fast, torch.device("cpu"))
@@ -742,7 +744,7 @@ def test_memory_counts_what_the_configuration_keeps():
     net = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, attention=(4,)).config
     model = UNet(**net)
     n, hidden = count_parameters(model), sum(p.numel() for p in T.hidden_matrices(model))
-    configs = (tiny, change(tiny, optimizer="muon"), change(tiny, ema_half_lives=(0.1, 0.2, 0.3)))
+    configs = (tiny, tiny.change(optimizer="muon"), tiny.change(ema_half_lives=(0.1, 0.2, 0.3)))
     plain, muon, three = (M.training_memory(net, config=c)[0] for c in configs)
     assert plain - muon == 4 * hidden                                 # one moment where AdamW keeps two
     assert three - plain == 2 * 4 * n and plain == M.training_memory(net)[0] and plain >= 4 * 5 * n
@@ -750,8 +752,10 @@ def test_memory_counts_what_the_configuration_keeps():
 
 def test_patched_run_is_read_back(fast_run):
     facts = read_config(fast_run[0])
-    assert facts["model"]["patch_size"] == facts["config"].patch_size == 2 and facts["config"] == S.resolve(fast)[0]
-    whole = change(fast, patch_size=1, attention=(4,))
+    assert (
+        facts["model"]["patch_size"] == facts["config"].network.patch_size == 2
+        and facts["config"] == S.resolve(fast)[0])
+    whole = fast.change(patch_size=1, attention=(4,))
     with pytest.raises(DiffnbError, match="with patch_size=2"):
         train(whole, fast_run[0], progress=False)
 

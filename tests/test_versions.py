@@ -4,11 +4,11 @@ tests/data/v01/run was begun by version 0.1 (commit 6fcd2f7) and killed at step 
 12 with a half-filled row. whole.safetensors and whole.csv are what that version made of the same run without
 interruption: its final average in half precision, and its metrics."""
 import csv, json, shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest, torch
 
+from diffnb.workshop.settings import flattened
 from diffnb.core import DiffnbError
 from diffnb.sample import ddim, load_model
 from diffnb.schedule import cosine_schedule
@@ -43,9 +43,9 @@ def test_its_configuration_and_metrics_are_read(run):
     facts = read_config(run)
     assert facts["model"]["patch_size"] == 1 and facts["diffnb"] == "0.1.0"
     new = dict(optimizer="adamw", patch_size=1, logit_normal=None, decay_share=None, ema_half_lives=None)
-    assert {k: getattr(facts["config"], k) for k in new} == new
+    assert {k: flattened(facts["config"])[k] for k in new} == new
     old = dict(prediction="v", schedule="cosine", ema_decay=0.9)
-    assert {k: getattr(facts["config"], k) for k in old} == old
+    assert {k: flattened(facts["config"])[k] for k in old} == old
     metrics = read_metrics(run)
     assert metrics["step"].tolist() == [5, 10, 15] and list(metrics) == columns[:-1]
 
@@ -101,7 +101,7 @@ def test_it_is_continued_from_the_shell_and_may_be_extended(run):
 @pytest.mark.parametrize("name, value", [("optimizer", "muon"), ("ema_half_lives", (0.1,)), ("patch_size", 2),
                                          ("logit_normal", (0.0, 1.0)), ("decay_share", 0.5)])
 def test_what_version_0_1_did_not_know_is_another_run(run, name, value):
-    config = replace(read_config(run)["config"], **{name: value})
+    config = read_config(run)["config"].change(**{name: value})
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(DiffnbError, match=f"holds a run with {name}="):
         train(config, run, progress=False)

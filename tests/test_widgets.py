@@ -1,5 +1,5 @@
 "Interactive figures of a flow model with patches: they draw what the samplers draw."
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diffnb.data import tile, to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.sample import ddim, draw_noise, Trained
 from diffnb.schedule import cosine_schedule, flow_schedule
-from diffnb.workshop.settings import TrainConfig
+from diffnb.workshop.settings import flattened, TrainConfig
 from diffnb.unet import UNet
 from diffnb.workshop.widgets import attention_maps, dissolve, sampling, trajectory
 
@@ -20,8 +20,8 @@ def flow():
     g = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn(p.shape, generator=g))
-    config = TrainConfig(schedule="flow", prediction="velocity", T=50, patch_size=2, sample_steps=10)
-    return Trained(model.eval().requires_grad_(False), flow_schedule(50), asdict(config), tuple("0123456789"), 1)
+    config = TrainConfig.of(schedule="flow", prediction="velocity", T=50, patch_size=2, sample_steps=10)
+    return Trained(model.eval().requires_grad_(False), flow_schedule(50), flattened(config), tuple("0123456789"), 1)
 
 
 def test_an_image_dissolves_under_the_flow():

@@ -17,9 +17,9 @@ from diffnb.data import save_grid
 from diffnb.schedule import make_schedule
 from diffnb.train import train_steps
 from diffnb.workshop.run import new_state, ready
-from diffnb.workshop.settings import pick_precision
+from diffnb.workshop.settings import flattened, pick_precision
 
-BASE = replace(RECIPE, compile=False, warmup=200) # short runs: 200 steps instead of 500
+BASE = RECIPE.change(compile=False, warmup=200) # short runs: 200 steps instead of 500
 
 
 @dataclass(frozen=True)
@@ -71,35 +71,35 @@ VARIANTS = [
 
 def variant_config(v, a, seed): # -> TrainConfig
     # the command's size first, so that a rehearsal's small network still changes
-    config = apply(replace(BASE, seed=seed), a)
-    scale = config.base_channels / BASE.base_channels
+    config = apply(BASE.change(seed=seed), a)
+    scale = config.network.base_channels / BASE.network.base_channels
     change = {
         k: max(16, round(x * scale / 16) * 16)
         if k == "base_channels"
-        else min(x, config.batch_size)
+        else min(x, config.training.batch_size)
         if k == "batch_size"
         else x
         for k, x in v.change.items()}
-    return replace(config, **change)
+    return config.change(**change)
 
 def trained(config, seconds): # -> (TrainState, schedule, facts)
     "One short run in memory: no files, so nothing but training takes time."
     config, plan = planned(config, seconds / 60, reserve=0)
-    config, data, net = resolve(config)
+    config, data, net, *_ = resolve(config)
     device, schedule, losses = (
-        pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr),
-        [])
+        pick_device(config.run.device),
+        make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr), [])
     state = new_state(net, config, device)
     network, data = ready(state, device), data.to(device)
     start = time.perf_counter()
-    for step in train_steps(state, data, schedule, plan["steps"], config.precision, network):
-        if step % config.log_every == 0 or step == plan["steps"]:
+    for step in train_steps(state, data, schedule, plan["steps"], config.run.precision, network):
+        if step % config.run.log_every == 0 or step == plan["steps"]:
             losses.append([step, state.meter.read()["loss"]])
     return (
         state, schedule,
         {
-            **plan, "seconds": time.perf_counter() - start, "images": step * config.batch_size, "losses": losses,
-            "config": asdict(config)})
+            **plan, "seconds": time.perf_counter() - start, "images": step * config.training.batch_size,
+            "losses": losses, "config": flattened(config)})
 
 def models(state): return {name: ema.model for name, ema in state.averages.items()} | {"model": state.model.eval()}
 
@@ -111,8 +111,8 @@ def run(v, seed, seconds, a, features, batch, real, done):
     for u in same:
         start = time.perf_counter()
         images = draw(
-            models(state)[u.weights], schedule, (3, c.image_size, c.image_size), a.n, prediction=c.prediction,
-            sampler="ddim", steps=a.steps, batch=a.sample_batch, device=device,
+            models(state)[u.weights], schedule, (3, c.images.image_size, c.images.image_size), a.n,
+            prediction=c.noise.prediction, sampler="ddim", steps=a.steps, batch=a.sample_batch, device=device,
             precision=pick_precision("auto", pick_device(a.device), c))
         f = torch.cat([features(resized(x.to(device), 32)) for x in images.split(batch)])
         path = a.out / "results" / file_of(u, seed, seconds)

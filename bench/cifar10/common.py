@@ -19,7 +19,7 @@ from diffnb.workshop.planning import time_steps
 from diffnb.core import SingleProcess, checkpoints, last_checkpoint, pick_device, read_tensors, write_tensors
 from diffnb.workshop.folder import free_to_change, make_config
 from diffnb.workshop.run import train
-from diffnb.workshop.settings import TrainConfig, resolve
+from diffnb.workshop.settings import flattened, resolve, TrainConfig
 
 # Half-lives of the averages "ema" and "ema2", as shares of the run: half of an average's weight lies on the last 3.5%
 # or 7% of the steps. An exponential average that remembers 5% or 10% of a run has these (ln 2 times its memory).
@@ -27,7 +27,7 @@ from diffnb.workshop.settings import TrainConfig, resolve
 HALF_LIVES = (0.035, 0.07)
 
 # Where each choice comes from; ablations.py tries most of them.
-RECIPE = TrainConfig(
+RECIPE = TrainConfig.of(
     data="cifar10", flip=True,           # mirrored at random, as in Ho et al. 2020, appendix B
     schedule="cosine",  # Nichol & Dhariwal 2021, section 3.2: at 32x32 the linear one is noise too early
     prediction="v",                      # Salimans & Ho 2022, section 4; its plain loss weighs x0 by SNR + 1
@@ -39,7 +39,7 @@ RECIPE = TrainConfig(
     # 0.1 in Ho et al. 2020 and 0.13 in Karras et al. 2022, for runs that see every image thousands of times
     dropout=0.0)
 # Hoogeboom et al. 2023, section 3.1: twice the side, a quarter of the SNR
-SIZES = {32: RECIPE, 64: replace(RECIPE, image_size=64, shift=2.0)}
+SIZES = {32: RECIPE, 64: RECIPE.change(image_size=64, shift=2.0)}
 RESERVE = 0.06       # share of the time for sample grids, checkpoints, and compiling again after a restart
 LARGEST = 16 * 2**20 # bytes of a shard
 
@@ -48,16 +48,16 @@ LARGEST = 16 * 2**20 # bytes of a shard
 
 def planned(config, total_minutes, reserve=RESERVE):
     "(config with as many steps as fit into the time; facts). Speed is measured on a copy that is thrown away."
-    config, data, net = resolve(config)
-    measured = (30, 5) if pick_device(config.device).type == "cuda" else (3, 1)
+    config, data, net, *_ = resolve(config)
+    measured = (30, 5) if pick_device(config.run.device).type == "cuda" else (3, 1)
     seconds, whole = time_steps(config, data, net, *measured)[0], 60 * total_minutes
     # 60 images; forward alone is a third of a training step
-    grid = config.sample_steps * 60 * seconds / config.batch_size / 3
+    grid = config.run.sample_steps * 60 * seconds / config.training.batch_size / 3
     # on a slow machine fewer of them, perhaps only the last
     grids = min(8, max(1, int(0.1 * whole / grid))) if reserve else 0
     steps = max(10, int(((1 - reserve) * whole - grids * grid) / seconds))
-    epochs = (steps - 0.5) * config.batch_size / len(data)             # rounded up to whole steps by `train`
-    config = replace(config, epochs=epochs, sample_every=epochs / max(1, grids), checkpoint_every=epochs / 10, keep=2,
+    epochs = (steps - 0.5) * config.training.batch_size / len(data)             # rounded up to whole steps by `train`
+    config = config.change(epochs=epochs, sample_every=epochs / max(1, grids), checkpoint_every=epochs / 10, keep=2,
                      log_every=max(1, min(50, round(2 / seconds))))
     return config, {"steps": steps, "seconds_per_step": seconds, "seconds_per_grid": grid}
 
@@ -67,14 +67,14 @@ def plan_of(asked, out, total_minutes): # -> TrainConfig
     path, told = Path(out) / "plan.json", json.loads(json.dumps({**asdict(asked), "total_minutes": total_minutes}))
     if not path.exists():
         config, facts = planned(asked, total_minutes)
-        save_json(path, {"asked": told, **facts, "config": asdict(config), **machine(config.device)})
+        save_json(path, {"asked": told, **facts, "config": flattened(config), **machine(config.run.device)})
     plan = json.loads(path.read_text())
     for k, v in told.items():
         if k not in free_to_change and plan["asked"].get(k) != v:
             raise DiffnbError(
                 f"{out} was begun with {k}={plan['asked'].get(k)!r}, and now {k}={v!r} is asked for: "
                 "repeat the first command, or choose another --out")
-    return replace(make_config(plan["config"]), device=asked.device, data_root=asked.data_root)
+    return make_config(plan["config"]).change(device=asked.device, data_root=asked.data_root)
 
 def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at which this process must be done
               progress=True):                 # -> TrainState
@@ -179,7 +179,7 @@ def apply(config, a): # a TrainConfig with what the command line says
     given = {k: getattr(a, k) for k in ("base_channels", "batch_size", "data_root") if getattr(a, k) is not None}
     if given.get("base_channels", 32) % 32:
         given["norm_groups"] = 8       # a rehearsal's widths are not divisible by 16
-    return replace(config, device=a.device, **given)
+    return config.change(device=a.device, **given)
 
 def run_main(main):
     "Errors that the user can mend are told without a traceback."

@@ -45,18 +45,18 @@ def told(rows): # the conditions, under every figure
 
 def curve(run, size, to):
     config, m = read_config(Path(run) / "run")["config"], read_metrics(Path(run) / "run")
-    schedule = make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr)
+    schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr)
     spectrum, _ = load_statistics("cifar10_32" if size == 32 else "cifar10_64_bicubic")
-    by_timestep = gaussian_loss_floor(spectrum, schedule, config.prediction)
-    best = (by_timestep * timestep_probabilities(config.T, config.logit_normal)).sum().item()
+    by_timestep = gaussian_loss_floor(spectrum, schedule, config.noise.prediction)
+    best = (by_timestep * timestep_probabilities(config.noise.T, config.noise.logit_normal)).sum().item()
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     axes[0].plot(m["images"], m["loss"], lw=1, label="training loss")
     axes[0].axhline(best, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {best:.4f}")
-    axes[0].set(xlabel="images seen", ylabel=f"loss ({config.prediction}, mean squared error)", yscale="log")
+    axes[0].set(xlabel="images seen", ylabel=f"loss ({config.noise.prediction}, mean squared error)", yscale="log")
     axes[0].legend(fontsize=8)
     axes[1].plot(m["seconds"] / 60, m["images"])
     axes[1].set(xlabel="minutes", ylabel="images seen")
-    fig.suptitle(f"CIFAR-10 at {size} pixels, {config.schedule} schedule", fontsize=9)
+    fig.suptitle(f"CIFAR-10 at {size} pixels, {config.noise.schedule} schedule", fontsize=9)
     save(fig, to, f"cifar10_curve_{size}.png")
 
 def samplers(run, to):

@@ -24,7 +24,7 @@ from diffnb.workshop.scoring import read_images
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
 from diffnb.workshop.folder import read_config, read_metrics, training_now
-from diffnb.workshop.settings import pick_precision
+from diffnb.workshop.settings import flattened, pick_precision
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
 DECAY_SHARE = 0.25     # of the whole run
@@ -89,16 +89,16 @@ def settings_of(path): # JSON file -> TrainConfig
     "The settings in a file, with what a run without a set end needs."
     values = read_json(path)
     config = make_config(values.get("config", values))                   # a result of pilots.py has them under "config"
-    return replace(config, epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
+    return config.change(epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
 
 def begin_plan(a): # -> dict
     if not a.config:
         raise DiffnbError(f"{a.out} holds no long run yet: name its settings with --config FILE.json")
-    return {"config": asdict(settings_of(a.config)), "decay_from": None}
+    return {"config": flattened(settings_of(a.config)), "decay_from": None}
 
 def check_same(a, plan):
     "A --config given again must be the one that the run began with."
-    begun, told = asdict(make_config(plan["config"])), asdict(settings_of(a.config))
+    begun, told = flattened(make_config(plan["config"])), flattened(settings_of(a.config))
     for k, v in told.items():
         if k not in free_to_change and begun[k] != v:
             raise DiffnbError(f"{a.out} was begun with {k}={begun[k]!r}, and {a.config} says {v!r}: "
@@ -119,7 +119,7 @@ def seconds_per_step(config, run): # of processor time, all threads and ranks to
         m = read_metrics(run)
         if len(m["step"]) > 1:
             return np.ptp(m["processor_seconds"]) / np.ptp(m["step"])
-    config, data, net = resolve(config)
+    config, data, net, *_ = resolve(config)
     return time_steps(config, data, net, 3, 1)[0] * torch.get_num_threads()
 
 def write_plan(a):
@@ -135,12 +135,13 @@ def write_plan(a):
     config = here(a, plan)
     if a.resume_from:
         begin_from(a, config)
-    seconds, n = seconds_per_step(config, run), len(load_data(config.data, config.image_size, root=a.data_root))
+    seconds, n = (
+        seconds_per_step(config, run), len(load_data(config.images.data, config.images.image_size, root=a.data_root)))
     for name, minutes in (("checkpoint_every", a.checkpoint_minutes), ("sample_every", a.grid_minutes)):
-        plan["config"][name] = float(minutes * 60 / seconds * config.batch_size / n)
+        plan["config"][name] = float(minutes * 60 / seconds * config.training.batch_size / n)
     save_json(path, {**plan, "processor_seconds_per_step": float(seconds)})
 
-def here(a, plan): return replace(make_config(plan["config"]), device=a.device, data_root=a.data_root) # -> TrainConfig
+def here(a, plan): return make_config(plan["config"]).change(device=a.device, data_root=a.data_root) # -> TrainConfig
 
 def planned_config(a, rank=0): # -> TrainConfig, the same for all ranks
     if rank == 0:
@@ -224,11 +225,12 @@ def begin_from(a, config):
         raise DiffnbError(f"{run} exists: leave --resume-from out to go on with it, or choose another --out")
     given, meta = read_snapshot(a.resume_from)
     shutil.rmtree(fresh, ignore_errors=True)
-    train(replace(config, log_every=1), fresh, on_log=lambda run: True, progress=False)
+    train(config.change(log_every=1), fresh, on_log=lambda run: True, progress=False)
     tensors, facts = last_checkpoint(fresh)
     if meta["model"] != facts["model"]:
         raise DiffnbError(f"{a.resume_from} holds another model than the settings describe")
-    tensors = weights_like(tensors, given, config.ema_half_lives) | {"meter": torch.zeros_like(tensors["meter"])}
+    tensors = weights_like(tensors, given, config.training.ema_half_lives) | {
+        "meter": torch.zeros_like(tensors["meter"])}
     for old in (*checkpoints(fresh), fresh / "metrics.csv"):
         old.unlink()
     facts |= {"step": meta["step"], **{k: meta.get(k, 0.0) for k in ("seconds", "processor_seconds")}}
@@ -303,9 +305,9 @@ class Scoring:
 
     def row(self):
         a, m, config = self.a, self.m, self.config
-        n = len(load_data(config.data, self.size, root=a.data_root))
-        facts = {"name": self.folder.name, "step": m.step, "images": m.step * config.batch_size,
-                 "epochs": m.step * config.batch_size / n, "core_hours": self.hours, "weights": a.weights}
+        n = len(load_data(config.images.data, self.size, root=a.data_root))
+        facts = {"name": self.folder.name, "step": m.step, "images": m.step * config.training.batch_size,
+                 "epochs": m.step * config.training.batch_size / n, "core_hours": self.hours, "weights": a.weights}
         return {**facts, "unguided": self.measure(a.n, 1.0), "guided": self.measure(a.n_guided, a.guidance),
                 "sampler": "dpmpp_2m", "sampler_steps": a.steps, "precision": self.precision, "protocol": RULES,
                 "commit": commit_of(), **machine(a.device)}

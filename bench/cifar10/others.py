@@ -48,15 +48,15 @@ def ours(a, device):
     config, plan = planned(apply(RECIPE, a), a.total_minutes, reserve=0)
     spent = time.perf_counter() - start  # loading, compiling, measuring: it counts as training time
     total = max(10, int(0.97 * (60 * a.total_minutes - spent) / plan["seconds_per_step"]))
-    config, data, net = resolve(replace(config, ema_half_lives=HALF_LIVES[:1]))       # one average, as the others have
-    schedule, state = make_schedule(config.schedule, config.T), new_state(net, config, device)
-    steps = train_steps(state, data.to(device), schedule, total, config.precision, ready(state, device))
+    config, data, net, *_ = resolve(config.change(ema_half_lives=HALF_LIVES[:1]))  # one average, as the others have
+    schedule, state = make_schedule(config.noise.schedule, config.noise.T), new_state(net, config, device)
+    steps = train_steps(state, data.to(device), schedule, total, config.run.precision, ready(state, device))
     facts = {
-        "parameters": count_parameters(state.model), "batch": config.batch_size, "lr": config.lr,
-        "precision": config.precision, "compiled": device.type == "cuda", "seconds_before": spent}
+        "parameters": count_parameters(state.model), "batch": config.training.batch_size, "lr": config.training.lr,
+        "precision": config.run.precision, "compiled": device.type == "cuda", "seconds_before": spent}
     return (
-        clocked(lambda: next(steps, False), device, config.batch_size),
-        lambda: (state.ema.model, schedule, config.prediction, len(data.classes)), facts)
+        clocked(lambda: next(steps, False), device, config.training.batch_size),
+        lambda: (state.ema.model, schedule, config.noise.prediction, len(data.classes)), facts)
 
 def diffusers(a, device):
     from diffusers import DDPMScheduler, UNet2DModel

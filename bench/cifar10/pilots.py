@@ -23,8 +23,9 @@ from diffnb.train import train_steps
 from diffnb.unet import count_parameters
 from diffnb.workshop.run import new_state
 from diffnb.scale import count_flops
+from diffnb.workshop.settings import flattened
 
-SMALL = TrainConfig(
+SMALL = TrainConfig.of(
     data="cifar10", flip=True, patch_size=2, base_channels=128, channel_mult=(1.0, 1.0), blocks=2, attention=(8,),
     head_dim=64, schedule="flow", prediction="velocity", logit_normal=(-0.2, 1.0), optimizer="muon", lr=3e-3,
     warmup=100, decay_share=0.7, batch_size=64, ema_half_lives=(0.05, 0.1, 0.02), precision="bf16", device="cpu")
@@ -46,7 +47,7 @@ PILOTS = {
 LOG_SNR = (6, 4, 2, 0, -2, -4) # natural logarithm of signal power over noise power
 
 
-def config_of(name, a): return replace(SMALL, data_root=a.data_root, **PILOTS[name])
+def config_of(name, a): return SMALL.change(data_root=a.data_root, **PILOTS[name])
 
 @torch.no_grad()
 def x0_errors(model, schedule, prediction, data, n=1000): # -> {log SNR: mean squared error of x0}
@@ -112,10 +113,10 @@ def speed(a):
     data, path = load_data("cifar10", root=a.data_root), a.out / "speed.json"
     found = read_json(path) if path.exists() else {}
     for name in a.only:
-        config, _, net = resolve(config_of(name, a))
+        config, _, net, *_ = resolve(config_of(name, a))
         seconds, state = time_steps(config, data, net, 5, 2)
         found[name] = {
-            "seconds_per_step": seconds, "images_per_second": config.batch_size / seconds,
+            "seconds_per_step": seconds, "images_per_second": config.training.batch_size / seconds,
             "parameters": count_parameters(state.model), "gflop_an_image": count_flops(state.model, train=True) / 1e9}
         print(name, found[name], flush=True)
         save_json(path, found)
@@ -124,31 +125,33 @@ def pilot(name, a):
     path, plan = a.out / f"{name}.json", read_json(a.out / "speed.json")[name]
     if path.exists():
         return
-    config, data, net = resolve(config_of(name, a))
+    config, data, net, *_ = resolve(config_of(name, a))
     steps = int(a.core_minutes * 60 / plan["seconds_per_step"])
-    config = replace(config, epochs=(steps - 0.5) * config.batch_size / len(data))
+    config = config.change(epochs=(steps - 0.5) * config.training.batch_size / len(data))
     schedule, state, losses = (
-        make_schedule(config.schedule, config.T, config.shift), new_state(net, config, torch.device("cpu")), [])
+        make_schedule(config.noise.schedule, config.noise.T, config.noise.shift),
+        new_state(net, config, torch.device("cpu")), [])
     start, cpu = time.perf_counter(), time.process_time()
-    for step in train_steps(state, data, schedule, steps, config.precision):
+    for step in train_steps(state, data, schedule, steps, config.run.precision):
         if step % 50 == 0 or step == steps:
             losses.append([step, state.meter.read()["loss"]])
             if step % 250 == 0:
                 print(
                     f"{name} {step}/{steps} loss {losses[-1][1]:.4f} "
-                    f"{step * config.batch_size / (time.perf_counter() - start):.0f}/s",
+                    f"{step * config.training.batch_size / (time.perf_counter() - start):.0f}/s",
                     flush=True)
     minutes, core_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu) / 60
     test = load_data("cifar10", split="test", root=a.data_root)
     facts = {
-        "name": name, "change": PILOTS[name], "config": asdict(config), **plan, "steps": steps,
-        "images": steps * config.batch_size, "minutes": minutes, "core_minutes": core_minutes, "losses": losses,
-        "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
+        "name": name, "change": PILOTS[name], "config": flattened(config), **plan, "steps": steps,
+        "images": steps * config.training.batch_size, "minutes": minutes, "core_minutes": core_minutes,
+        "losses": losses, "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
     for average, ema in state.averages.items():
         save_weights(
-            Trained(ema.model, schedule, asdict(config), data.classes, steps), a.out / f"{name}_{average}.safetensors")
-        facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.prediction, test)}
-    facts["ema"] |= score(state.ema.model, schedule, config, a, config.prediction, name)
+            Trained(ema.model, schedule, flattened(config), data.classes, steps),
+            a.out / f"{name}_{average}.safetensors")
+        facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.noise.prediction, test)}
+    facts["ema"] |= score(state.ema.model, schedule, config, a, config.noise.prediction, name)
     save_json(path, facts)
     print(name, {k: v for k, v in facts["ema"].items()}, flush=True)
 

@@ -21,8 +21,9 @@ def main():
     save_json(
         a.out / "train.json",
         {
-            "size": a.size, "step": state.step, "steps": plan["steps"], "images": state.step * c.batch_size,
-            "seconds": state.seconds, "half_lives": dict(zip(("ema", "ema2"), c.ema_half_lives)), **machine(a.device)})
+            "size": a.size, "step": state.step, "steps": plan["steps"], "images": state.step * c.training.batch_size,
+            "seconds": state.seconds, "half_lives": dict(zip(("ema", "ema2"), c.training.ema_half_lives)),
+            **machine(a.device)})
     print(
         f"step {state.step} of {plan['steps']}, {state.seconds / 60:.1f} minutes"
         + (": done" if state.step == plan["steps"] else ": repeat the command to go on"))

@@ -6,7 +6,6 @@ __all__ = ['Run', 'Guidance', 'commands', 'train', 'resume', 'sample', 'info', '
 # %% ../../nbs/workshop/cli.ipynb #i0
 import codecs, difflib, errno, inspect, os, platform, re, shlex, shutil, sys
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, Literal
 
@@ -19,7 +18,8 @@ from ..__main__ import importing
 from ..core import checkpoints, DiffnbError, late_import, pick_device, SingleProcess
 from .folder import (
     as_command, as_options, check_place, make_config, reached, read_config, read_metrics, training_now)
-from .settings import check_config, pick_precision, PRESETS, RENAMED, SIDES, total_steps, TrainConfig
+from .settings import (
+    check_config, flattened, pick_precision, PRESETS, RENAMED, SIDES, total_steps, TrainConfig)
 
 # %% ../../nbs/workshop/cli.ipynb #i2z
 torch = late_import("torch")
@@ -131,10 +131,10 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
 
 def _run_of(config):
     "The folder for a run that was given none: named after the data, whatever way led to it."
-    name = config.data if config.data in SIDES else Path(os.path.realpath(config.data)).name
+    name = config.images.data if config.images.data in SIDES else Path(os.path.realpath(config.images.data)).name
     if not name:
-        raise DiffnbError(f"--data {config.data} gives a run no name: say where it is to be kept (--run)")
-    return Path("runs") / (name + (f"-{config.image_size}" if config.image_size else ""))
+        raise DiffnbError(f"--data {config.images.data} gives a run no name: say where it is to be kept (--run)")
+    return Path("runs") / (name + (f"-{config.images.image_size}" if config.images.image_size else ""))
 
 @contextmanager
 def _ranks(device, shard=False):
@@ -152,10 +152,10 @@ def _train(config, run, tensorboard=False, shard=False):
         from diffnb.sample import ddim
         from diffnb.workshop.curves import to_tensorboard
         from diffnb.workshop.run import train as train_run
-    with _ranks(config.device, shard) as ranks:
+    with _ranks(config.run.device, shard) as ranks:
         if ranks.rank == 0:
             print(
-                f"training in {run}, on {pick_device(config.device)}"
+                f"training in {run}, on {pick_device(config.run.device)}"
                 + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
         state = train_run(
             config, run, sampler=ddim, on_log=to_tensorboard() if tensorboard and ranks.rank == 0 else None, ranks=ranks
@@ -183,9 +183,9 @@ def resume(run: Run,                    # a run folder
 
     Raises DiffnbError where its images are gone."""
     given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
-    config = replace(read_config(run, build=False)["config"], **{k: v for k, v in given.items() if v is not None})
-    if config.data not in SIDES and not Path(config.data).is_dir():
-        raise DiffnbError(f"the images of {run} are not in {config.data}: say where they are now: "
+    config = read_config(run, build=False)["config"].change(**{k: v for k, v in given.items() if v is not None})
+    if config.images.data not in SIDES and not Path(config.images.data).is_dir():
+        raise DiffnbError(f"the images of {run} are not in {config.images.data}: say where they are now: "
                           f"{as_command('resume', run)} --data FOLDER")
     return _train(config, run, tensorboard, shard)
 
@@ -268,15 +268,15 @@ def info(run: Run, # a run folder, also while it is training
         "" if data["image_size"] == data["native_size"] else f", resized from {data['native_size']} by {data['filter']}"
     )
     print(
-        f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, {config.precision})"
-    )
+        f"run          {run}  (diffnb {facts['diffnb']}, torch {facts['torch']}, {facts['device']}, "
+        f"{config.run.precision})")
     print(
         f"data         {data['name']}: {data['images']:,} images, "
         f"{data['image_size']}x{data['image_size']}x{data['channels']}{resized}, {len(data['classes'])} "
         "classes")
     print(
-        f"model        {facts['parameters'] / 1e6:.2f}M parameters, {config.schedule} schedule, predicts "
-        f"{config.prediction}")
+        f"model        {facts['parameters'] / 1e6:.2f}M parameters, {config.noise.schedule} schedule, predicts "
+        f"{config.noise.prediction}")
     for line in _progress(run, config, facts["plans"], data["images"]):
         print(line)
     print(f"checkpoints  {', '.join(p.name for p in checkpoints(run)) or 'none yet'}")
@@ -295,7 +295,7 @@ def _rows(run):
 def _progress(run, config, plans, images):
     "Lines: how far, by which plan, in which state, and the last row."
     (m, why), total, last = _rows(run), total_steps(config, images), reached(run)[0]
-    done, seen = max(last, int(m["step"][-1]) if m else 0), config.batch_size
+    done, seen = max(last, int(m["step"][-1]) if m else 0), config.training.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
     yield f"progress     step {done:,} of {total:,} ({done / total:.0%}), {done * seen:,} images seen{minutes}"
     if plans[1:]:
@@ -458,8 +458,8 @@ def _without_preset(args):
     at = args.index("--preset")
     if args[at + 1:at + 2] == [] or args[at + 1] not in PRESETS:
         return args            # tyro says what is wrong
-    usual, preset = TrainConfig(), PRESETS[args[at + 1]]
-    changed = [f.name for f in fields(TrainConfig) if getattr(preset, f.name) != getattr(usual, f.name)]
+    usual, preset = flattened(TrainConfig()), PRESETS[args[at + 1]]
+    changed = [name for name, value in flattened(preset).items() if value != usual[name]]
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _check_arguments(args):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core import addressed, checkpoints, DiffnbError, pick_device, read_tensors
 from ..data import resize, to_float
 from ..doctor import copies, LEAST_ROWS, spikes
-from ..schedule import gaussian_loss_floor, image_spectrum, load_statistics, make_schedule
+from ..schedule import gaussian_loss_floor, image_spectrum, load_statistics
 from ..train import diffusion_loss, load_weights, timestep_probabilities
 from ..unet import count_parameters, UNet
 from .datasets import load_data
@@ -60,15 +60,16 @@ class Facts:
     age: float = 0.0             # seconds since the last row was logged
     missing: list = field(default_factory=list)
 
-    total = property(lambda self: math.ceil(self.config.epochs * self.data["images"] / self.config.batch_size))
+    total = property(
+        lambda self: math.ceil(self.config.training.epochs * self.data["images"] / self.config.training.batch_size))
     step = property(lambda self: int(self.metrics["step"][-1]) if self.metrics else 0)
     done = property(lambda self: min(1.0, self.step / self.total))          # share of the planned steps
     schedule = property(
-        lambda self: make_schedule(
-            self.config.schedule, self.config.T, self.config.shift, self.config.zero_terminal_snr))
+        lambda self: self.config.noise.make_schedule())
     size = property(lambda self: self.data["image_size"])
     native = property(lambda self: self.data["native_size"])
-    chances = property(lambda self: timestep_probabilities(self.config.T, self.config.logit_normal)) # of each t
+    # of each t
+    chances = property(lambda self: timestep_probabilities(self.config.noise.T, self.config.noise.logit_normal))
     floor_mean = property(lambda self: None if self.floor is None else self.in_training(self.floor))
 
     def in_training(self, curve # (T,), or one number
@@ -80,8 +81,10 @@ class Facts:
     @property
     def holding(self) -> bool:
         "Is the rate at its peak, to stay there until a decay that has not begun?"
-        share = self.config.decay_share
-        return share is not None and min(self.config.warmup, self.total // 10) < self.step < (1 - share) * self.total
+        share = self.config.training.decay_share
+        return (
+            share is not None
+            and min(self.config.training.warmup, self.total // 10) < self.step < (1 - share) * self.total)
 
     @cached_property
     def copied(self) -> tuple: # as `diffnb.doctor.copies`, worked out once
@@ -127,7 +130,7 @@ def _config(run):
         pure = isinstance(values, dict) and (values.get("zero_terminal_snr") or values.get("schedule") == "flow")
         if not pure or values.get("prediction") != "eps":
             raise
-        return {**facts, "config": replace(make_config({**values, "prediction": "v"}), prediction="eps")}
+        return {**facts, "config": make_config({**values, "prediction": "v"}).change(prediction="eps")}
 
 def _cut_grid(path, size, channels):
     # -> (real, made), uint8 (N, C, size, size); None if the picture is laid out otherwise
@@ -161,11 +164,11 @@ def _load(f, split, size): # ImageData, or None with the reason noted
     c = f.config
     try:
         data = load_data(
-            c.data, size, split, filter=c.interpolation, root=c.data_root, url="file:///offline/cifar-10-python.tar.gz",
-            on_broken="skip", channels=f.data["channels"], progress=False)
-        if data.labels is None or not c.conditional:
+            c.images.data, size, split, filter=c.images.interpolation, root=c.images.data_root,
+            url="file:///offline/cifar-10-python.tar.gz", on_broken="skip", channels=f.data["channels"], progress=False)
+        if data.labels is None or not c.images.conditional:
             return data
-        labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.data}")
+        labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.images.data}")
         return replace(data, labels=labels, classes=tuple(f.data["classes"]))
     except DiffnbError as e:
         f.missing.append(f"the {split} images: {str(e).splitlines()[0].split(' and could not be downloaded')[0]}")
@@ -190,7 +193,7 @@ def _read_data(f):
         f.missing.append(
             "the Gaussian floor of the loss: all training images are equal, so there is nothing to learn about them")
     elif f.spectrum is not None:
-        f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.prediction)
+        f.floor = gaussian_loss_floor(f.spectrum, f.schedule, f.config.noise.prediction)
     else:
         f.missing.append(
             "the Gaussian floor of the loss: it needs more images than an image has values, or statistics "
@@ -210,9 +213,9 @@ def _measure(f):
             f"held-out loss and the loss of the EMA: {n} image(s) are too few to measure them on, "
             f"{LEAST_ROWS} are needed")
         return
-    t, g = torch.arange(n) * c.T // n, addressed("doctor", n)
-    if c.logit_normal: # as often as training draws them
-        t = torch.searchsorted(f.chances.cumsum(0), (torch.arange(n).double() + 0.5) / n).clamp(max=c.T - 1)
+    t, g = torch.arange(n) * c.noise.T // n, addressed("doctor", n)
+    if c.noise.logit_normal: # as often as training draws them
+        t = torch.searchsorted(f.chances.cumsum(0), (torch.arange(n).double() + 0.5) / n).clamp(max=c.noise.T - 1)
     t, noise = t[torch.randperm(n, generator=g)], torch.randn(n, f.net["in_channels"], f.size, f.size, generator=g)
     model, f.losses = UNet(**meta["model"]).to(device).eval(), {"t": t.numpy()}
     for name, weights, data in (("train", "ema", f.images), ("held-out", "ema", f.test), ("raw", "model", f.images)):
@@ -223,10 +226,10 @@ def _measure(f):
         for i in range(0, n, 64):
             x0, y = (
                 to_float(data.take(index[i : i + 64]).to(device)),
-                data.labels[index[i : i + 64]].to(device) if c.conditional and data.labels is not None else None)
+                data.labels[index[i : i + 64]].to(device) if c.images.conditional and data.labels is not None else None)
             parts.append(
                 diffusion_loss(
-                    model, schedule, x0, t[i : i + 64].to(device), noise[i : i + 64].to(device), y, c.prediction))
+                    model, schedule, x0, t[i : i + 64].to(device), noise[i : i + 64].to(device), y, c.noise.prediction))
         f.losses[name] = torch.cat(parts).double().cpu().numpy()
 
 # %% ../../nbs/workshop/facts.ipynb #c025

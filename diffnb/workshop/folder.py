@@ -8,7 +8,7 @@ __all__ = ['columns', 'free_to_change', 'read_metrics', 'read_config', 'make_con
 import csv, errno, io, json, os, platform, shlex, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, ExitStack, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 # %% ../../nbs/workshop/folder.ipynb #i1
@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..core import (_checked, checkpoints, config_json, DiffnbError, late_import, pick_device, read_tensors,
                          strict_json, write_whole)
-from .settings import _unwritable, check_config, RENAMED, SIDES, total_steps, TrainConfig
+from .settings import (
+    check_config, flattened, RENAMED, RunSettings, SIDES, total_steps, TrainConfig, _unwritable)
 
 # %% ../../nbs/workshop/folder.ipynb #i2z
 np = late_import("numpy")
@@ -107,11 +108,11 @@ def read_config(run: str | Path,    # a run folder
                 raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
-        facts.setdefault("plans", [{"epochs": config.epochs, "step": 0}])  # version 0.1 did not write it
+        facts.setdefault("plans", [{"epochs": config.training.epochs, "step": 0}])  # version 0.1 did not write it
         _check_plans(facts["plans"])
         if build or type(facts.get("parameters")) is not int:
             facts["parameters"] = _count(facts["model"])
-        config = replace(config, data=_where(config.data, facts["data"]))
+        config = config.change(data=_where(config.images.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
 
 def make_config(values: dict,   # as JSON gives it
@@ -121,10 +122,9 @@ def make_config(values: dict,   # as JSON gives it
     if not isinstance(values, dict):
         raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {RENAMED.get(k, k) if RENAMED.get(k) not in values else k: v for k, v in values.items()}
-    known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(map(str, set(values) - known)):
+    if unknown := sorted(map(str, values.keys() - flattened(TrainConfig()).keys())):
         raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
-    return check_config(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    return check_config(TrainConfig.of(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
 # %% ../../nbs/workshop/folder.ipynb #c081a
 _of_files = {
@@ -258,16 +258,14 @@ def training_now(run: str | Path, # a run folder
         return None
 
 # %% ../../nbs/workshop/folder.ipynb #c091
-free_to_change = {
-    "epochs", "device", "compile", "channels_last", "fused", "tf32", "resident", "activation_checkpointing",
-    "sample_every", "sample_steps", "checkpoint_every", "keep", "log_every", "data_root", "data_url"}
+free_to_change = {f.name for f in fields(RunSettings)} - {"precision"} | {"epochs", "data_root", "data_url"}
 
 def as_options(config: TrainConfig,
                names,        # of settings
               ) -> list[str]: # words
     "The command-line options that give these settings of `config` their values."
     words = lambda v: map(str, v) if isinstance(v, tuple) else [str(v)]
-    return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(getattr(config, k)))]
+    return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(flattened(config)[k]))]
 
 def as_command(name: str, # of one of diffnb's commands
                *words,    # its arguments
@@ -277,10 +275,11 @@ def as_command(name: str, # of one of diffnb's commands
 
 def _same_settings(run, old, config):
     free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
-    changed = [f.name for f in fields(config) if f.name not in free and getattr(config, f.name) != getattr(old, f.name)]
+    was, now = flattened(old), flattened(config)
+    changed = [k for k in now if k not in free and now[k] != was[k]]
     if not changed:
         return
-    both = "; ".join(f"{k}={getattr(old, k)!r}, and now {k}={getattr(config, k)!r} is asked for" for k in changed)
+    both = "; ".join(f"{k}={was[k]!r}, and now {k}={now[k]!r} is asked for" for k in changed)
     raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: "
                       f"{shlex.join(as_options(old, changed))}; to start anew, another folder (--run)")
 
@@ -313,7 +312,7 @@ def reached(run: str | Path, # a run folder
     for path in reversed(checkpoints(run)):
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
-            return meta["step"], make_config(meta["config"]).epochs
+            return meta["step"], make_config(meta["config"]).training.epochs
         except (DiffnbError, KeyError):
             continue
     return 0, None
@@ -323,22 +322,24 @@ def _plans(run, old, config, images):
     Raises DiffnbError if the run is past the end of the present one."""
     step, then = reached(run)
     def over(epochs):
-        total = total_steps(replace(config, epochs=epochs), images)
+        total = total_steps(config.change(epochs=epochs), images)
         # what was made under another plan is not the end of this
         return total < step or total == step and epochs != then
-    if over(config.epochs):
+    if over(config.training.epochs):
         kept = [
-            e for e in (old["config"].epochs, *(p["epochs"] for p in reversed(old["plans"])), then) if e and not over(e)
-        ]
+            e
+            for e in (old["config"].training.epochs, *(p["epochs"] for p in reversed(old["plans"])), then)
+            if e and not over(e)]
         how = (
             (f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
             if kept
             else "")
         raise DiffnbError(
-            f"{run} has done {step} steps, {step * config.batch_size / images:.4g} epochs, under another "
+            f"{run} has done {step} steps, {step * config.training.batch_size / images:.4g} epochs, under another "
             "plan: "
-            f"with --epochs {config.epochs:g} it would be called finished, and is not. Ask for more.{how}")
-    return old["plans"] + [{"epochs": config.epochs, "step": step}] * (config.epochs != old["config"].epochs)
+            f"with --epochs {config.training.epochs:g} it would be called finished, and is not. Ask for more.{how}")
+    return old["plans"] + [{"epochs": config.training.epochs, "step": step}] * (
+        config.training.epochs != old["config"].training.epochs)
 
 def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
     for pattern in (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*"):
@@ -347,7 +348,7 @@ def _sweep(run): # what a killed process of ours left half written; other comman
 
 def _open_run(run, config, data, net):
     "Check that the run in the folder, if there is one, is the same. Writes config.json."
-    plans = [{"epochs": config.epochs, "step": 0}]
+    plans = [{"epochs": config.training.epochs, "step": 0}]
     if (run / "config.json").exists():
         old = read_config(run)
         _same_settings(run, old["config"], config)
@@ -363,8 +364,8 @@ def _open_run(run, config, data, net):
         _sweep(run)
     text = json.dumps(
         {
-            "config": asdict(config), "model": net, "parameters": _count(net), "plans": plans, "diffnb": __version__,
-            "torch": torch.__version__, "device": str(pick_device(config.device)), "data": _describe(data)},
+            "config": flattened(config), "model": net, "parameters": _count(net), "plans": plans, "diffnb": __version__,
+            "torch": torch.__version__, "device": str(pick_device(config.run.device)), "data": _describe(data)},
         indent=1)
     try:
         strict_json(text.encode())

@@ -80,15 +80,15 @@ def _memory_advice(net, config, device):
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
             raise
         room = _room(device)
-        fixed, each = training_memory(net, config.precision, device, config.activation_checkpointing, config)
+        fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
         # the rest: the images, what libraries need, gaps
-        fits, size = int((0.85 * room - fixed) / each), config.batch_size
+        fits, size = int((0.85 * room - fixed) / each), config.training.batch_size
         parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal ones
         advice = (f"about {fits} images fit at a time: --batch-size {fits}, "
                   f"or the same batch in parts, --grad-accum-steps {parts}"
                   if fits > 0 else "not even one image fits: a smaller base_channels or image_size")
-        less = "" if config.activation_checkpointing else "--activation-checkpointing True needs less too. "
+        less = "" if config.run.activation_checkpointing else "--activation-checkpointing True needs less too. "
         raise DiffnbError(
-            f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.batch_size}, "
-            f"grad_accum_steps={config.grad_accum_steps}; {advice}. {less}The last checkpoint stays"
+            f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.training.batch_size}, "
+            f"grad_accum_steps={config.training.grad_accum_steps}; {advice}. {less}The last checkpoint stays"
         ) from e

@@ -13,22 +13,21 @@ import torch
 from ..core import DiffnbError, pick_device
 from ..data import ImageData
 from ..scale import count_flops, wait
-from ..schedule import make_schedule
 from ..train import moments_of, train_steps, TrainState
 from ..unet import count_parameters
 from .memory import training_memory
 from .run import new_state, ready
-from .settings import resolve, total_steps, TrainConfig
+from .settings import resolve, TrainConfig
 
 # %% ../../nbs/workshop/planning.ipynb #c015
 def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` gives them
                steps: int = 5, warm: int = 2,
               ) -> tuple[float, TrainState]: # seconds a step
     "Median time of real training steps of a UNet(**net) with this configuration, after `warm` that do not count."
-    device, schedule = (
-        pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr))
+    device, schedule = pick_device(config.run.device), config.noise.make_schedule()
     state, times = new_state(net, config, device), []
-    for _ in train_steps(state, data.to(device), schedule, steps + warm + 1, config.precision, ready(state, device)):
+    for _ in train_steps(
+        state, data.to(device), schedule, steps + warm + 1, config.run.precision, ready(state, device)):
         wait(device)
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in zip(times[warm:], times[warm + 1:])), state
@@ -41,29 +40,31 @@ def plan(config: TrainConfig,
     nothing. Raises DiffnbError if the settings cannot work."""
     if steps < 1:
         raise DiffnbError(f"steps={steps}: at least one has to be measured")
-    config, data, net = resolve(config)
-    device, micro = pick_device(config.device), config.batch_size // config.grad_accum_steps
+    config, data, net, device, _, total = resolve(config)
+    micro = config.training.batch_size // config.training.grad_accum_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    fixed, each = training_memory(net, config.precision, device, config.activation_checkpointing, config)
+    fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
     kept = 4 * sum(
         p.numel() * (1 + len(state.averages) + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
-    total, flops = total_steps(config, len(data)), count_flops(state.model, train=True)
+    flops = count_flops(state.model, train=True)
     p = dict(
         parameters=count_parameters(state.model), flops_per_image=flops, memory=measured or fixed + micro * each,
         seconds_per_step=seconds, steps=total, hours=total * seconds / 3600)
     print(f"model    {p['parameters'] / 1e6:.1f}M parameters; a checkpoint takes {kept / 1e6:.0f} MB on disk")
     print(
         f"work     {flops / 1e9:.2f} GFLOP for each image of a training step, "
-        f"{config.batch_size / seconds * flops / 1e9:.0f} GFLOP/s reached on {device}, in "
-        f"{config.precision}")
+        f"{config.training.batch_size / seconds * flops / 1e9:.0f} GFLOP/s reached on {device}, in "
+        f"{config.run.precision}")
     print(
-        (f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch {config.batch_size}")
-        + (f" in {config.grad_accum_steps} parts" if config.grad_accum_steps > 1 else "")
+        (
+            f"memory   {'measured' if measured else 'about'} {p['memory'] / 1e9:.2f} GB at batch "
+            f"{config.training.batch_size}")
+        + (f" in {config.training.grad_accum_steps} parts" if config.training.grad_accum_steps > 1 else "")
         + f": {fixed / 1e9:.2f} GB whatever the batch, {each / 1e6:.1f} MB for each image at a time")
     print(
-        f"time     {config.batch_size / seconds:.0f} images/s, {total:,} steps: {p['hours']:.1f} hours "
+        f"time     {config.training.batch_size / seconds:.0f} images/s, {total:,} steps: {p['hours']:.1f} hours "
         f"({p['hours'] * 60:.0f} minutes), sample grids and compilation not counted")
     return p

@@ -46,7 +46,7 @@ def _fig_bins(f, ax):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)          # a bin without any sample
         mean = [np.nanmean(late[f"loss_bin_{i}"]) for i in x]
-        in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.T == i].mean() for i in x]
+        in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.noise.T == i].mean() for i in x]
         measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
     ax.semilogy(x, mean, "o-", label="logged, last third")
     if f.floor is not None and torch.as_tensor(f.floor).ndim:
@@ -54,7 +54,7 @@ def _fig_bins(f, ax):
     labels = {"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}
     for (name, y), mark in zip(measured.items(), "sv^"):
         ax.semilogy(x, y, mark, ms=4, label=labels[name])
-    ax.set(xlabel=f"timestep bin ({f.config.T // BINS} timesteps each)", ylabel="loss (MSE)")
+    ax.set(xlabel=f"timestep bin ({f.config.noise.T // BINS} timesteps each)", ylabel="loss (MSE)")
     ax.legend(fontsize=7)
     seen = [y for y in mean if np.isfinite(y)] or [math.inf]
     return f"Loss in ten timestep bins, from {seen[0]:.3g} at little noise to {seen[-1]:.3g} at most noise."
@@ -74,13 +74,16 @@ def _curve(f, ax, column, label, reference=None, name=""):
 
 def _fig_lr(f, ax):
     steps = np.arange(0, f.total, max(1, f.total // 300))
-    planned = [lr_at(int(s), f.total, f.config.lr, f.config.warmup, f.config.decay_share) for s in steps]
+    planned = [
+        lr_at(int(s), f.total, f.config.training.lr, f.config.training.warmup, f.config.training.decay_share)
+        for s in steps]
     return _curve(f, ax, "lr", "learning rate", (steps, planned), "as configured")
 
 def _fig_grad(f, ax):
     steps = f.metrics["step"]
     return _curve(
-        f, ax, "grad_norm", "gradient norm before clipping", (steps, [f.config.grad_clip] * len(steps)), "the bound")
+        f, ax, "grad_norm", "gradient norm before clipping", (steps, [f.config.training.grad_clip] * len(steps)),
+        "the bound")
 
 def _fig_speed(f, ax):
     return _curve(f, ax, "images_per_s", "images per second")
@@ -109,8 +112,10 @@ def _fig_ema(f, ax):
         weight = (1 - decay) * np.append(np.cumprod(decay[:0:-1])[::-1], 1)
         ax.plot(step, weight / weight.max(), style, label=name)
         half = f.total - np.searchsorted(weight.cumsum() / weight.sum(), 0.5)
-        halves.append(f"half of {'it' if name == 'ema' and not f.config.ema_half_lives else name} comes from the last "
-                      f"{half:,} steps")
+        halves.append(
+            f"half of {'it' if name == 'ema' and not f.config.training.ema_half_lives else name} comes "
+            "from the last "
+            f"{half:,} steps")
     ax.set(xlabel="step", ylabel="share in the final average (top = 1)")
     if halves[1:]:
         ax.legend(fontsize=7)
@@ -172,7 +177,7 @@ def _quality(f): # what can be expected of the pictures, with the numbers behind
     if f.grid and f.images is not None:
         yield ("Distance to the nearest training image {:.2f} (median), usual among training images {:.2f}; "
                "copies: {:.0%}.".format(*f.copied))
-    seen = f.step * f.config.batch_size
+    seen = f.step * f.config.training.batch_size
     yield (f"{seen:,} images seen so far, {seen / f.parameters:.3g} for each of {f.parameters:,} parameters; "
            f"published CIFAR-10 runs: {PUBLISHED}.")
     if f.size > f.native:

@@ -7,7 +7,6 @@ __all__ = ['new_state', 'ready', 'sample_grid', 'TrainingStopped', 'LossWatch', 
 import errno, math, os, signal, threading, time, warnings
 from collections import deque
 from contextlib import contextmanager, ExitStack
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,27 +17,26 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/workshop/run.ipynb #i2
 from ..core import (
-    _step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, pick_device,
-    read_tensors, write_tensors, write_whole)
+    _step, addressed, SingleProcess, checkpoints, default_on_cuda, DiffnbError, last_checkpoint, read_tensors,
+    write_tensors, write_whole)
 from ..data import save_grid, to_uint8
 from ..sample import Denoiser
-from ..schedule import make_schedule
 from ..train import BINS, lr_at, train_steps, TrainState
 from ..unet import UNet
 from .folder import _csv, _open_run, _rows, alone_in, as_command, check_run_place, columns, read_config
 from .memory import _memory_advice, checkpoint_activations
-from .settings import check_config, resolve, total_steps
+from .settings import check_config, flattened, resolve, total_steps
 
 # %% ../../nbs/workshop/run.ipynb #c073
 def new_state(net, config, device, # UNet configuration, TrainConfig, torch.device
               ranks=SingleProcess()
              ) -> TrainState: # at step 0
-    """A network with the weights of `config.seed`, laid out as the configuration asks, its averages, optimiser and
-    meter."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    torch.manual_seed(addressed(config.seed, "weights").initial_seed())
+    """A network with the weights of the configured seed, laid out as the configuration asks, its averages, optimiser
+    and meter."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
+    torch.manual_seed(addressed(config.training.seed, "weights").initial_seed())
     model = UNet(**net).to(ranks.init_device(device))
-    if default_on_cuda(config.channels_last, device):
+    if default_on_cuda(config.run.channels_last, device):
         model = model.to(memory_format=torch.channels_last)
     return TrainState(model, config)
 
@@ -46,9 +44,9 @@ def ready(state, device, ranks=SingleProcess()
          ) -> torch.nn.Module: # what the loop calls: state.model, or what stands for it
     "Wrapped by the ranks, with activation checkpointing, compiled: as the configuration asks."
     network = ranks.wrap(state)
-    if state.config.activation_checkpointing:
+    if state.config.run.activation_checkpointing:
         checkpoint_activations(state.model)
-    if default_on_cuda(state.config.compile, device):
+    if default_on_cuda(state.config.run.compile, device):
         for part in ranks.compile_targets(network):
             part.compile()                                       # in place, so no _orig_mod in the names of weights
     return network
@@ -74,13 +72,14 @@ def _stop_signals():
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()) -> Path | None:
     "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
     config, device = state.config, next(state.model.parameters()).device
-    rows = min(10, len(data.classes)) if config.conditional else rows
-    labels = torch.arange(rows).repeat_interleave(per_row) if config.conditional else None
+    rows = min(10, len(data.classes)) if config.images.conditional else rows
+    labels = torch.arange(rows).repeat_interleave(per_row) if config.images.conditional else None
     x_T = torch.randn(
-        rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.seed, "grid"))
+        rows * per_row, data.images.shape[1], data.size, data.size, generator=addressed(config.training.seed, "grid"))
     def draw(x_T, y=None):
-        return sampler(Denoiser(state.ema.model, schedule, config.prediction, y), x_T, steps=config.sample_steps)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return sampler(
+            Denoiser(state.ema.model, schedule, config.noise.prediction, y), x_T, steps=config.run.sample_steps)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
         made = ranks.map(draw, *(v.to(device) for v in (x_T, labels) if v is not None))
     if ranks.rank:
         return
@@ -225,20 +224,20 @@ class Recorder:
 
     def after_step(self, interrupted) -> bool:
         "Do what is due after a step; True if the run should end here."
-        c, done = self.state.config, self.state.step == self.total
-        ended = (self.state.step % c.log_every == 0 or done) and self.log()
+        asked, done = self.state.config.run, self.state.step == self.total
+        ended = (self.state.step % asked.log_every == 0 or done) and self.log()
         ended = self.ranks.any(ended or interrupted)
-        if ended or done or self.due(c.checkpoint_every):
+        if ended or done or self.due(asked.checkpoint_every):
             self.save()    # before pictures: sampling may fail
         # a signal from now on waits for the next step
-        if (done or self.due(c.sample_every) and not ended) and self.grid():
+        if (done or self.due(asked.sample_every) and not ended) and self.grid():
             self.save()
             return True
         return ended
 
     def epochs(self, step) -> float:
         "How often the images have been seen after `step` steps."
-        return step * self.state.config.batch_size / len(self.data)
+        return step * self.state.config.training.batch_size / len(self.data)
 
     def due(self, every) -> bool:
         "Has the last step completed a multiple of `every` epochs?"
@@ -252,7 +251,7 @@ class Recorder:
 
     def row(self) -> dict:
         "What metrics.csv says of the steps since the last row."
-        state, c = self.state, self.state.config
+        state, c = self.state, self.state.config.training
         row, now = state.meter.read(self.ranks), time.perf_counter()
         row |= {"step": state.step, "epoch": self.epochs(state.step), "images": state.step * c.batch_size,
                 "lr": lr_at(state.step - 1, self.total, c.lr, c.warmup, c.decay_share), "seconds": now - self.begun,
@@ -286,8 +285,8 @@ class Recorder:
             return
         data = {"classes": list(self.data.classes), "native_size": self.data.native_size}
         meta = {"step": state.step, "seconds": state.seconds, "processor_seconds": state.processor_seconds,
-                "config": asdict(state.config), "model": self.net, "data": data}
-        self.watch.store(tensors, meta, state.config.keep)
+                "config": flattened(state.config), "model": self.net, "data": data}
+        self.watch.store(tensors, meta, state.config.run.keep)
 
     @property
     def picture(self) -> Path:
@@ -302,7 +301,7 @@ class Recorder:
 
     def catch_up(self) -> None:
         "Draw the grid that is missing because the last process died between checkpoint and picture."
-        due = self.state.step == self.total or self.due(self.state.config.sample_every)
+        due = self.state.step == self.total or self.due(self.state.config.run.sample_every)
         if self.draw and due and self.ranks.any(self.ranks.rank == 0 and not self.picture.exists()):
             self.grid()
 
@@ -310,10 +309,11 @@ class Recorder:
 def _change_of_plan(config, data, meta, step, total, run="RUN"):
     "What a new length does to the learning rate, in words, and the way back; nothing if it is the old one."
     epochs = meta["config"]["epochs"]
-    before = total_steps(replace(config, epochs=epochs), len(data))
+    before = total_steps(config.change(epochs=epochs), len(data))
     if before == total:
         return ""
-    def rate(step, total): return lr_at(min(step, total - 1), total, config.lr, config.warmup, config.decay_share)
+    asked = config.training
+    def rate(step, total): return lr_at(min(step, total - 1), total, asked.lr, asked.warmup, asked.decay_share)
     old, new = rate(step, before), rate(step, total)
     same = all(math.isclose(rate(s, before), rate(s, total)) for s in (*range(0, step, max(1, step // 100)), step))
     return (
@@ -339,13 +339,12 @@ def _resume(state, run, net, ranks):
 
 def _on_device(data, config, device): # the images, if they are to stay there
     fits = default_on_cuda(None, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-    return data.to(device) if config.resident or config.resident is None and fits else data
+    return data.to(device) if config.run.resident or config.run.resident is None and fits else data
 
-def _train(config, data, net, run, sampler, on_log, progress, ranks, state, recorder):
+def _train(settled, run, sampler, on_log, progress, ranks, state, recorder):
     "The run, in a folder that is ours."
-    device, schedule = (
-        pick_device(config.device), make_schedule(config.schedule, config.T, config.shift, config.zero_terminal_snr))
-    data, total = _on_device(data, config, device), total_steps(config, len(data))
+    config, data, net, device, schedule, total = settled
+    data = _on_device(data, config, device)
     state = state or new_state(net, config, device, ranks)
     resumed = _resume(state, run, net, ranks)
     if resumed and progress:
@@ -359,7 +358,7 @@ def _train(config, data, net, run, sampler, on_log, progress, ranks, state, reco
     with _what_stays(run), _stop_signals() as signals, bar:
         if resumed:
             recorder.catch_up()
-        for _ in train_steps(state, data, schedule, total, config.precision, network, ranks):
+        for _ in train_steps(state, data, schedule, total, config.run.precision, network, ranks):
             ended = recorder.after_step(signals)
             bar.set_postfix_str(recorder.line, refresh=False)
             bar.update()
@@ -384,22 +383,23 @@ def train(config,           # TrainConfig
     Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on
     NaN."""
     run, progress = Path(run), progress and ranks.rank == 0
-    check_run_place(run, check_config(config).data)
-    if config.precision == "auto" and (run / "config.json").exists():
-        config = replace(config, precision=read_config(run)["config"].precision)
-    config, data, net = ranks.first(lambda: resolve(config))
+    check_run_place(run, check_config(config).images.data)
+    if config.run.precision == "auto" and (run / "config.json").exists():
+        config = config.change(precision=read_config(run)["config"].run.precision)
+    settled = ranks.first(lambda: resolve(config))
+    config, data, net, device, *_ = settled
     _check_ranks(config, ranks)
-    with ExitStack() as held, _memory_advice(net, config, pick_device(config.device)): # held: the lock of the folder
+    with ExitStack() as held, _memory_advice(net, config, device): # held: the lock of the folder
         ranks.first(lambda: ranks.rank or (held.enter_context(alone_in(run, "training", "--run")),
                                            _open_run(run, config, data, net)))
-        return _train(config, data, net, run, sampler, on_log, progress, ranks, state, recorder)
+        return _train(settled, run, sampler, on_log, progress, ranks, state, recorder)
 
 def _check_ranks(config, ranks):
-    if config.batch_size % (config.grad_accum_steps * ranks.world_size):
+    if config.training.batch_size % (config.training.grad_accum_steps * ranks.world_size):
         raise DiffnbError(
-            f"batch_size={config.batch_size} cannot be cut into {config.grad_accum_steps} parts "
+            f"batch_size={config.training.batch_size} cannot be cut into {config.training.grad_accum_steps} parts "
             "(grad_accum_steps) "
             f"on each of {ranks.world_size} ranks: choose a multiple of both")
-    if ranks.sharded and config.optimizer == "muon":
+    if ranks.sharded and config.training.optimizer == "muon":
         raise DiffnbError(
             "optimizer='muon' works on whole matrices, and shard divides them: use adamw, or copies (without shard)")

@@ -207,7 +207,7 @@ def _place_of(source, out, pictures): # where the results go; `pictures`: folder
 
 def _config_of(source, trained): # TrainConfig; of a run with its images where they are now
     config = make_config(trained.settings)
-    return replace(config, data=read_config(source)["config"].data) if _kind(source) == "run" else config
+    return config.change(data=read_config(source)["config"].images.data) if _kind(source) == "run" else config
 
 def _sampled(out, trained, denoiser, n, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
     told, w = getattr(sampler, "__name__", "sampler"), denoiser.guidance_scale
@@ -254,11 +254,13 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         trained, n = load_model(source, device), n or 10_000
         check_sampling(trained.schedule, steps=steps)
         like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
-        reference, filter, data_root = reference or config.data, config.interpolation, data_root or config.data_root
+        reference, filter, data_root = (
+            reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)
         # a longer list lets n grow later
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
         denoiser = trained.denoiser(y, guidance_scale)
-    real, held_out, split = _real(reference, like, filter, data_root, "stop" if kind == "files" else config.on_broken)
+    real, held_out, split = _real(
+        reference, like, filter, data_root, "stop" if kind == "files" else config.images.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files":
         real = _in_order_of(trained.classes, real)

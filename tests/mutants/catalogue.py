@@ -351,21 +351,21 @@ bug(
     "generator=generator) >= p, null, y)")
 bug(
     "null-off-by-one", "hidden labels become the last class",
-    "drop_labels(y, config.label_dropout, len(data.classes), g)",
-    "drop_labels(y, config.label_dropout, len(data.classes) - 1, g)")
+    "drop_labels(y, asked.label_dropout, len(data.classes), g)",
+    "drop_labels(y, asked.label_dropout, len(data.classes) - 1, g)")
 bug(
     "last-timestep-untrained", "the last timestep is never drawn", "return torch.randint(T, (n,),",
     "return torch.randint(T - 1, (n,),")
 bug(
     "one-t-per-batch", "all images of a batch share one timestep",
-    "t = draw_timesteps(len(x0), config.T, g, config.logit_normal)",
-    "t = draw_timesteps(1, config.T, g, config.logit_normal).expand(len(x0))")
+    "t = draw_timesteps(len(x0), config.noise.T, g, config.noise.logit_normal)",
+    "t = draw_timesteps(1, config.noise.T, g, config.noise.logit_normal).expand(len(x0))")
 bug(
     "noise-streamed", "noise comes from the global generator, so a resumed run draws other noise",
     "noise = torch.randn(x0.shape, device=device, generator=g)", "noise = torch.randn(x0.shape, device=device)")
 bug(
     "same-noise-each-step", "every step draws the same noise and timesteps",
-    'addressed(config.seed, "batch", step, device=device)', 'addressed(config.seed, "batch", device=device)')
+    'g = addressed(seed, "batch", step, device=device)', 'g = addressed(seed, "batch", device=device)')
 bug(
     "labels-of-others", "labels are taken in stored order, not in that of the batch",
     "y = to_device(data.labels[index], device)", "y = data.labels[:len(index)].to(device)")
@@ -398,8 +398,8 @@ bug(
     '        self.meter.sums.copy_(tensors["meter"])\n', "")
 bug(
     "norm-after-clipping", "the gradient norm is reported after clipping",
-    "ranks.clip(state.model.parameters(), config.grad_clip)",
-    "ranks.clip(state.model.parameters(), config.grad_clip).clamp(max=config.grad_clip or math.inf)")
+    "ranks.clip(state.model.parameters(), config.training.grad_clip)",
+    "ranks.clip(state.model.parameters(), config.training.grad_clip).clamp(max=config.training.grad_clip or math.inf)")
 bug(
     "accumulation-undivided", "parts of a batch add up to a gradient that is too large",
     "(loss.sum() / len(batch.t)).backward()", "loss.mean().backward()", "openai/guided-diffusion#111")
@@ -420,7 +420,7 @@ bug(
     "        if self.share is None:\n            return ema_decay_at(step, self.decay)",
     "        return self.share or ema_decay_at(step, self.decay)")
 bug(
-    "half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (config.batch_size / h)",
+    "half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (asked.batch_size / h)",
     "0.5 ** (1 / h)")
 bug(
     "one-average-moves", "only the first of several averages is updated",
@@ -434,7 +434,7 @@ bug(
     "-mean + std * torch.randn(n,")
 bug(
     "logit-normal-ignored", "batches draw all timesteps alike, whatever was asked for",
-    "draw_timesteps(len(x0), config.T, g, config.logit_normal)", "draw_timesteps(len(x0), config.T, g)")
+    "config.noise.T, g, config.noise.logit_normal)", "config.noise.T, g)")
 bug(
     "probabilities-reversed", "the weights of a mean loss are those of the opposite draw",
     "edges.logit() - mean) / std)", "edges.logit() + mean) / std)")
@@ -467,7 +467,7 @@ bug(
     'moments[name] if m != "momentum_buffer"}')
 bug(
     "clipping-measured-only", "gradients are measured, and never clipped",
-    "ranks.clip(state.model.parameters(), config.grad_clip)", "ranks.clip(state.model.parameters(), 0)")
+    "ranks.clip(state.model.parameters(), config.training.grad_clip)", "ranks.clip(state.model.parameters(), 0)")
 bug("ema-before-step", "the average is taken before the optimiser's step",
     "state.optimizer.step()\n        state.optimizer.zero_grad()\n        state.average()",
     "state.average()\n        state.optimizer.step()\n        state.optimizer.zero_grad()")
@@ -475,16 +475,16 @@ bug(
     "ema-of-last-step-only", "the average counts its updates from the end, so that its warm-up never ends",
     "ema.update(self.model, self.step)", "ema.update(self.model, 0)")
 bug(
-    "ema-decay-ignored", "the average decays by its default", "EMA(model, config.ema_decay, config.fused)",
-    "EMA(model, fused=config.fused)")
+    "ema-decay-ignored", "the average decays by its default", "EMA(model, asked.ema_decay, fused)",
+    "EMA(model, fused=fused)")
 bug(
-    "weight-decay-ignored", "weight decay is ignored", "weight_decay=config.weight_decay, fused=fused",
+    "weight-decay-ignored", "weight decay is ignored", "weight_decay=asked.weight_decay, fused=fused",
     "weight_decay=0.0, fused=fused")
-bug("jitter-ignored", "colour jitter is ignored", "g, config.flip, config.jitter)", "g, config.flip)")
-bug("flip-ignored", "images are never mirrored", "g, config.flip, config.jitter)", "g, False, config.jitter)")
+bug("jitter-ignored", "colour jitter is ignored", "g, asked.flip, asked.jitter)", "g, asked.flip)")
+bug("flip-ignored", "images are never mirrored", "g, asked.flip, asked.jitter)", "g, False, asked.jitter)")
 bug(
     "dropout-same-units", "dropout drops the same units at every step",
-    'addressed(c.seed, "dropout", self.step, *address)', 'addressed(c.seed, "dropout", *address)')
+    'addressed(asked.seed, "dropout", self.step, *address)', 'addressed(asked.seed, "dropout", *address)')
 bug(
     "dropout-asleep", "the network trains in eval mode, in which nothing is dropped",
     "(network or state.model).train()", "(network or state.model).eval()")
@@ -493,22 +493,22 @@ bug(
     'group["lr"] = lr_at(self.step,', 'group["lr"] = lr_at(0,')
 bug(
     "warmup-ignored", "the loop warms up for 500 steps, whatever was asked for",
-    "lr_at(self.step, total, c.lr, c.warmup,", "lr_at(self.step, total, c.lr, 500,")
+    "lr_at(self.step, total, asked.lr, asked.warmup,", "lr_at(self.step, total, asked.lr, 500,")
 bug(
     "accumulate-ignored", "a batch goes through the network in one piece, whatever memory there is",
     "b.chunk(k) for b in batch", "[b] for b in batch")
 bug(
-    "label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, config.label_dropout,",
-    "drop_labels(y, TrainConfig.label_dropout,")
+    "label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, asked.label_dropout,",
+    "drop_labels(y, 0.1,")
 bug(
     "conditional-ignored", "the network is told the class although it should not be",
-    "if config.conditional and data.labels is not None else None", "if data.labels is not None else None")
+    "if asked.conditional and data.labels is not None else None", "if data.labels is not None else None")
 bug(
-    "noise-ignores-seed", "runs with different seeds draw the same noise", 'addressed(config.seed, "batch", step,',
+    "noise-ignores-seed", "runs with different seeds draw the same noise", 'addressed(seed, "batch", step,',
     'addressed(0, "batch", step,')
 bug(
     "images-ignore-seed", "runs with different seeds see the images in one order",
-    "config.batch_size, config.seed, step)", "config.batch_size, 0, step)")
+    "config.training.batch_size, seed, step)", "config.training.batch_size, 0, step)")
 bug(
     "bf16-training-ignored", "bf16 is ignored in training", 'enabled=precision == "bf16"):\n                loss =',
     "enabled=False):\n                loss =")
@@ -762,7 +762,7 @@ bug(
     'if len(f.metrics["step"]) < LEAST_ROWS:')
 bug(
     "floor-bins", "the floor is averaged over the wrong timesteps",
-    "torch.arange(facts.config.T) * BINS // facts.config.T", "torch.arange(facts.config.T) % BINS")
+    "torch.arange(facts.config.noise.T) * BINS // facts.config.noise.T", "torch.arange(facts.config.noise.T) % BINS")
 bug(
     "bin-floor-plain", "within a bin the floor is a plain mean",
     "facts.chances * floor) / _by_bin(facts, facts.chances)", "floor) / _by_bin(facts, torch.ones_like(floor))")
@@ -776,7 +776,7 @@ bug(
     'as if it had been planned so.")')
 bug(
     "share-judged", "an average over a share of the run is judged by the unused ema_decay",
-    "if c.ema_half_lives is None:", "if True:")
+    "if c.training.ema_half_lives is None:", "if True:")
 bug(
     "diverging-on-noise", "a loss that may be rising is called diverging", "fit is None or fit[1] <= RISE",
     "fit is None or fit[2] <= RISE")
@@ -785,11 +785,11 @@ bug(
     "fit is None or rate > 0.3")
 bug(
     "decay-inverted", "a learning rate that fell to zero counts as not decayed",
-    '    rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.decay_share\n    if _decayed(f):',
-    '    rate, share = f.metrics["lr"][-1] / f.metrics["lr"].max(), f.config.decay_share\n    if not _decayed(f):')
+    'f.metrics["lr"].max(), f.config.training.decay_share\n    if _decayed(f):',
+    'f.metrics["lr"].max(), f.config.training.decay_share\n    if not _decayed(f):')
 bug(
     "warmup-is-jump", "the warm-up counts as a jump of the learning rate",
-    " & (step[:-1] > min(f.config.warmup, f.total // 10))", "")
+    " & (step[:-1] > min(f.config.training.warmup, f.total // 10))", "")
 bug("clipping-inverted", "rare clipping is reported", "if share <= CLIPPED:", "if share >= CLIPPED:")
 bug(
     "ema-against", "EMA and last weights are compared the wrong way round",
@@ -946,7 +946,7 @@ bug(
     "other-images-go-on", "a run goes on with other images, if they are as many and of the same classes",
     '"class_counts", "digest")', '"class_counts")', tests="test_runs.py -k one_changed_pixel", page=False)
 bug(
-    "plan-over", "a run that is past the end of its new plan is called finished", "if over(config.epochs):",
+    "plan-over", "a run that is past the end of its new plan is called finished", "if over(config.training.epochs):",
     "if False:", tests="test_runs.py -k plan_that_is_over", page=False)
 bug(
     "sweep-of-others", "a resumed run removes files that other commands are writing", '"samples/.step_*"', '"*/.*"',
@@ -1049,10 +1049,10 @@ bug(
     "0.0", tests="test_train.py -k processor")
 bug(
     "bf16-grids-inverted", "sample grids are drawn in bf16 by all runs but those that ask for it",
-    'enabled=config.precision == "bf16"):\n        made', 'enabled=config.precision != "bf16"):\n        made',
+    'enabled=config.run.precision == "bf16"):\n        made', 'enabled=config.run.precision != "bf16"):\n        made',
     tests="test_train.py")
 bug(
-    "grid-always-eps", "sample grids take every output for eps", "schedule, config.prediction, y), x_T",
+    "grid-always-eps", "sample grids take every output for eps", "schedule, config.noise.prediction, y), x_T",
     'schedule, "eps", y), x_T', tests="test_train.py")
 
 
@@ -1070,5 +1070,5 @@ bug(
 # ---------------------------------------------------------------- workshop settings
 bug = lesson("workshop/settings", tests="")
 bug(
-    "half-lives-too-long", "averages longer than the run are accepted", "if h > config.epochs * len(data)]:",
+    "half-lives-too-long", "averages longer than the run are accepted", "if h > seen]:",
     "if False]:", tests="test_train.py -k half_lives")
