@@ -30,11 +30,11 @@ def text(output):
 # ---- the rules ----
 
 def skipped(nb, path):
-    "A cell that no test runs; a directive other than these two does nothing we want."
+    "A cell that no test runs; a directive other than these does nothing we want."
     for i, c in enumerate(nb.cells):
         for directive in (
             re.findall(r"^[ \t]*#[ \t]*\|[ \t]*([\w:. ]+)", c.source, re.M) if c.cell_type == "code" else []):
-            if directive.split()[0] not in ("export", "default_exp"):
+            if directive.split()[0] not in ("export", "exporti", "default_exp"):
                 yield f"cell {i}: the directive `{directive.strip()}`"
         if c.cell_type == "raw" or re.search(r"^skip_exec:", c.source, re.M):
             yield f"cell {i}: nbdev_test may skip this"
