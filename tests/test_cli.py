@@ -2,6 +2,7 @@
 and the shell around it."""
 import errno, functools, inspect, io, os, re, shlex, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from unittest import mock
 
 import pytest, torch
@@ -317,6 +318,7 @@ def test_printed_commands_can_be_given_to_a_shell(tmp_path, capsys):
 
 # ---- the process
 
+v01 = Path(__file__).parent / "data" / "v01" / "run" # without the size of its network
 LARGE = "torch torchvision matplotlib sklearn scipy diffusers PIL einops tqdm".split()
 LOADED = """
 import sys
@@ -330,11 +332,12 @@ print("CODE", code, "LOADED", *sys.modules)
     "args, code",
     [
         (["--help"], 0), (["train", "--help"], 0), (["sample", "--help"], 0), (["info", "{run}"], 0),
-        (["sampel", "x"], 2), (["train", "--epoch", "3"], 2), (["train", "--lr", "-1"], 1), (["info", "nowhere"], 1)],
+        (["info", "{v01}"], 0), (["sampel", "x"], 2), (["train", "--epoch", "3"], 2), (["train", "--lr", "-1"], 1), (["info", "nowhere"], 1)],
     ids=str)
 def test_what_computes_nothing_imports_nothing_large(args, code, a_run):
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, *(a.format(run=a_run) for a in args)], capture_output=True, text=True)
+        [sys.executable, "-c", LOADED, *(a.format(run=a_run, v01=v01) for a in args)],
+        capture_output=True, text=True)
     words = done.stdout.split()
     loaded = set(words[words.index("LOADED"):])
     assert words[words.index("CODE") + 1] == str(code) and "diffnb.workshop.cli" in loaded, done.stderr

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 
-from diffnb.workshop.settings import flattened
-from diffnb.core import DiffnbError
+from diffnb.core import checkpoints, DiffnbError, read_tensors
 from diffnb.sample import ddim, load_model
 from diffnb.schedule import cosine_schedule
-from diffnb.workshop.generate import sample_batches
-from diffnb.core import checkpoints, read_tensors
 from diffnb.workshop.folder import columns, read_config, read_metrics
+from diffnb.workshop.generate import sample_batches
 from diffnb.workshop.run import train
+from diffnb.workshop.settings import flattened
 from helpers import command
 
 v01 = Path(__file__).parent / "data" / "v01"
@@ -37,6 +36,14 @@ def test_the_folder_is_small_and_of_version_0_1():
     assert "processor_seconds" not in (v01 / "run/metrics.csv").read_text()
     _, meta = read_tensors(checkpoints(v01 / "run")[-1])
     assert meta["step"] == 12 and "patch_size" not in meta["model"] and "processor_seconds" not in meta
+
+
+def test_size_of_the_network_is_read_from_the_checkpoint(run):
+    built, path = read_config(run)["parameters"], checkpoints(run)[-1]
+    assert built == sum(p.numel() for p in load_model(run, "cpu").model.parameters())
+    assert read_config(run, build=False)["parameters"] == built
+    path.write_bytes(path.read_bytes()[:100])                        # without a header the network must be built
+    assert read_config(run, build=False)["parameters"] == built
 
 
 def test_its_configuration_and_metrics_are_read(run):

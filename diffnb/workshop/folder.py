@@ -5,7 +5,7 @@ __all__ = ['columns', 'free_to_change', 'read_metrics', 'read_config', 'make_con
            'alone_in', 'training_now', 'as_options', 'as_command', 'reached']
 
 # %% ../../nbs/workshop/folder.ipynb #i0
-import csv, errno, io, json, os, platform, shlex, warnings
+import csv, errno, io, json, math, os, platform, shlex, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import fields
@@ -13,6 +13,7 @@ from pathlib import Path
 
 # %% ../../nbs/workshop/folder.ipynb #i1
 from filelock import FileLock, Timeout
+import safetensors
 
 # %% ../../nbs/workshop/folder.ipynb #i2
 from .. import __version__
@@ -97,8 +98,14 @@ def _count(net): # a UNet configuration -> its parameters; raises where none can
     with torch.device("meta"):
         return count_parameters(UNet(**net))      # allocates nothing
 
+def _stored(run): # -> parameters of the network in the last checkpoint, by its header alone; 0: that does not say
+    for path in checkpoints(run)[-1:]:
+        with suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "np") as f:
+            return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if k.startswith("model."))
+    return 0
+
 def read_config(run: str | Path,    # a run folder
-                build: bool = True, # the network, and find out whether it can be; False: only if its size is not known
+                build: bool = True, # the network, to find out whether it can be; False: only if nothing says its size
                ) -> dict: # config, model, parameters, data, plans, diffnb, torch, device
     "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
     with config_json(run) as facts:
@@ -108,10 +115,10 @@ def read_config(run: str | Path,    # a run folder
                 raise ValueError(f"data: {k} is {v!r:.40}, expected {kind.__name__}")
         _names(facts["data"]["classes"])
         config = make_config(facts["config"])
-        facts.setdefault("plans", [{"epochs": config.training.epochs, "step": 0}])  # version 0.1 did not write it
+        facts.setdefault("plans", [{"epochs": config.training.epochs, "step": 0}])
         _check_plans(facts["plans"])
-        if build or type(facts.get("parameters")) is not int:
-            facts["parameters"] = _count(facts["model"])
+        if build or type(facts.get("parameters")) is not int: # version 0.1 did not write it
+            facts["parameters"] = not build and _stored(run) or _count(facts["model"])
         config = config.change(data=_where(config.images.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
 
