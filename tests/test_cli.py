@@ -332,7 +332,8 @@ print("CODE", code, "LOADED", *sys.modules)
     "args, code",
     [
         (["--help"], 0), (["train", "--help"], 0), (["sample", "--help"], 0), (["info", "{run}"], 0),
-        (["info", "{v01}"], 0), (["sampel", "x"], 2), (["train", "--epoch", "3"], 2), (["train", "--lr", "-1"], 1), (["info", "nowhere"], 1)],
+        (["info", "{v01}"], 0), (["sampel", "x"], 2), (["train", "--epoch", "3"], 2),
+        (["train", "--lr", "-1"], 1), (["info", "nowhere"], 1)],
     ids=str)
 def test_what_computes_nothing_imports_nothing_large(args, code, a_run):
     done = subprocess.run(
