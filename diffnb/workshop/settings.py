@@ -50,7 +50,7 @@ HalfLife = Annotated[float, Gt(0), Lt(10**12)]
 
 @dataclass(frozen=True)
 class ImageSettings:
-    "The images, and what the network learns about them."
+    "The images, how they are prepared, and their labels."
     data: str = "digits" # digits, fashion, cifar10, fashion_mnist, or a folder of images
     image_size: Annotated[int, Ge(1), Le(4096)] | None = None # side of the images in pixels; None: their own size
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic" # how images are resized to image_size
@@ -59,7 +59,7 @@ class ImageSettings:
     conditional: bool = True                             # give the network the class, if the data has classes
     label_dropout: Share = 0.1                           # share of labels hidden, which makes guidance possible
     channels: Literal[1, 3] = 3                          # for images of a folder: 3 colour, 1 grey
-    on_broken: Literal["stop", "skip"] = "stop"          # an unreadable image in a folder
+    on_broken: Literal["stop", "skip"] = "stop"          # at an unreadable image in a folder: stop, or skip it
     data_root: str | None = None                         # where downloads are kept; None: $DIFFNB_DATA, or ./data
     data_url: str | None = None                          # another address to download the data from
 
@@ -83,12 +83,12 @@ class NetworkSettings:
     "Arguments of the UNet that do not follow from the data."
     base_channels: Annotated[int, Ge(1), Le(4096)] = 64  # width of the UNet's first level
     channel_mult: tuple[float, ...] | None = None        # widths of its levels, times base_channels; None: 1, 2.5, 3.5
-    blocks: int = 2                                      # residual blocks a level
+    blocks: int = 2                                      # residual blocks per level
     patch_size: Annotated[int, Ge(1), Le(64)] = 1 # side of the squares of pixels that the network folds into channels
     attention: tuple[int, ...] | None = None # resolutions (in patches) with self-attention; None: 16, or half an image
     head_dim: int | None = None                          # channels of an attention head; None: a single head
     norm_groups: int = 16                                # groups of every GroupNorm
-    dropout: Share = 0.0                                 # in every residual block; for long runs
+    dropout: Share = 0.0                                 # dropout rate in every residual block; for long runs
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -99,17 +99,17 @@ class TrainingSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"        # muon: on hidden matrices, with AdamW for the rest
     lr: Positive = 1e-4                                  # learning rate at its peak
     warmup: Annotated[int, Ge(0), Lt(10**9)] = 500       # steps until the peak
-    decay_share: Annotated[float, Gt(0), Le(1)] | None = None # last share: a line to zero; None: a cosine
-    weight_decay: Amount = 0.0                           # decoupled, as in AdamW
+    decay_share: Annotated[float, Gt(0), Le(1)] | None = None # share of a final linear decay; None: a cosine
+    weight_decay: Amount = 0.0                           # decoupled weight decay, as in AdamW
     grad_clip: Amount = 1.0                              # bound on the gradient norm; 0: none
-    ema_decay: Share = 0.9999                            # of the average used for sampling
-    ema_half_lives: tuple[HalfLife, ...] | None = None   # one average each; below 1: shares of the run, else images
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 0           # of everything random
+    ema_decay: Share = 0.9999                            # decay of the average used for sampling
+    ema_half_lives: tuple[HalfLife, ...] | None = None   # one average each; below 1: share of the run; else images
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0           # seed of all random numbers
 
 @dataclass(frozen=True)
 class RunSettings:
     "Where and in which precision training runs, and what it records."
-    precision: Literal["auto", "float32", "bf16"] = "auto" # of the network; auto: bf16 where it speeds up the device
+    precision: Literal["auto", "float32", "bf16"] = "auto" # precision of the network; auto: bf16 where it is faster
     device: str = "auto"                                 # auto, cpu, cuda, cuda:1, mps
     compile: bool | None = None                          # compile the network with torch.compile; None: on a GPU
     channels_last: bool | None = None # keep the channels of a pixel together in memory; None: on a GPU
