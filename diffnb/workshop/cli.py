@@ -212,19 +212,19 @@ def _labels(class_, classes, n):
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
-           n: int = 60,             # how many images
-           steps: int = 50,         # of the sampler
-           seed: int = 0,           # image k depends on (seed, k) alone
-           # name or number; default: all classes in turn
+           n: int = 60,             # number of images
+           steps: int = 50,         # sampler steps
+           seed: int = 0,           # random seed; image k depends on (seed, k) alone
+           # class, by name or number; default: all classes in turn
            class_: Annotated[str | None, tyro.conf.arg(name="class")] = None,
            guidance_scale: Guidance = 1.0, # w in uncond + w (cond - uncond); 1: no guidance
-           sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05 says which one when
-           eta: float = 0.0,        # of ddim: 0 deterministic, 1 as random as ddpm
-           spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # which timesteps are visited
+           sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05_sample compares them
+           eta: float = 0.0,        # for ddim: 0 deterministic, 1 as random as ddpm
+           spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # choice of the timesteps
            # ema: the averaged weights; ema2, ema3, …: other ema_half_lives; model: the last weights
            weights: str = "ema",
            batch_size: int = 64,    # images at a time; affects only speed and memory
-           # of the network; auto: bf16 where it speeds up the device
+           # precision of the network; auto: bf16 where it is faster
            precision: Literal["auto", "float32", "bf16"] = "auto",
            compile: bool = False,   # torch.compile: slow at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
@@ -319,7 +319,7 @@ def _progress(run, config, plans, images):
 
 # %% ../../nbs/workshop/cli.ipynb #c015
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
-             n: int | None = None,         # images; default: 10,000 from a model, all of a folder or file
+             n: int | None = None,         # number of images; default: 10,000 from a model, all of a folder or file
              # data set, folder or .npz of real images; default: what the run was trained on
              reference: str | None = None,
              out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
@@ -330,7 +330,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              steps: int = 50,              # DDIM steps, when sampling from a model
              # w in uncond + w (cond - uncond), when sampling from a model; 1: no guidance
              guidance_scale: Guidance = 1.0,
-             seed: int = 0,                # of the images, when sampling from a model
+             seed: int = 0,                # random seed, when sampling from a model
              device: str = "auto",         # auto, cpu, cuda, cuda:1, mps
              data_root: str | None = None  # where downloads are kept
             ) -> int: # exit code
