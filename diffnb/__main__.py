@@ -21,9 +21,9 @@ def _leave(number, frame):
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: nothing has been done yet, and libraries half imported turn an exception into
-    others."""
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # not under nohup, nor in the background
+    """Lets Ctrl-C end the process at once: no work is done yet, and half-imported libraries would turn the exception
+    into others."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # false under nohup and in the background
     if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,7 +34,7 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main() -> int: # exit code
-    "The process of the `diffnb` command."
+    "Run the `diffnb` command in this process."
     _fill_closed_streams()
     with importing():
         from diffnb.workshop.cli import main

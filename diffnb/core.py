@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../nbs/workshop/core.ipynb #i0l
 class late_import: # name of a module
-    "Stands for a module, which is imported when one of its attributes is first asked for."
+    "A stand-in for a module, which it imports when one of its attributes is first used."
     def __init__(self, name): self._name = name
     def __getattr__(self, attribute): return getattr(importlib.import_module(self._name), attribute)
 
@@ -26,16 +26,16 @@ torch = late_import("torch")
 
 # %% ../nbs/workshop/core.ipynb #c008
 class DiffnbError(ValueError):
-    "Something the user can mend: the message says what was wrong, what was expected and what to do."
+    "An error that the user can fix: the message says what was wrong, what was expected and what to do."
 
 def shown(name) -> str: # a name or a path, or a class
-    "A name as one line of text that can be printed: what cannot is escaped, and the middle of a long one left out."
+    "A name as one printable line: unprintable characters are escaped, names above 200 characters shortened."
     name = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(name))
     return name if len(name) <= 200 else f"{name[:120]} … {name[-70:]}"
 
 # %% ../nbs/workshop/core.ipynb #c016
 def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", step)
-              device="cpu", # where they will be drawn; CPU and GPU draw different numbers from the same address
+              device="cpu", # device that will draw; CPU and GPU draw different numbers from the same address
              ) -> "torch.Generator":
     "A generator whose state depends on `key` alone, not on what was drawn before."
     key = tuple(k.item() if isinstance(k, np.generic) else k for k in key)   # 3 and numpy's 3 are the same address
@@ -44,8 +44,8 @@ def addressed(*key,         # what the numbers are for, e.g. (seed, "batch", ste
 
 # %% ../nbs/workshop/core.ipynb #c022
 def sync_folder(folder) -> None:
-    """Bring the folder's list of names to disk too: without it, a power failure may forget the rename.
-    Some file systems cannot."""
+    """Flush a folder's list of names to disk: without this, a power failure may undo a rename.
+    Does nothing on file systems that cannot do it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,13 +54,13 @@ def sync_folder(folder) -> None:
     finally:
         os.close(descriptor)
 
-def write_whole(path, # the file to appear
+def write_whole(path, # the file to write
                 data, # bytes or str
                ) -> Path:
-    """Write a file so that it appears whole or not at all: a temporary name beside it, flushed to disk, then one
-    rename. Raises DiffnbError if the folder or the disk refuses."""
+    """Write a file so that it appears whole or not at all: under a temporary name beside it, flushed to disk, then
+    renamed. Raises DiffnbError if the folder or the disk refuses."""
     path = Path(path)
-    partial_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")   # of this write alone
+    partial_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")   # unique to this write
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial_path, "wb") as f:
@@ -82,7 +82,7 @@ def write_whole(path, # the file to appear
 # %% ../nbs/workshop/core.ipynb #c039
 def pick_device(name="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
                ) -> "torch.device":
-    "The device asked for, or the best there is. Raises DiffnbError if it is not there."
+    "The named device; \"auto\" takes the best available one. Raises DiffnbError if it is not available."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(d for d in there if there[d]))
@@ -94,11 +94,11 @@ def pick_device(name="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
     return torch.device(name)
 
 def default_on_cuda(setting, device) -> bool:
-    "A switch that pays on a GPU; None means: on for CUDA."
+    "Resolve a switch meant for GPUs: None means on for CUDA."
     return device.type == "cuda" if setting is None else setting
 
 def has_native_bf16(device) -> bool:
-    "True if the device has instructions for bf16; where it has none, PyTorch imitates them."
+    "True if the device has native bf16 instructions; without them PyTorch emulates bf16."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return (
@@ -106,7 +106,7 @@ def has_native_bf16(device) -> bool:
 
 # %% ../nbs/workshop/core.ipynb #c042x
 def to_device(x, device) -> "torch.Tensor":
-    "x on the device. A GPU fetches it from pinned memory while the program goes on."
+    "Move `x` to the device. To a GPU it goes through pinned memory, without waiting for the copy."
     if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
@@ -115,19 +115,19 @@ def to_device(x, device) -> "torch.Tensor":
 class SingleProcess:
     "Single-process backend of training, sampling and scoring; `diffnb.scale.Ranks` is the distributed one."
     rank, world_size = 0, 1
-    address = ()                    # what this rank adds to addresses of its own
-    sharded = False                 # is the model divided over the ranks?
+    address = ()                    # what this rank adds to the addresses of its own random numbers
+    sharded = False                 # True if the model is divided over the ranks
 
     def shard(self, batch) -> tuple: # like `batch`
         "This rank's images of a Batch."
         return batch
 
     def sync_gradients(self, last) -> None:
-        """Before the forward pass of each micro-batch, for DDP decides then: only the backward pass of the last one
-        exchanges gradients, which are then the mean over the ranks."""
+        """Call before the forward pass of each micro-batch, since DDP decides there. Only the backward pass of the last
+        one exchanges gradients, and leaves their mean over the ranks."""
 
-    def clip(self, parameters, max_norm) -> "torch.Tensor": # norm of the whole gradient before, float32 ()
-        "Scale the gradient down to `max_norm`; 0 leaves it as it is."
+    def clip(self, parameters, max_norm) -> "torch.Tensor": # norm of the whole gradient before clipping, float32 ()
+        "Scale the gradient down to norm `max_norm`; 0 leaves it as it is."
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
     def sum(self, tensor) -> "torch.Tensor":
@@ -139,27 +139,27 @@ class SingleProcess:
         return bool(flag)
 
     def wrap(self, state) -> "torch.nn.Module":
-        "Copy or divide the model of a TrainState; returns the network to call instead of it."
+        "Replicate or divide the model of a TrainState; returns the network to call in its place."
         return state.model
 
     def map(self, f, *tensors) -> "torch.Tensor":
-        "f(*tensors), where each rank works on its images; every rank gets the whole result."
+        "f(*tensors), with the images split over the ranks; every rank gets the whole result."
         return f(*tensors)
 
     def first(self, work) -> object:
-        "Call `work` on rank 0, then on the others; returns what it returns."
+        "Call `work` on rank 0, then on the others; returns its result."
         return work()
 
     def init_device(self, device) -> "torch.device":
-        "Where the model is put together."
+        "The device on which the model is built."
         return device
 
     def compile_targets(self, network) -> list:
-        "The modules that torch.compile works on, each by itself."
+        "The modules that torch.compile gets, each separately."
         return [network]
 
 def unsharded(tensor) -> "torch.Tensor":
-    "A tensor of which each rank holds a shard, whole."
+    "The whole tensor, gathered if each rank holds only a shard of it."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 # %% ../nbs/workshop/core.ipynb #c053
@@ -167,7 +167,7 @@ MOST_JSON = 16 * 2**20 # bytes; the description of a run with a thousand classes
 
 def strict_json(text, # str or bytes
                ) -> dict:
-    "One JSON object, without names given twice, NaN, infinity or lone surrogates. Raises ValueError."
+    "Parse one JSON object. Raises ValueError for repeated names, NaN, infinity, lone surrogates, or other values."
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -181,7 +181,7 @@ def strict_json(text, # str or bytes
         raise ValueError(f"{len(text):,} bytes of JSON; expected at most {MOST_JSON:,}")
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=finite, parse_float=finite)
-        json.dumps(value, ensure_ascii=False).encode()  # fails on half a character, which no screen or file takes
+        json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which cannot be encoded
     except RecursionError as e:
         raise ValueError("brackets nested too deeply") from e
     if not isinstance(value, dict):
@@ -201,7 +201,7 @@ def write_tensors(path,    # a .safetensors file
                   tensors, # dict of named tensors
                   meta,    # dict, anything JSON can hold
                  ) -> Path:
-    """Write tensors and facts as one safetensors file with a checksum over both; it appears whole or not at all.
+    """Write tensors and `meta` as one safetensors file with a checksum over both; it appears whole or not at all.
     Raises DiffnbError if the folder or the disk refuses."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = json.loads(json.dumps(meta, allow_nan=False))
@@ -210,9 +210,9 @@ def write_tensors(path,    # a .safetensors file
     return write_whole(path, save(tensors, metadata=facts))
 
 def read_tensors(path, # a file written by write_tensors
-                 facts_only=False, # leave the tensors unread and the checksum uncompared, which takes no time
+                 facts_only=False, # read only `meta`, which is fast; no checksum is compared
                 ) -> tuple: # dict of tensors, meta
-    "Read and verify such a file. Raises DiffnbError if it is missing, cut off, damaged, or not one of ours."
+    "Read and verify such a file. Raises DiffnbError if it is missing, cut off, damaged, or not written by diffnb."
     path = Path(path)
     if not path.is_file():
         raise DiffnbError(f"{path} does not exist")
@@ -221,7 +221,7 @@ def read_tensors(path, # a file written by write_tensors
             header, room = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno()).st_size - 8
         most = min(room, MOST_JSON)
         if not 2 <= header <= most:
-            raise ValueError(f"its header should have {header:,} bytes; at most {max(0, most):,} can be")
+            raise ValueError(f"its header claims {header:,} bytes; at most {max(0, most):,} are possible")
         with safetensors.safe_open(path, "np" if facts_only else "pt") as f:
             facts = f.metadata() or {}
             meta, checksum = strict_json(facts["diffnb"]), facts["sha256"]
@@ -250,10 +250,10 @@ def checkpoints(run) -> list: # of paths
         (p for p in (Path(run) / "checkpoints").glob("step_*.safetensors") if p.stem[5:].isdecimal()), key=_step)
 
 def last_checkpoint(run,             # a run folder
-                    model=None,      # UNet configuration that it must be of; None: any
-                    set_aside=False, # rename those passed over to *.damaged, so that they count no longer
+                    model=None,      # UNet configuration that it must have; None: any
+                    set_aside=False, # rename unusable ones to *.damaged, so that they no longer count
                    ) -> tuple | None: # tensors, meta; None if there is no checkpoint yet
-    """The newest checkpoint that is whole and of this model; others are named in a warning and passed over.
+    """The newest intact checkpoint of this model; a warning names each newer one that cannot be used.
     Raises DiffnbError if there are checkpoints, but none that can be used."""
     paths, passed = checkpoints(run), {}
     for path in reversed(paths):
@@ -261,9 +261,9 @@ def last_checkpoint(run,             # a run folder
             found = _checked(path, *read_tensors(path), model)
         except DiffnbError as e:
             if path not in checkpoints(run):
-                return last_checkpoint(run, model, set_aside)   # just rotated away: look again
+                return last_checkpoint(run, model, set_aside)   # rotation has just removed it: look again
             passed[path] = e
-            warnings.warn(f"{e}. It is passed over")
+            warnings.warn(f"{e}. It is skipped")
         else:
             for p in passed if set_aside else ():
                 p.replace(p.with_suffix(".damaged"))
@@ -272,18 +272,18 @@ def last_checkpoint(run,             # a run folder
         raise DiffnbError(f"none of the {len(paths)} checkpoints in {run} can be used ({next(iter(passed.values()))}): "
                           "start anew in another folder")
 
-def _whole(net): # a UNet configuration, with what version 0.1 did not know
+def _whole(net): # a UNet configuration, completed by what version 0.1 did not record
     return {"patch_size": 1, **net}
 
 def _checked(path, tensors, meta, model):
-    "Facts that a run can go on from, or DiffnbError."
+    "Check that a run can resume from this checkpoint. Raises DiffnbError."
     step, seconds = meta.get("step"), meta.get("seconds")
     if type(step) is not int or not 0 <= step < 2**53:
         raise DiffnbError(f"{path}: step={step!r:.40} is not a number of steps")
     if type(seconds) not in (int, float) or not 0 <= seconds < 1e12:
         raise DiffnbError(f"{path}: seconds={seconds!r:.40} is not a time")
     if not isinstance(meta.get("model"), dict):
-        raise DiffnbError(f"{path} does not say of which model it is")
+        raise DiffnbError(f"{path} does not say which model it belongs to")
     if model is not None:
         _same_model(_whole(meta["model"]), model, path)
     return tensors, meta
@@ -293,7 +293,7 @@ def _same_model(written, asked, run):
     for k, v in asked.items():
         if written.get(k) != v:
             raise DiffnbError(
-                f"{run}: the checkpoint is of a model with {k}={written.get(k)!r:.100}, but config.json "
+                f"{run}: the checkpoint belongs to a model with {k}={written.get(k)!r:.100}, but config.json "
                 f"says {v!r}. "
                 "They belong to different runs: restore the right config.json, or start anew in another "
                 "folder")
@@ -302,8 +302,8 @@ def _same_model(written, asked, run):
 @contextmanager
 def config_json(run # a run folder
                ) -> Iterator[dict]:
-    """What `config.json` says; version 0.1 left one setting of the model out. Raises DiffnbError if the folder is not a
-    run, or if an error in reading the file, or under `with`, shows that it is damaged."""
+    """The content of `config.json`, completed by the setting of the model that version 0.1 left out. Raises DiffnbError
+    if the folder is not a run, or if an error while reading the file, or under `with`, shows that it is damaged."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise DiffnbError(f"{run} is not a run folder: it has no config.json")

@@ -22,10 +22,10 @@ from .unet import Attention, ResBlock, UNet
 
 # %% ../nbs/13_scale.ipynb #c009
 def count_flops(model, # a UNet
-                train=False, # forward and backward, instead of forward alone
+                train=False, # count forward and backward pass, not the forward pass alone
                ) -> int: # floating point operations for one image
-    """Count multiplications and additions (two each) of convolutions, matrix products and attention; nothing is
-    computed."""
+    """Count the operations of convolutions, matrix products and attention: a multiplication and an addition count two.
+    Computes nothing."""
     c = model.config
     with torch.device("meta"):
         copy, x, t = (
@@ -41,7 +41,7 @@ def count_flops(model, # a UNet
 def matmul_speed(device="cpu", dtype=torch.float32,
                  n=None   # side of the matrices; None: 8192 on a GPU, 1024 elsewhere
                 ) -> float: # floating point operations a second
-    "The best of ten square matrix products: the ceiling that a step is compared with."
+    "Speed of the fastest of ten square matrix products: the ceiling with which a training step is compared."
     device = torch.device(device)
     n = n or (8192 if device.type == "cuda" else 1024)
     a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
@@ -54,13 +54,13 @@ def matmul_speed(device="cpu", dtype=torch.float32,
     return 2 * n**3 / min(times)
 
 def wait(device) -> None:
-    "Until the device has finished: a GPU answers before, and a clock must wait for it."
+    "Wait until the device has finished its work; a call on a GPU returns before that."
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 # %% ../nbs/13_scale.ipynb #c029
 def _fresh_store(store, rank, world_size, minutes=10):
-    "A part of the store that no earlier start has written to, the same for all ranks of this one."
+    "A section of the store, new at each start, the same for all ranks. Raises DiffnbError if a rank is missing."
     if rank:
         store.set(f"asks/{rank}", me := uuid.uuid4().hex)
         name = store.get(f"answer/{me}").decode()                      # waits
@@ -72,7 +72,7 @@ def _fresh_store(store, rank, world_size, minutes=10):
             for r in missing:
                 if not store.check([f"asks/{r}"]):
                     continue
-                store.set(f"answer/{store.get(f'asks/{r}').decode()}", name) # perhaps to a dead one: harmless
+                store.set(f"answer/{store.get(f'asks/{r}').decode()}", name) # perhaps to a dead process: harmless
             if time.monotonic() > until:
                 raise DiffnbError(f"ranks {sorted(missing)} of {world_size} did not come within {minutes} minutes: "
                                   "were all machines started?")
@@ -81,9 +81,9 @@ def _fresh_store(store, rank, world_size, minutes=10):
 
 # %% ../nbs/13_scale.ipynb #c032
 class Ranks(SingleProcess):
-    """This process as one of several, started by torchrun, which train one model: DDP, or FSDP2 with `shard`.
-    Raises DiffnbError if another rank does not come within `minutes`."""
-    def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for another rank
+    """Backend for one of several processes, started by torchrun, that train one model: DDP, or FSDP2 with `shard`.
+    Raises DiffnbError if another rank does not join within `minutes`."""
+    def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for the other ranks
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
         if gpu:
@@ -94,40 +94,40 @@ class Ranks(SingleProcess):
                                 world_size=self.world_size, store=store)
 
     def shard(self, batch) -> Batch:
-        "This rank's images of a Batch: one of world_size equal parts."
+        "This rank's part of a Batch: one of world_size equal parts."
         return Batch(*[None if b is None else b.chunk(self.world_size)[self.rank] for b in batch])
 
     def sync_gradients(self, last) -> None:
-        "Before the forward pass of a micro-batch: exchange gradients after it only if it is the last."
+        "Call before the forward pass of a micro-batch: only the last one exchanges gradients."
         if self.sharded:
             self.network.set_requires_gradient_sync(last)
         else:
             self.network.require_backward_grad_sync = last
 
     def clip(self, parameters, max_norm) -> torch.Tensor:
-        "Scale the gradient down to `max_norm`; returns the norm of the whole gradient before."
+        "Scale the gradient down to norm `max_norm`; returns the norm of the whole gradient before clipping."
         return unsharded(super().clip(parameters, max_norm))
 
     def sum(self, tensor) -> torch.Tensor:
-        "Sum over the ranks; `tensor` itself stays."
+        "Sum over the ranks; leaves `tensor` unchanged."
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag) -> bool:
         "Logical OR over the ranks."
-        return self.sum(torch.tensor(int(bool(flag)))).item() > 0      # on the CPU: no GPU has to be waited for
+        return self.sum(torch.tensor(int(bool(flag)))).item() > 0      # on the CPU: does not wait for a GPU
 
     def first(self, work) -> object:
-        "Call `work` on rank 0, then on the others; returns what it returns."
+        "Call `work` on rank 0, then on the others; returns its result."
         done = work() if self.rank == 0 else None
         dist.barrier()
         return done if self.rank == 0 else work()
 
     def map(self, f, *tensors) -> torch.Tensor:
-        "f(*tensors), where each rank works on its images; every rank gets the whole result."
+        "f(*tensors), with the images split over the ranks; every rank gets the whole result."
         n, each = len(tensors[0]), -(-len(tensors[0]) // self.world_size)
-        # as many for each rank, some twice
+        # equally many for each rank; the last image may be repeated
         mine = torch.arange(self.rank * each, (self.rank + 1) * each).clamp(max=n - 1)
         out = f(*[v[mine.to(v.device)] for v in tensors]).contiguous()
         parts = [torch.empty_like(out) for _ in range(self.world_size)]
@@ -135,52 +135,52 @@ class Ranks(SingleProcess):
         return torch.cat(parts)[:n]
 
     def wrap(self, state) -> torch.nn.Module:
-        "Copy or divide the model of a TrainState; returns the network to call instead of it."
+        "Replicate or divide the model of a TrainState; returns the network to call in its place."
         self.network = _divide(state, self.device) if self.sharded else DistributedDataParallel(state.model)
         return self.network
 
     def init_device(self, device) -> torch.device:
-        "Where the model is put together: on the CPU if it is to be divided."
+        "The device on which the model is built: the CPU if it will be divided."
         self.device = device
-        return "cpu" if self.sharded else device  # a model that is to be divided may be too large for one GPU
+        return "cpu" if self.sharded else device  # it may be too large for one GPU
 
     def compile_targets(self, network) -> list:
-        "The modules that torch.compile works on, each by itself."
+        "The modules that torch.compile gets, each separately."
         if not self.sharded:
             return [network]
-        # FSDP steps in between blocks: each is compiled by itself, in every shape it has
+        # FSDP works between blocks, so each is compiled separately, for each of its shapes
         torch._dynamo.config.recompile_limit = 64
         return [m for m in network.modules() if isinstance(m, (ResBlock, Attention))]
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        "Leaves the group at the end. Raises DiffnbError if another rank is lost on the way."
+        "Leave the process group at the end. Raises DiffnbError if another rank is lost."
         try:
             yield
         except RuntimeError as e:
             if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE):
                 raise
             raise DiffnbError(
-                f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died: its "
+                f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died; its "
                 "own "
                 "message says why. The same command continues from the last checkpoint; "
                 "torchrun --max-restarts 3 does so by itself"
             ) from e
-        dist.destroy_process_group()  # not after an error: on GPUs it would wait for the dead
+        dist.destroy_process_group()  # not after an error: on GPUs it would wait for dead ranks
 
 # %% ../nbs/13_scale.ipynb #c033
 def _divide(state, device):
-    "Give each rank a part of every weight of model and EMA, and of Adam's moments."
-    from torch.distributed.device_mesh import init_device_mesh          # not earlier: they take seconds to import
+    "Divide every weight of model and averages, and Adam's moments, over the ranks."
+    from torch.distributed.device_mesh import init_device_mesh          # imported late: they take seconds
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
     moments, before = state.optimizer.state, dict(state.model.named_parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for model in (state.model, *(ema.model for ema in state.averages.values())):
-        model.to(memory_format=torch.contiguous_format)          # the only one that can be divided
+        model.to(memory_format=torch.contiguous_format)          # FSDP2 divides only this one
         for block in (m for m in model.modules() if isinstance(m, (ResBlock, Attention))):
             fully_shard(block, mesh=mesh)
-        # the average draws samples; no backward pass puts it back
+        # no backward pass would divide the averages again
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     state.optimizer, state.meter.sums = make_optimizer(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():

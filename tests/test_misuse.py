@@ -407,7 +407,7 @@ def test_export_does_not_replace_the_folder_one_is_in(here, capsys):
     os.chdir(here / "empty")
     for out in (".", "..", str(here / "empty"), "../empty/."):
         assert main(["export", "../digits.safetensors", "--out", out]) == 1
-        assert "where you are" in capsys.readouterr().err
+        assert "is the current folder, or contains it" in capsys.readouterr().err
     assert (here / "empty").is_dir() and not left(here / "empty")
 
 def test_evaluate_here(here, digits, capsys):
@@ -564,7 +564,7 @@ def test_a_full_disk_keeps_what_is_made_and_says_how_to_go_on(out, number, here,
         patch.setattr(Image.Image, "save", full)
         assert main(command) == 1
     said = capsys.readouterr().err
-    assert os.strerror(number) in said and "stay" in said and "make room" in said
+    assert os.strerror(number) in said and "stay" in said and "Make room" in said
     folder = here / (out if out == "s" else "s.npz.parts")
     assert left(folder) == {"000000.png", "000001.png", "000002.png", "samples.json"}
     assert main(command) == 0 and (here / out).exists()

@@ -109,7 +109,7 @@ def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
         assert (
             S.pick_precision("auto", cpu, config) == auto
             and S.pick_precision("auto", cpu, config.change(image_size=8)) == "float32")
-    with pytest.warns(UserWarning, match="imitates"):
+    with pytest.warns(UserWarning, match="emulates"):
         assert S.pick_precision("bf16", cpu, config) == "bf16"
 
 
@@ -449,8 +449,8 @@ def test_the_uniform_draw_is_that_of_version_0_1(step):
 # ---- settings
 
 @pytest.mark.parametrize("setting, words", [
-    (dict(schedule="flow"), "eps says nothing there: v or x0, or velocity"),
-    (dict(zero_terminal_snr=True), "eps says nothing there: v or x0 "),
+    (dict(schedule="flow"), "eps says nothing about x0 there: choose v or x0, or velocity"),
+    (dict(zero_terminal_snr=True), "eps says nothing about x0 there: choose v or x0 "),
     (dict(schedule="flow", prediction="v", zero_terminal_snr=True), "the schedule flow ends at pure noise already"),
     (dict(prediction="velocity"), "with schedule=flow"),
     (dict(schedule="cosine", prediction="velocity"), "with schedule=flow"),

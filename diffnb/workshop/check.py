@@ -25,7 +25,7 @@ class Wrong(DiffnbError):
 
 @dataclass(frozen=True)
 class Exercise:
-    "One exercise of the course, and the check that goes with it."
+    "One exercise of the course with its check."
     id: str              # "2.1": lesson 2, first exercise
     title: str
     minutes: int         # how long it should take
@@ -50,15 +50,15 @@ def exercise(id,      # "2.1"
              minutes, # how long it should take
              level,   # 1, 2 or 3 stars
             ) -> Callable: # a decorator
-    "Make a function `f(answer)`, which raises `Wrong` or returns, the check of an exercise."
+    "Register `f(answer)`, which raises `Wrong` or returns, as the check of an exercise."
     def register(f):
         _exercises[id] = Exercise(id, title, minutes, level, f)
         return f
     return register
 
 # %% ../../nbs/workshop/check.ipynb #c012
-def fresh() -> torch.Generator: # on the CPU, with a seed that nobody knows
-    "Randomness for one check; a new seed each time."
+def fresh() -> torch.Generator: # on the CPU, randomly seeded
+    "A generator for one check, with a new seed each time."
     g = torch.Generator()
     g.seed()
     return g
@@ -76,7 +76,7 @@ def _close(got, want, atol):
         got.detach().cpu().to(wide), want.detach().cpu().to(wide), rtol=1e-5, atol=atol, equal_nan=True)
 
 def _tensor(got, want, what):
-    "`got` as a tensor, if it is the kind of thing that `want` is."
+    "`got` as a tensor. Raises Wrong if its type is not that of `want`."
     name = lambda x: "PyTorch tensor" if torch.is_tensor(x) else type(x).__name__
     if got is None:
         raise Wrong(f"{what} is None: does your function end with `return`?")
@@ -111,9 +111,9 @@ def same(got,       # what the learner's function returned
          want,      # the right result: a tensor, a number, or a list of numbers
          what,      # its name in messages, e.g. "x_t"
          others={}, # message -> the result that a known mistake would give, for the same inputs
-         atol=1e-5, # absolute tolerance; a relative one of 1e-5 is added
+         atol=1e-5, # absolute tolerance, in addition to a relative one of 1e-5
         ) -> None:
-    "Raise `Wrong` unless `got` is `want`. A result found in `others` gets the message that goes with it."
+    "Raise `Wrong` unless `got` equals `want`. A result that equals one in `others` gets its message."
     made = _tensor(got, want, what)
     expected = torch.as_tensor(want)
     good_kind = _kind(made) == _kind(expected) or not torch.is_tensor(want) and expected.is_floating_point()
@@ -166,13 +166,13 @@ def _find(id):
     raise DiffnbError(
         f"there is no exercise {id!r}"
         + (f"; the nearest is {near[0]!r}" if near else "")
-        + ". progress() lists them all.")
+        + ". Call progress() for a list")
 
 # %% ../../nbs/workshop/check.ipynb #c024
 _libraries = tuple({*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), *diffnb.__path__})
 
-def _own_line(e, check_code): # " in line 3 of your code, `y = x @ z`", or "" if it never came so far
-    "Where in the learner's code an exception was raised."
+def _own_line(e, check_code): # " in line 3 of your code, `y = x @ z`", or "" without such a line
+    "The place in the learner's code where an exception was raised."
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(e.__traceback__)]
     after = max((i for i, (code, _) in enumerate(frames) if code is check_code), default=-1) + 1
     own = [(code.co_filename, line) for code, line in frames[after:] if not code.co_filename.startswith(_libraries)]
@@ -181,7 +181,7 @@ def _own_line(e, check_code): # " in line 3 of your code, `y = x @ z`", or "" if
     text = linecache.getline(*own[-1]).strip()
     return f" in line {own[-1][1]} of your code" + (f", `{text}`" if text else "")
 
-def _explain(e, check_code): # what an exception that is no `Wrong` means to the learner
+def _explain(e, check_code): # the message for an exception other than `Wrong`
     said, line = (str(e).splitlines() or [""])[0][:300], _own_line(e, check_code)
     if line:
         return f"{type(e).__name__}{line}: {said}"
@@ -194,12 +194,12 @@ def _progress_file(folder=None): # the progress.json of the workbook around `fol
     return next((p / "progress.json" for p in (here, *here.parents) if (p / "progress.json").is_file()), None)
 
 def read_progress(path) -> dict: # with "solved": {id: date} and "files": {name: hash}
-    "What a progress.json says. Raises DiffnbError if it cannot be read."
+    "The content of a progress.json. Raises DiffnbError if it cannot be read."
     try:
         said = json.loads(Path(path).read_text(encoding="utf-8"))
         return {**said, "solved": dict(said.get("solved", {})), "files": dict(said.get("files", {}))}
     except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise DiffnbError(f"{path} cannot be read ({e}): repair it, or put {{}} into it to begin anew") from e
+        raise DiffnbError(f"{path} cannot be read ({e}): repair it, or write {{}} into it to start again") from e
 
 def _record(id):
     path = _progress_file()
@@ -207,7 +207,7 @@ def _record(id):
         return
     said = read_progress(path)
     if id in said["solved"]:
-        return                        # the first time counts
+        return                        # keep the first date
     said["solved"][id] = datetime.date.today().isoformat()
     write_whole(path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
@@ -222,12 +222,12 @@ def _verdict(exercise, answer): # "right", "not yet" or "wrong", and a sentence
         return "wrong", str(e)
     except (Exception, SystemExit) as e:
         if isinstance(e, NotImplementedError) and str(e) in ("", "your code here"):
-            return todo   # PyTorch raises it too
+            return todo   # with another text it may come from PyTorch
         return "wrong", _explain(e, exercise.check.__code__)
     return "right", "right."
 
 class _Verdict(int):
-    "True or False, which a notebook does not echo below the line that was printed."
+    "True or False that a notebook does not display below the printed line."
     def _ipython_display_(self): pass
     def __repr__(self): return str(bool(self))
 
@@ -248,18 +248,18 @@ def check(id,     # of the exercise, e.g. "2.1"
 # %% ../../nbs/workshop/check.ipynb #c030
 @dataclass
 class Progress:
-    "All exercises of the course and the dates on which they were solved; shows itself as a table."
+    "All exercises of the course and the dates on which they were solved; displayed as a table."
     exercises: list
     solved: dict    # id -> date
 
     def rows(self) -> list: # of (id, title, stars, minutes, solved), all strings
-        "The table, an exercise in a row."
+        "The table, one row for each exercise."
         solved = lambda e: f"✓ {self.solved[e.id]}" if e.id in self.solved else "○"
         return [(e.id, e.title, e.stars, f"{e.minutes} min", solved(e)) for e in self.exercises]
 
     @property
     def summary(self) -> str:
-        "How many are solved, and how long the others should take."
+        "How many exercises are solved, and the minutes left for the others."
         left = [e.minutes for e in self.exercises if e.id not in self.solved]
         done = len(self.exercises) - len(left)
         return f"{done} of {len(self.exercises)} exercises solved, about {sum(left)} minutes left"
@@ -275,12 +275,12 @@ class Progress:
         return render("progress.html", summary=self.summary,
                       lessons=[(name, [row for _, row in pairs]) for name, pairs in groups])
 
-def progress(path=None, # folder of a workbook; None: the one we are in, if we are in one
+def progress(path=None, # folder of a workbook; None: the current one, if there is one
             ) -> Progress:
-    "A table of all exercises: solved, or not yet. Raises DiffnbError if there is no workbook at `path`."
+    "A table of all exercises, solved or not. Raises DiffnbError if there is no workbook at `path`."
     file = _progress_file(path)
     if path and not file:
         raise DiffnbError(
-            f"{path} is no workbook: there is no progress.json in it or above it. Make one: diffnb "
+            f"{path} is not a workbook: no progress.json in it or above it. Make one with diffnb "
             f"workbook {shlex.quote(str(path))}")
     return Progress(exercises(), read_progress(file)["solved"] if file else {})

@@ -28,7 +28,7 @@ torch = late_import("torch")
 _ascii = dict(zip("…±•→×≥≤─│²", ("...", "+-", "*", "->", "x", ">=", "<=", "-", "|", "2")))
 
 def _encodable(error):
-    "For codecs: what an encoding lacks becomes ASCII; bytes of a file name that are not text go out as they came in."
+    "Codec error handler: replaces unknown characters by ASCII; undecodable bytes of a file name pass unchanged."
     if not isinstance(error, UnicodeEncodeError):
         raise error
     char = error.object[error.start]
@@ -39,9 +39,9 @@ def _encodable(error):
 codecs.register_error("diffnb", _encodable)
 
 class _Stream:
-    "Standard output or error that never stops the work. After a failed write all goes nowhere; `failed` is the error."
+    "Standard output or error that never stops the work. After a failed write (`failed`) all output is dropped."
     def __init__(self, stream):
-        self.stream, self.failed = stream or open(os.devnull, "w"), None     # None: it was closed before Python started
+        self.stream, self.failed = stream or open(os.devnull, "w"), None     # None: closed before Python started
         self.errors = getattr(self.stream, "errors", None)
         if self.errors in ("strict", "surrogateescape") and hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="diffnb")
@@ -73,19 +73,19 @@ class _Stream:
         if not self.failed and getattr(self.stream, "errors", None) != self.errors:
             self.stream.reconfigure(errors=self.errors)
 
-    def lost(self): # exit code: 1 if output was lost that somebody wanted
+    def lost(self): # exit code: 1 if output was lost that the user wanted
         self.flush()
         if getattr(self.failed, "errno", errno.EPIPE) in (errno.EPIPE, errno.EBADF):
             return 0
         print(
-            f"diffnb: cannot write to standard output: {self.failed.strerror}. What the command wrote to "
-            "files is whole",
+            f"diffnb: cannot write to standard output: {self.failed.strerror}. The files that the command "
+            "wrote are complete",
             file=sys.stderr)
         return 1
 
 @contextmanager
 def _terminal(narrowest=40, widest=1000): # columns
-    "What a command prints on: streams that cannot fail, and a width that help fits in; in 5 columns tyro never ends."
+    "Streams that cannot fail, and a width that fits the help: in 5 columns tyro never ends."
     old, width = (sys.stdout, sys.stderr, os.environ.get("COLUMNS")), shutil.get_terminal_size().columns
     if not narrowest <= width <= widest:
         os.environ["COLUMNS"] = str(min(max(width, narrowest), widest))
@@ -107,19 +107,19 @@ _stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 # %% ../../nbs/workshop/cli.ipynb #c009
 Run = Annotated[Path, tyro.conf.Positional]
 
-def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its switches take True, False or None
-          # begin with the settings of this name; options after it change them
+def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # switches take True, False or None
+          # start from these named settings; options after it change them
           preset: Literal[tuple(PRESETS)] | None = None,
-          run: Path | None = None, # folder for everything the run leaves behind; default: runs/DATA or runs/DATA-SIZE
-          dry_run: bool = False,   # print parameters, FLOPs, memory and time from a few measured steps, and leave
-          tensorboard: bool = False, # write the curves for TensorBoard too, in the run folder
+          run: Path | None = None, # folder for everything the run writes; default: runs/DATA or runs/DATA-SIZE
+          dry_run: bool = False,   # only print parameters, FLOPs, memory, and time from a few measured steps
+          tensorboard: bool = False, # also write the curves for TensorBoard, in the run folder
           shard: bool = False      # under torchrun: divide the model over the ranks (FSDP2) instead of copying it (DDP)
          ) -> int: # exit code
     """Train a model: data, network, noise and optimiser as the options say; defaults are for CIFAR-10.
 
-    Leaves in that folder config.json, metrics.csv, samples/ (real images left, generated right) and checkpoints/.
-    The same command again continues an interrupted run. Ctrl-C and SIGTERM write a checkpoint first and leave with
-    exit code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is whole."""
+    Writes config.json, metrics.csv, samples/ (real images left, generated right) and checkpoints/ into the run folder.
+    The same command again continues an interrupted run. Ctrl-C and SIGTERM write a checkpoint first and exit with
+    code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is intact."""
     assert preset is None, "main() puts the settings in its place"
     check_config(config)
     if dry_run:
@@ -130,10 +130,10 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # its swi
     return _train(config, run or _run_of(config), tensorboard, shard)
 
 def _run_of(config):
-    "The folder for a run that was given none: named after the data, whatever way led to it."
+    "The default folder of a run: named after the data set, or after the resolved folder of images."
     name = config.images.data if config.images.data in SIDES else Path(os.path.realpath(config.images.data)).name
     if not name:
-        raise DiffnbError(f"--data {config.images.data} gives a run no name: say where it is to be kept (--run)")
+        raise DiffnbError(f"--data {config.images.data} does not give the run a name: choose its folder with --run")
     return Path("runs") / (name + (f"-{config.images.image_size}" if config.images.image_size else ""))
 
 @contextmanager
@@ -171,17 +171,17 @@ def _train(config, run, tensorboard=False, shard=False):
     return _stopped[state.stopped_by]
 
 def resume(run: Run,                    # a run folder
-           # train this many in all, instead of what was planned; how the learning rate follows is said
+           # total epochs, instead of the planned number; says what that does to the learning rate
            epochs: float | None = None,
-           data: str | None = None,     # where the folder of images is now, if it was moved; contents are compared
-           data_root: str | None = None, # where downloads are kept now; default: as when it was begun
-           device: str | None = None,   # go on elsewhere; default: the device named when it was begun
-           tensorboard: bool = False,   # write the curves for TensorBoard too
+           data: str | None = None,     # the folder of images, if it was moved; contents are compared
+           data_root: str | None = None, # where downloads are kept; default: as at the start
+           device: str | None = None,   # another device; default: the one named at the start
+           tensorboard: bool = False,   # also write the curves for TensorBoard
            shard: bool = False          # under torchrun: divide the model over the ranks (FSDP2)
           ) -> int: # exit code
     """Continue an interrupted run with its own settings, or extend a finished one.
 
-    Raises DiffnbError where its images are gone."""
+    Raises DiffnbError if its images are gone."""
     given = dict(epochs=epochs, data=data, data_root=data_root, device=device)
     config = read_config(run, build=False)["config"].change(**{k: v for k, v in given.items() if v is not None})
     if config.images.data not in SIDES and not Path(config.images.data).is_dir():
@@ -212,21 +212,21 @@ def _labels(class_, classes, n):
 
 def sample(run: Run,                # a run folder, a checkpoint or weights file, or an embedded model: digits, clothes
            out: Path | None = None, # a .png grid, a .npz, or a folder for PNGs; default: samples.png in RUN, or here
-           n: int = 60,             # how many images
-           steps: int = 50,         # of the sampler
-           seed: int = 0,           # image k depends on (seed, k) alone
-           # name or number; default: all classes in turn
+           n: int = 60,             # number of images
+           steps: int = 50,         # sampler steps
+           seed: int = 0,           # random seed; image k depends on (seed, k) alone
+           # class, by name or number; default: all classes in turn
            class_: Annotated[str | None, tyro.conf.arg(name="class")] = None,
            guidance_scale: Guidance = 1.0, # w in uncond + w (cond - uncond); 1: no guidance
-           sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05 says which one when
-           eta: float = 0.0,        # of ddim: 0 deterministic, 1 as random as ddpm
-           spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # which timesteps are visited
-           # the averaged weights; ema2, ema3, …: other horizons of ema_half_lives; model: the last ones
+           sampler: Literal["ddim", "dpmpp_2m", "heun", "ddpm"] = "ddim", # lesson 05_sample compares them
+           eta: float = 0.0,        # for ddim: 0 deterministic, 1 as random as ddpm
+           spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing", # choice of the timesteps
+           # ema: the averaged weights; ema2, ema3, …: other ema_half_lives; model: the last weights
            weights: str = "ema",
-           batch_size: int = 64,    # images at a time; changes nothing but speed and memory
-           # of the network; auto: bf16 where the device gains by it
+           batch_size: int = 64,    # images at a time; affects only speed and memory
+           # precision of the network; auto: bf16 where it is faster
            precision: Literal["auto", "float32", "bf16"] = "auto",
-           compile: bool = False,   # torch.compile: up to a minute at the start, then faster; for many images
+           compile: bool = False,   # torch.compile: slow at the start, then faster; for many images
            device: str = "auto"     # auto, cpu, cuda, cuda:1, mps
           ) -> int: # exit code
     """Make images from a trained model: one grid, or any number into a folder or .npz (both can be resumed).
@@ -238,7 +238,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
     samplers.check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
     if eta and sampler != "ddim":
         raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
-    with _ranks(device) as ranks:  # before the model is loaded: each rank has a device of its own
+    with _ranks(device) as ranks:  # before the model is loaded, because each rank has its own device
         out = check_place((run if run.is_dir() else Path()) / "samples.png" if out is None else out, (".png", ".npz"))
         m = samplers.load_model(run, device=device, weights=weights)
         # refuse what cannot work before anything is written
@@ -252,7 +252,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
             m.model.compile()
         if out.suffix.lower() != ".png":
             sample_to(out, denoiser, m.shape, n, classes=m.classes, ranks=ranks, **settings)
-        elif not ranks.rank:                                           # one grid is soon made: not worth sharing
+        elif not ranks.rank:                                           # a single grid is quick: not worth sharing
             images = torch.cat([batch for _, batch in sample_batches(denoiser, m.shape, list(range(n)), **settings)])
             save_grid(images, out, cols=10 if len(m.classes) == 10 else 8, scale=max(1, 64 // m.shape[1]))
     print(out)
@@ -261,7 +261,7 @@ def sample(run: Run,                # a run folder, a checkpoint or weights file
 # %% ../../nbs/workshop/cli.ipynb #c013
 def info(run: Run, # a run folder, also while it is training
         ) -> int:  # exit code
-    "What a run is, how far it has come, and what it last measured."
+    "Print what a run is, how far it has come, and its last row of metrics."
     facts = read_config(run, build=False)
     config, data = facts["config"], facts["data"]
     resized = (
@@ -283,7 +283,7 @@ def info(run: Run, # a run folder, also while it is training
     return 0
 
 def _rows(run):
-    "The columns of metrics.csv, and why there are none; a run just begun has no file yet."
+    "The columns of metrics.csv, or None and the reason; a new run has no file yet."
     if not (run / "metrics.csv").exists():
         return None, "none yet"
     try:
@@ -293,7 +293,7 @@ def _rows(run):
     return (m, "") if len(m["step"]) else (None, "none yet")
 
 def _progress(run, config, plans, images):
-    "Lines: how far, by which plan, in which state, and the last row."
+    "Yield the lines on progress, plans, state and the last row."
     (m, why), total, last = _rows(run), total_steps(config, images), reached(run)[0]
     done, seen = max(last, int(m["step"][-1]) if m else 0), config.training.batch_size
     minutes = f", {m['seconds'][-1] / 60:.1f} minutes" if m else ""
@@ -319,18 +319,18 @@ def _progress(run, config, plans, images):
 
 # %% ../../nbs/workshop/cli.ipynb #c015
 def evaluate(source: Run,                  # a run folder, a weights file or digits; or a folder of PNGs, or an .npz
-             n: int | None = None,         # images; default: 10,000 from a model, all of a folder or file
+             n: int | None = None,         # number of images; default: 10,000 from a model, all of a folder or file
              # data set, folder or .npz of real images; default: what the run was trained on
              reference: str | None = None,
              out: Path | None = None,      # where the results go; default: the run folder, or SOURCE.evaluation
              # the feature network
              features: Literal["auto", "digits", "inception-2048", "inception-768", "inception-192",
                                "inception-64"] = "auto",
-             inception: Path | None = None, # file with Inception weights; default: looked for, then downloaded
+             inception: Path | None = None, # file with Inception weights; default: found or downloaded
              steps: int = 50,              # DDIM steps, when sampling from a model
              # w in uncond + w (cond - uncond), when sampling from a model; 1: no guidance
              guidance_scale: Guidance = 1.0,
-             seed: int = 0,                # of the images, when sampling from a model
+             seed: int = 0,                # random seed, when sampling from a model
              device: str = "auto",         # auto, cpu, cuda, cuda:1, mps
              data_root: str | None = None  # where downloads are kept
             ) -> int: # exit code
@@ -346,10 +346,10 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
     return 0
 
 def doctor(run: Run,          # a run folder, finished or still training
-           deep: bool = True, # look at the weights and the data too, which takes seconds to minutes
+           deep: bool = True, # also examine the weights and the data, for seconds to minutes
            out: Path | None = None # the folder for the report; default: the run folder
           ) -> int: # exit code
-    "Say what is well set, what is wrong and what to do next: report.md and report.html."
+    "Report what is well set, what is wrong and what to do next, in report.md and report.html."
     with importing():
         from diffnb.workshop.report import examine
     if out is not None:
@@ -365,13 +365,13 @@ def export(run: Run,                         # a run folder, checkpoint, weights
            out: Path | None = None           # folder to write, new or empty; default: diffusers in RUN, or here
           ) -> int: # exit code
     """Write a trained model in another library's format: a folder that diffusers' DDIMPipeline.from_pretrained loads;
-    for a flow model one whose README.md has the lines that sample it. Raises DiffnbError for a folder one stands in."""
+    for a flow model, a folder whose README.md says how to sample. Raises DiffnbError if `out` is the current folder."""
     with importing():
         from diffnb.workshop.interchange import save_diffusers
         from diffnb.sample import load_model
     out = check_place((run if run.is_dir() else Path()) / "diffusers" if out is None else out)
     if Path.cwd().is_relative_to(out.resolve()):
-        raise DiffnbError(f"--out {out} is where you are, or above it: name a new folder in it")
+        raise DiffnbError(f"--out {out} is the current folder, or contains it: choose a new folder inside it")
     m = load_model(run, device="cpu")
     save_diffusers(m.model, m.schedule, out, m.prediction)
     if m.classes and not m.schedule.straight:
@@ -384,8 +384,7 @@ def export(run: Run,                         # a run folder, checkpoint, weights
 def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, or a workbook made earlier
              solutions: bool = False # keep the solutions, folded
             ) -> int: # exit code
-    """Write the course as a workbook to do exercises in, or bring one up to date; what you wrote in it is never
-    overwritten."""
+    """Write the course as a workbook for doing the exercises, or update one; never overwrites what you wrote in it."""
     from diffnb.workshop.workbook import make_workbook
     done = make_workbook(out, solutions)
     words = {"new": "new", "updated": "updated", "as it was": "as they were", "kept": "kept with your work"}
@@ -394,12 +393,12 @@ def workbook(out: Annotated[Path, tyro.conf.Positional], # folder: new, empty, o
     for what, name in done:
         if what == "beside":
             print(f"you worked in one page, so it was kept; its new version is beside it: {name}")
-    print("begin with: " + shlex.join(["jupyter", "lab", str(out / "index.ipynb")]))
+    print("start with: " + shlex.join(["jupyter", "lab", str(out / "index.ipynb")]))
     return 0
 
 # %% ../../nbs/workshop/cli.ipynb #c020a
 def _free_text(annotation):
-    "The annotation of an option; for `str | None` and `Path | None` one that takes any text, or is left out."
+    "The annotation of an option; `str | None` and `Path | None` get one that accepts any text."
     base, *rest = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if base not in (str | None, Path | None):
         return annotation
@@ -411,7 +410,7 @@ def _free_text(annotation):
     return Annotated[base, spec, *rest]
 
 def _check_number(name, value):
-    "Raises DiffnbError for a number that no option can mean."
+    "Raises DiffnbError for a number that no option accepts."
     numbers = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, (int, float))]
     if not all(abs(v) < 2**63 for v in numbers):
         raise DiffnbError(f"--{name.replace('_', '-')} {value} is not possible: it must be a number below 2^63 in size")
@@ -424,7 +423,7 @@ def _note(source, name):
     return above and " ".join(re.findall(r"# (.+)", above[1]))
 
 def _command(f):
-    "The function as tyro shall see it: the comments beside its parameters as help."
+    "The function for tyro, with the comments beside its parameters as help."
     signature = inspect.signature(f)
     def command(**given):
         for name, value in given.items():
@@ -442,7 +441,7 @@ def _command(f):
 commands = {f.__name__: f for f in (train, resume, sample, info, evaluate, doctor, export, workbook)}
 
 def _new_names(args):
-    "The arguments with the options of version 0.1 under their names of today."
+    "The arguments, with options of version 0.1 under their current names."
     if args[:1] != ["train"]:
         return args
     new = {f"--{old}": f"--{name.replace('_', '-')}" for old, name in RENAMED.items()}
@@ -463,18 +462,18 @@ def _without_preset(args):
     return args[:at] + as_options(preset, changed) + args[at + 2:]
 
 def _check_arguments(args):
-    """Raises DiffnbError for what no command takes; exit code 2, and the nearest name, for a command that does not
-    exist."""
-    # tyro says more about an empty --preset; Path("") would be the folder one stands in
+    """Raises DiffnbError for arguments that no command accepts; exits with code 2 and the nearest name for an unknown
+    command."""
+    # tyro explains an empty --preset better; Path("") would be the current folder
     valueless = lambda a: a.startswith("--") and a.partition("=")[1:] == ("=", "") and a != "--preset="
     if any(not a or valueless(a) for a in args):
         raise DiffnbError(
-            f"an argument is empty: {shlex.join(['diffnb', *args])}. Was a variable of the shell not set?")
+            f"an argument is empty: {shlex.join(['diffnb', *args])}. Is a shell variable unset?")
     if odd := [a for a in args if any("\ud800" <= char <= "\udfff" for char in a)]:
         raise DiffnbError(f"{ascii(odd[0]):.100} is not UTF-8: neither the description of a run nor the name of a "
                           "checkpoint can hold it. Rename that file or folder")
     if sum(a == "--preset" or a.startswith("--preset=") for a in args) > 1:
-        raise DiffnbError("--preset is given twice: choose one, and change it by the options after it")
+        raise DiffnbError("--preset is given twice: choose one, and change its settings by options after it")
     if not args or args[0].startswith("-") or args[0] in commands:
         return
     near = difflib.get_close_matches(args[0], commands, 1)
@@ -483,7 +482,7 @@ def _check_arguments(args):
     raise SystemExit(2)
 
 def _run(args):
-    "Do what the arguments say: exit code."
+    "Run the command that the arguments name; returns its exit code."
     if args == ["--version"]:
         print(f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
         return 0
@@ -498,13 +497,13 @@ def _run(args):
         print(f"diffnb: {e}", file=sys.stderr)
         return 1
     except OSError as e:
-        print(f"diffnb: {e}. Is the disk full, or a file or folder not yours to read or write?", file=sys.stderr)
+        print(f"diffnb: {e}. Is the disk full, or are permissions missing for a file or folder?", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("diffnb: interrupted", file=sys.stderr)
         return 130
 
-def main(args: list[str] | None = None, # None: those of the process
+def main(args: list[str] | None = None, # None: sys.argv
         ) -> int:                       # exit code
     "Entry point of the `diffnb` command. Returns an exit code; usage errors exit with 2, as argparse does."
     with _terminal() as output:

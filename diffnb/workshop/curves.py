@@ -43,7 +43,7 @@ def plot_metrics(metrics,    # dict of columns, from read_metrics
 # %% ../../nbs/workshop/curves.ipynb #c111
 def live_curves(floor=None, # drawn as a dashed line
                ) -> Callable: # for train(on_log=...)
-    "Curves that redraw themselves below the cell while `train` runs. Needs IPython, so a notebook."
+    "Curves that redraw themselves below the cell while `train` runs. Needs IPython."
     from IPython.display import display
     handle = display(display_id=True)
     def on_log(run):
@@ -57,7 +57,7 @@ def live_curves(floor=None, # drawn as a dashed line
 
 # %% ../../nbs/workshop/curves.ipynb #c132
 def to_tensorboard() -> Callable: # for train(on_log=...); the files go to the run's folder tensorboard/
-    """Write every row of metrics, and each sample grid, for TensorBoard too. Raises DiffnbError if the package is
+    """Also write every row of metrics and each sample grid for TensorBoard. Raises DiffnbError if the package is
     missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -24,8 +24,8 @@ from .reader import _below, _read_split, decode, list_images
 
 # %% ../../nbs/workshop/datasets.ipynb #c024b
 def _alone(path):
-    """One process or thread at a time passes for each `path`; the others wait. Gives False where files cannot be
-    locked: all pass there."""
+    """A lock for each `path`: one process or thread holds it, the others wait. Yields False where files cannot be
+    locked; there nobody has to wait."""
     return locked(f"{path}.lock", lambda: print(f"another process is making {shown(path)}: waiting for it"))
 
 # %% ../../nbs/workshop/datasets.ipynb #c031
@@ -46,7 +46,7 @@ def _fashion(split, **_):
 # %% ../../nbs/workshop/datasets.ipynb #c034
 def _torchvision_set(name, files, split, root, url):
     "Load one of torchvision's sets from `root`; download it there if it is missing."
-    from torchvision import datasets   # not earlier: it takes seconds, and the embedded sets do without
+    from torchvision import datasets   # imported late: it takes seconds, and the embedded sets do not need it
     root, cls = Path(root), getattr(datasets, name)
     if url and name == "CIFAR10":
         cls = type(cls.__name__, (cls,), {"url": url, "filename": url.rsplit("/", 1)[-1]})
@@ -56,7 +56,7 @@ def _torchvision_set(name, files, split, root, url):
     try:
         return load(download=False)
     except (RuntimeError, OSError, ValueError):
-        pass   # not there, or damaged: fetch it
+        pass   # missing or damaged: download it
     try:
         with _alone(root / name):
             return load(download=True)
@@ -68,7 +68,7 @@ def _torchvision_set(name, files, split, root, url):
 def _cifar10(split, root, url, **_):
     root = Path(root)
     if root.name == "cifar-10-batches-py":
-        root = root.parent         # the folder itself was given
+        root = root.parent         # `root` is the data folder itself
     d = _torchvision_set(
         "CIFAR10",
         "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a), or the "
@@ -82,7 +82,7 @@ def _fashion_mnist(split, root, url, **_):
     return d.data[:, None], d.targets, tuple(d.classes)
 
 # %% ../../nbs/workshop/datasets.ipynb #c043
-_reader = 2 # counts the changes of `decode` that change bytes: what an earlier one left in the cache is decoded again
+_reader = 2 # raised by each change of `decode` that changes bytes, so that older caches are not used
 
 def _folder(folder, split, size, filter, channels, on_broken, cache, progress, generated):
     "(images, labels, classes, native size, digest, split) of a folder."
@@ -97,13 +97,13 @@ def _folder(folder, split, size, filter, channels, on_broken, cache, progress, g
     whole = {paths[i] for i in kept}
     listing.keep(whole.__contains__, "cannot be read")
     if progress and os.environ.get("RANK", "0") == "0":
-        print(listing)           # of several processes, one says it
+        print(listing)           # only one of several processes prints
     labels = None if labels is None else labels[kept]
     return images, labels, listing.classes, native, digest, split if root != listing.folder else ""
 
 def _digest(paths, root, cache, progress):
-    """sha256 over the names below `root` and the contents of all files, wherever the folder is and whatever its dates.
-    It is kept in `cache`, under a name that depends on place, sizes and dates: unchanged files are read once."""
+    """sha256 over the names below `root` and the contents of all files, independent of the folder's place and dates.
+    It is cached under a name that depends on place, sizes and dates, so unchanged files are read only once."""
     def stamp(path):
         s = os.stat(path)
         return [os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns]
@@ -131,11 +131,11 @@ def _digest(paths, root, cache, progress):
         read = list(tqdm(pool.map(contents, parts), total=len(parts), desc="reading", delay=2, disable=not progress))
     digest = hashlib.sha256(json.dumps([entry for part in read for entry in part]).encode()).hexdigest()
     with suppress(DiffnbError):
-        write_whole(memo, digest)                         # only a help
+        write_whole(memo, digest)                         # the cache is optional
     return digest
 
 def _cached(path):
-    "(images, numbers of the files they come from, native size), or None if they are not there as a whole."
+    "(images, indices of their files, native size), or None if the cache entry is missing or incomplete."
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
         images = np.load(path.with_suffix(".npy"), mmap_mode="c")      # "c": copy on write; the file stays as it is
@@ -145,7 +145,7 @@ def _cached(path):
 
 @contextmanager
 def _threads():
-    "A thread for each core. What waits is dropped when something goes wrong, or at Ctrl-C."
+    "A pool with a thread for each core; an error or Ctrl-C drops the tasks that still wait."
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield pool
@@ -153,13 +153,13 @@ def _threads():
         pool.shutdown(wait=False, cancel_futures=True)
 
 def _fill_cache(paths, path, *settings): # as `_cached`
-    "Decode `paths` into an array file, unless another process has meanwhile. Raises DiffnbError if there is no room."
+    "Decode `paths` into an array file, unless another process just has. Raises DiffnbError if it cannot be written."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tag = "Signature: 8a477f597d28d172789f06886806bc55\n# see https://bford.info/cachedir\n"
         (path.parent / "CACHEDIR.TAG").write_text(tag)
         with _alone(path) as locked:
-            if locked:                                           # then these are of processes that were killed
+            if locked:                                           # with the lock held, these belong to killed processes
                 for left in path.parent.glob(f"{path.name}.*.partial"):
                     left.unlink()
             return _cached(path) or _decode_all(paths, path, *settings)
@@ -168,7 +168,7 @@ def _fill_cache(paths, path, *settings): # as `_cached`
                           "Choose another place with root=... (command line: --data-root)") from e
 
 def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
-    "The facts are written last, so their presence says that the array is whole."
+    "Writes the JSON file last, so its presence means that the array is complete."
     partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -208,15 +208,15 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
 named_sets = {"digits": _digits, "fashion": _fashion, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
 
 def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnist", or a folder of images
-              size=None,         # side of the images in pixels; None: as they are
+              size=None,         # side of the images in pixels; None: their own size
               split="train",     # "train" or "test"
               filter="bicubic",  # how to resize: "bicubic", "bilinear" or "nearest"
               root=None,         # where downloads are kept; None: $DIFFNB_DATA, or ./data
               url=None,          # another address for CIFAR-10's archive or Fashion-MNIST's files
               on_broken="stop",  # an unreadable image in a folder: "stop" or "skip"
-              channels=3,        # of a folder: 3 colour, 1 grey
-              progress=True,     # show how far decoding is, and say what was taken from a folder and what was not
-             generated=False,   # may the folder be one of images that a model made?
+              channels=3,        # for a folder: 3 colour, 1 grey
+              progress=True,     # show progress, and say what was taken from a folder and what was left out
+             generated=False,   # allow a folder of images that a model made
              ) -> ImageData:
     "Images of a named set or a folder. Raises DiffnbError for an unknown name, filter or split, or unreadable data."
     for value, allowed, what in ((split, ("train", "test"), "split"), (filter, filters, "filter"),
@@ -228,12 +228,12 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
     root = Path(root or os.environ.get("DIFFNB_DATA", "data"))
     if str(name) in named_sets:
         if progress and os.path.isdir(str(name)):
-            print(f"{name} is the set of that name; for the folder, say ./{name}")
+            print(f"reading the named set {name}; for the folder, write ./{name}")
         images, labels, classes = named_sets[str(name)](split, root=root, url=url)
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):
         if size is None:
-            raise DiffnbError("the images of a folder may differ in size: say which one you want, e.g. size=64 "
+            raise DiffnbError("the images of a folder may differ in size: choose one, e.g. size=64 "
                               "(--image-size 64)")
         images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken,
                                                                  root / "cache", progress, generated)

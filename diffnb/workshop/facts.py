@@ -40,7 +40,7 @@ def _network_facts(net): # JSON of a UNet's arguments -> (parameters, floating p
 
 @dataclass
 class Facts:
-    "What is known about a run. What could not be found out is None, and `missing` says why."
+    "What is known about a run. A fact that could not be found out is None, and `missing` says why."
     run: Path
     config: TrainConfig
     net: dict                    # arguments of the UNet
@@ -55,7 +55,7 @@ class Facts:
     test: object = None          # of the test split
     spectrum: object = None      # variances of the training images, (D,), and of the images before resizing
     native_spectrum: object = None
-    floor: object = None         # loss of the best Gaussian denoiser, (T,), or one number for its mean in training
+    floor: object = None         # loss of the best Gaussian denoiser: (T,), or its mean in training
     losses: dict | None = None   # measured now: "train", "held-out", "raw", (n,) each, at timesteps "t" on shared noise
     age: float = 0.0             # seconds since the last row was logged
     missing: list = field(default_factory=list)
@@ -68,43 +68,43 @@ class Facts:
         lambda self: self.config.noise.make_schedule())
     size = property(lambda self: self.data["image_size"])
     native = property(lambda self: self.data["native_size"])
-    # of each t
+    # probability of each t in training
     chances = property(lambda self: timestep_probabilities(self.config.noise.T, self.config.noise.logit_normal))
     floor_mean = property(lambda self: None if self.floor is None else self.in_training(self.floor))
 
     def in_training(self, curve # (T,), or one number
                    ) -> float:
-        "Its mean over the timesteps as training draws them."
+        "Mean of a curve over the timesteps as training draws them."
         curve = torch.as_tensor(curve, dtype=torch.float64)
         return float(curve if curve.ndim == 0 else (curve * self.chances).sum())
 
     @property
     def holding(self) -> bool:
-        "Is the rate at its peak, to stay there until a decay that has not begun?"
+        "True if the learning rate is constant at its peak, before a decay that has not begun."
         share = self.config.training.decay_share
         return (
             share is not None
             and min(self.config.training.warmup, self.total // 10) < self.step < (1 - share) * self.total)
 
     @cached_property
-    def copied(self) -> tuple: # as `diffnb.doctor.copies`, worked out once
-        "How near the samples lie to training images."
+    def copied(self) -> tuple: # as `diffnb.doctor.copies`, computed once
+        "How close the samples are to training images."
         return copies(self.grid[1], self.images)
 
     parameters = property(lambda self: _network_facts(json.dumps(self.net))[0])
-    flops = property(lambda self: _network_facts(json.dumps(self.net))[1]) # of one image through the network, forward
+    flops = property(lambda self: _network_facts(json.dumps(self.net))[1]) # of one forward pass of one image
 
-    def command(self, name, *options) -> str: # as a shell takes it
+    def command(self, name, *options) -> str: # for a shell
         "A `diffnb` command for this run."
         return shlex.join(["diffnb", name, str(self.run), *options])
 
     def late(self, share=1 / 3) -> dict: # column -> array
-        "The last third of the metrics, or another share; at least LEAST_ROWS rows if there are so many."
+        "The last third of the metrics, or another share; at least LEAST_ROWS rows if they exist."
         n = len(self.metrics["step"])
         return {k: v[-max(LEAST_ROWS, round(n * share)):] for k, v in self.metrics.items()}
 
     def calm(self) -> tuple: # (images, loss), each (n,)
-        "The last third of the rows without spikes, which would hide everything else."
+        "The last third of the rows, without spikes."
         late = self.late()
         keep = ~np.isin(late["step"], self.metrics["step"][spikes(self.metrics["loss"])])
         return late["images"][keep], late["loss"][keep]
@@ -118,7 +118,7 @@ class Facts:
 
 # %% ../../nbs/workshop/facts.ipynb #c020
 def _config(run):
-    "config.json, also with the one clash that today's checks refuse (eps at pure noise), so that the report names it."
+    "config.json; accepts eps at pure noise, which check_config refuses today, so that the report can name it."
     try:
         return read_config(run)
     except DiffnbError:
@@ -133,21 +133,21 @@ def _config(run):
         return {**facts, "config": make_config({**values, "prediction": "v"}).change(prediction="eps")}
 
 def _cut_grid(path, size, channels):
-    # -> (real, made), uint8 (N, C, size, size); None if the picture is laid out otherwise
+    # -> (real, made), uint8 (N, C, size, size); None if the layout differs
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     cell, scale = (pixels.shape[2] - 2) // 13, max(1, 64 // size)
     if pixels.shape[2] != 13 * cell + 2 or cell - 2 != size * scale or (pixels.shape[1] - 2) % cell:
         return None
     rows = (pixels.shape[1] - 2) // cell
     tile = lambda r, c: pixels[:channels, 2 + r * cell:(r + 1) * cell, 2 + c * cell:(c + 1) * cell]
-    # grids are stored enlarged; that is linear
+    # undo the enlargement of stored grids, which is linear
     back = torch.linalg.pinv(resize(torch.eye(size)[None], [size * scale, size])[0])
     shrink = lambda x: (back @ x.float() @ back.T).round().clamp(0, 255).to(torch.uint8)
     return tuple(
         shrink(torch.stack([tile(r, c) for r in range(rows) for c in side])) for side in (range(6), range(7, 13)))
 
 def _evaluation(path):
-    # evaluation.json as a dict with at least the score and its floor; None if it is not there or says something else
+    # evaluation.json as a dict with at least the score and its floor; None if it is missing or has other content
     try:
         told = json.loads(path.read_text())
         float(told["score"]["value"])
@@ -160,7 +160,7 @@ def _evaluation(path):
 # %% ../../nbs/workshop/facts.ipynb #c022
 FLOOR_DIMS, FLOOR_IMAGES = 3072, 20_000 # a spectrum in 3,072 dimensions takes seconds; in 12,288 ten minutes
 
-def _load(f, split, size): # ImageData, or None with the reason noted
+def _load(f, split, size): # ImageData, or None; `f.missing` gets the reason
     c = f.config
     try:
         data = load_data(
@@ -173,7 +173,7 @@ def _load(f, split, size): # ImageData, or None with the reason noted
     except DiffnbError as e:
         f.missing.append(f"the {split} images: {str(e).splitlines()[0].split(' and could not be downloaded')[0]}")
 
-def _spectrum(data, name): # shipped, or computed if that takes seconds; None otherwise
+def _spectrum(data, name): # shipped, or computed if that takes only seconds; else None
     try:
         return load_statistics(name)[0]
     except DiffnbError:
@@ -214,7 +214,7 @@ def _measure(f):
             f"{LEAST_ROWS} are needed")
         return
     t, g = torch.arange(n) * c.noise.T // n, addressed("doctor", n)
-    if c.noise.logit_normal: # as often as training draws them
+    if c.noise.logit_normal: # as often as training draws each
         t = torch.searchsorted(f.chances.cumsum(0), (torch.arange(n).double() + 0.5) / n).clamp(max=c.noise.T - 1)
     t, noise = t[torch.randperm(n, generator=g)], torch.randn(n, f.net["in_channels"], f.size, f.size, generator=g)
     model, f.losses = UNet(**meta["model"]).to(device).eval(), {"t": t.numpy()}
@@ -235,9 +235,9 @@ def _measure(f):
 # %% ../../nbs/workshop/facts.ipynb #c025
 def gather(run,        # a run folder, finished or running
            deep=True,  # also measure losses from the checkpoint; needs the data
-           live=False, # only what a training loop can afford: config.json and metrics.csv
+           live=False, # read only config.json and metrics.csv, cheap enough for a training loop
           ) -> Facts:
-    "Read what there is. Raises DiffnbError if the folder is not a run."
+    "Read and measure whatever is available. Raises DiffnbError if the folder is not a run."
     run, facts = Path(run), _config(run)
     f = Facts(run, facts["config"], facts["model"], facts["data"], facts.get("device", ""))
     try:
@@ -254,7 +254,7 @@ def gather(run,        # a run folder, finished or running
         try:
             f.saved = f.saved or read_tensors(path)
         except DiffnbError:
-            f.damaged += (path.name,) * path.exists()        # else a running training has just removed it
+            f.damaged += (path.name,) * path.exists()        # unless a running training has just removed it
     if f.saved is None:
         f.missing.append("a checkpoint: " + ("all are damaged" if f.damaged else "none has been written yet"))
     _read_extras(f)

@@ -26,18 +26,18 @@ from .datasets import load_data
 # %% ../../nbs/workshop/features.ipynb #c034
 @dataclass(frozen=True)
 class Features:
-    "A feature network with what must be said about it: calling it turns images into float32 (N, dim)."
+    "A feature network with its name and dimension; calling it turns images into float32 (N, dim)."
     network: Callable   # uint8 (B, C, H, W) on `device` -> (B, dim)
     name: str
     dim: int
-    device: str = "cpu" # where the network is
-    ranks: SingleProcess = SingleProcess() # several processes share the images; each gets all features
+    device: str = "cpu" # device of the network
+    ranks: SingleProcess = SingleProcess() # the ranks share the images; each gets all features
 
     @torch.no_grad()
     def batches(self, images, # uint8 (N, C, H, W), or ImageData
                 batch_size=256) -> Iterator:
-        """Yield float32 (B, dim), batch by batch. Raises DiffnbError for images that are not bytes and features that
-        are not numbers."""
+        """Yield float32 (B, dim), batch by batch. Raises DiffnbError for images that are not uint8, and for features
+        that are not finite or have the wrong shape."""
         for i in range(0, len(images), batch_size):
             x = images.take(slice(i, i + batch_size)) if isinstance(images, ImageData) else images[i:i + batch_size]
             if x.dtype != torch.uint8:
@@ -46,7 +46,7 @@ class Features:
             if out.shape != (len(x), self.dim):
                 raise DiffnbError(f"{self.name} gave shape {tuple(out.shape)}, not {(len(x), self.dim)}")
             if not out.isfinite().all():
-                raise DiffnbError(f"{self.name} gave numbers that are not finite for images {i} to {i + len(x) - 1}")
+                raise DiffnbError(f"{self.name} gave values that are not finite for images {i} to {i + len(x) - 1}")
             yield out
 
     def __call__(self, images, batch_size=256):
@@ -73,9 +73,9 @@ class DigitsNetwork(nn.Module):
                                   nn.Flatten(), nn.Linear(512, 64), nn.SiLU())
         self.head = nn.Linear(64, 10)
 
-    def features(self, images # uint8 (B, C, H, W), of any size
+    def features(self, images # uint8 (B, C, H, W), any size
                 ) -> torch.Tensor: # float32 (B, 64)
-        "The activations before the last layer, of the images in grey, 8x8."
+        "The activations before the last layer, for the images converted to grey at 8x8."
         x = images.float().mean(1, keepdim=True)
         if x.shape[-2:] != (8, 8):
             x = resize(x, 8, "bilinear")
@@ -85,7 +85,7 @@ def train_digits_network(images, # uint8 (N, 1, 8, 8)
                          labels, # int64 (N,), 0 … 9
                          steps=400, seed=0,
                         ) -> DigitsNetwork: # frozen
-    "Train the classifier on noisy copies, half of the batches rolled by up to a pixel."
+    "Train the classifier on noisy images; half of the batches are rolled by up to a pixel."
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         net = DigitsNetwork()
@@ -125,7 +125,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
 
 def _inception_weights(path):
-    "(tensors, where from): a file, $DIFFNB_INCEPTION, the cache of torch.hub, or the network."
+    "(tensors, path), from `path`, $DIFFNB_INCEPTION, the cache of torch.hub, or a download."
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     path = Path(path or os.environ.get("DIFFNB_INCEPTION") or cached)
     if path == cached and not path.exists():
@@ -134,7 +134,7 @@ def _inception_weights(path):
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d", progress=False)
         except (OSError, RuntimeError) as e:
             raise DiffnbError(f"the Inception weights are not in {path} and could not be downloaded ({e}). "
-                              f"Put {INCEPTION_FILE} from {INCEPTION_URL} there by hand, or name a file with "
+                              f"Put {INCEPTION_FILE} from {INCEPTION_URL} there by hand, or choose a file with "
                               "weights=... or the environment variable DIFFNB_INCEPTION") from e
     if not path.is_file():
         raise DiffnbError(
@@ -142,7 +142,7 @@ def _inception_weights(path):
     try:
         if path.suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path), path
-        # weights_only: tensors and nothing that runs
+        # weights_only: reads tensors, runs no code
         return torch.load(path, weights_only=True, map_location="cpu"), path
     except Exception as e:
         raise DiffnbError(f"{path} cannot be read as Inception weights ({e})") from e
@@ -153,8 +153,8 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
                        weights=None,
                        device="cpu",
                       ) -> Features: # Features; takes RGB or grey images of any size
-    """The Inception-v3 of FID (2015-12-05), through torch-fidelity. Raises DiffnbError saying what to install or which
-    file to put where."""
+    """The Inception-v3 of FID (2015-12-05), through torch-fidelity. Raises DiffnbError that says what to install, or
+    which file to put where."""
     if dim not in (64, 192, 768, 2048):
         raise DiffnbError(f"Inception has features of 64, 192, 768 and 2048 dimensions, not {dim}")
     try:
@@ -163,7 +163,7 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
         raise DiffnbError("Inception features need the package torch-fidelity: pip install torch-fidelity") from e
     class Blank(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_, **__):
-            pass                                        # it would load the file unchecked
+            pass                                        # the original would load the file unchecked
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
@@ -181,7 +181,7 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
             f"dim=768, or the full {INCEPTION_FILE}")
     net = net.to(device)
     def features(x):
-        # a score is not the place to round
+        # TF32 would round the features
         before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:
             return net(x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1))[0]
@@ -194,7 +194,7 @@ def make_features(name="auto",  # "auto", "digits", "inception-2048", "inception
                   data="",  # name of the data set; "auto" takes the digits classifier for "digits", else inception-2048
                   device="cpu", weights=None # of Inception, as in `inception_features`
                  ) -> Features:
-    "A feature network by name. Raises DiffnbError for an unknown one."
+    "A feature network by name. Raises DiffnbError for an unknown name."
     if name == "auto":
         name = "digits" if data == "digits" else "inception-2048"
     if name == "digits":

@@ -37,7 +37,7 @@ def _rows(run):
             f"{run}/metrics.csv has other columns than this version writes: move it away to continue the "
             "run without its earlier rows")
     text = [line.split(",") for line in (Path(run) / "metrics.csv").read_text(encoding="utf-8").split("\n")[1:-1]]
-    return [dict(zip(m, r)) for r in text if len(r) == len(m)]   # as text: a number read and written again may change
+    return [dict(zip(m, r)) for r in text if len(r) == len(m)]   # as text: reading and rewriting a number may change it
 
 # %% ../../nbs/workshop/folder.ipynb #c049
 columns = ["step", "epoch", "images", "loss", *[f"loss_bin_{i}" for i in range(10)], "lr", "grad_norm", "clipped",
@@ -50,17 +50,17 @@ def _csv(rows):
 
 def read_metrics(run: str | Path, # a run folder
                 ) -> dict[str, "np.ndarray"]: # column -> float64 (rows,)
-    "What a run has logged so far. Raises DiffnbError if there is nothing to read."
+    "What a run has logged so far. Raises DiffnbError if the file is missing or damaged."
     path = Path(run) / "metrics.csv"
     if not path.exists():
         raise DiffnbError(f"{path} does not exist: {run} is not a run folder, or has not logged anything yet")
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         names = head.split(",")
-        # the last line ends in \n, or is cut
+        # a last line without \n is cut off
         rows = [r for r in (line.split(",") for line in lines[:-1]) if len(r) == len(names)]
         values = np.array(rows, dtype=np.float64).reshape(-1, len(names))
-        missing = [c for c in columns[:-1] if c not in names]            # version 0.1 did not have the last
+        missing = [c for c in columns[:-1] if c not in names]            # version 0.1 lacked the last
         if missing:
             raise ValueError(f"it has no column {missing[0]}")
         if len(set(names)) < len(names):
@@ -82,7 +82,7 @@ def _names(classes): # class names as a tuple
         raise ValueError(f"classes are {classes!r:.60}, expected a list of names")
     return tuple(classes)
 
-def _where(data, facts): # the folder of images, also if its name was relative to another working directory
+def _where(data, facts): # the folder of images, even if its name was relative to another working directory
     folder = facts.get("folder")
     if not isinstance(folder, str) or not Path(folder).is_dir():
         return data
@@ -98,16 +98,16 @@ def _count(net): # a UNet configuration -> its parameters; raises where none can
     with torch.device("meta"):
         return count_parameters(UNet(**net))      # allocates nothing
 
-def _stored(run): # -> parameters of the network in the last checkpoint, by its header alone; 0: that does not say
+def _stored(run): # -> parameters of the network, from the header of the last checkpoint; 0: unknown
     for path in checkpoints(run)[-1:]:
         with suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "np") as f:
             return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if k.startswith("model."))
     return 0
 
 def read_config(run: str | Path,    # a run folder
-                build: bool = True, # the network, to find out whether it can be; False: only if nothing says its size
+                build: bool = True, # build the network as a check; False: only if its size is recorded nowhere
                ) -> dict: # config, model, parameters, data, plans, diffnb, torch, device
-    "What `config.json` says. Raises DiffnbError if the folder is not a run or the file is damaged."
+    "The content of `config.json`, checked. Raises DiffnbError if the folder is not a run or the file is damaged."
     with config_json(run) as facts:
         for k, kind in _facts_of_data.items():
             v = facts["data"][k]
@@ -122,10 +122,10 @@ def read_config(run: str | Path,    # a run folder
         config = config.change(data=_where(config.images.data, facts["data"]))
         return {"diffnb": "?", "torch": "?", "device": "?", **facts, "config": config}
 
-def make_config(values: dict,   # as JSON gives it
+def make_config(values: dict,   # as read from JSON
                ) -> TrainConfig: # a new one
-    """A TrainConfig from JSON: lists become tuples, old names new ones; unknown settings are refused. Raises
-    DiffnbError."""
+    """A TrainConfig from JSON: lists become tuples and old names new ones. Raises DiffnbError for an unknown or
+    impossible setting."""
     if not isinstance(values, dict):
         raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {RENAMED.get(k, k) if RENAMED.get(k) not in values else k: v for k, v in values.items()}
@@ -137,13 +137,13 @@ def make_config(values: dict,   # as JSON gives it
 _of_files = {
     ".npy", ".npz", ".zip", ".tar", ".gz", ".csv", ".json", ".txt", ".html", ".md", ".pt", ".pth", ".safetensors"}
 
-def check_place(out: str | Path, # where a folder is to be
-                suffixes=(),     # or a file that ends in one of these, in capitals or not
-                images=(),       # folders of images that are read; `out` must not lie among these
-                option="--out",  # of the command line, that names the place
+def check_place(out: str | Path, # the folder to write
+                suffixes=(),     # suffixes of a file that is allowed instead, in any letter case
+                images=(),       # folders of images that the command reads; `out` must lie outside
+                option="--out",  # the command-line option that names it
                ) -> Path:        # the same
-    """Raises DiffnbError if nothing can be written there, if the name is that of a file of another kind, or among
-    `images`."""
+    """Check where results will go. Raises DiffnbError if nothing can be written there, if the name belongs to another
+    kind of file, or if the place lies inside `images`."""
     if wrong := _unwritable(str(out)):
         raise DiffnbError(
             f"nothing can be kept in {str(out)!a:.200}: {wrong}. Choose another name (command line: {option})")
@@ -167,15 +167,15 @@ def check_place(out: str | Path, # where a folder is to be
                               f"choose a place outside (command line: {option})")
     return out
 
-def check_run_place(run: Path, # where a run is to be kept, or is
+def check_run_place(run: Path, # the run folder, new or existing
                     data: str, # the data set or folder of images that it trains on
                    ) -> None:
-    "Raises DiffnbError if no run can be kept there: as `check_place`, or because the folder holds something else."
-    ours = (".lock", ".config.json.")                                    # what a process killed early leaves behind
+    "Raises DiffnbError if no run can be kept there: as in `check_place`, or because the folder holds something else."
+    ours = (".lock", ".config.json.")                                    # left behind by a process killed early
     try:
         other = run.is_dir() and any(not p.name.startswith(ours) for p in run.iterdir())
         if (run / "config.json").exists():
-            return                        # asked last: another process may be writing it
+            return                        # checked last: another process may be writing it
         check_place(run, images=[data] if data not in SIDES and Path(data).is_dir() else [], option="--run")
     except OSError as e:
         raise DiffnbError(f"cannot look into {str(e.filename):.200}: {e.strerror}") from e
@@ -183,14 +183,14 @@ def check_run_place(run: Path, # where a run is to be kept, or is
         raise DiffnbError(f"{run} exists and is not a run folder: choose a new or empty folder (--run)")
 
 # %% ../../nbs/workshop/folder.ipynb #c088
-# errors of file systems without them
+# errors of file systems without locks
 _no_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 @contextmanager
-def locked(path: str | Path,            # the file to lock, made if need be
-           taken: Callable[[], object], # called if another process holds it: raises an error, or the lock is waited for
-          ) -> Iterator[bool]:          # False where the file system cannot lock: there, all pass
-    "Hold a lock. Raises OSError if the file cannot be made."
+def locked(path: str | Path,            # the file to lock; created if missing
+           taken: Callable[[], object], # called if another process holds it; unless it raises, we wait for the lock
+          ) -> Iterator[bool]:          # False where the file system cannot lock: then nobody is kept out
+    "Hold a lock on a file. Raises OSError if the file cannot be created."
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0.5)                                       # `diffnb info` may hold it for a moment
@@ -209,15 +209,15 @@ def locked(path: str | Path,            # the file to lock, made if need be
 
 def _lock_of(folder, doing): return Path(folder) / (".lock" if doing == "training" else f".{doing}.lock")
 
-def _who(path): # holds this lock, as far as can be read
+def _who(path): # who holds this lock, as its file says
     with suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8")[:200] or "another process"
     return "another process"
 
 @contextmanager
-def alone_in(folder: str | Path,    # made if need be
-             doing: str,            # what no other process may do there meanwhile: "training", "sampling", …
-             option: str = "--out", # of the command line, that names the folder
+def alone_in(folder: str | Path,    # created if missing
+             doing: str,            # what no other process may do there now: "training", "sampling", …
+             option: str = "--out", # the command-line option that names the folder
             ) -> Iterator[None]:
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
     path, made = _lock_of(folder, doing), not Path(folder).exists()
@@ -238,7 +238,7 @@ def alone_in(folder: str | Path,    # made if need be
             warnings.warn(
                 f"the file system of {folder} cannot lock files: take care that no second process is {doing} there")
         with suppress(OSError):
-            # a full disk locks all the same
+            # a full disk does not prevent the lock
             path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         try:
             yield
@@ -246,11 +246,11 @@ def alone_in(folder: str | Path,    # made if need be
             with suppress(OSError):
                 path.unlink()  # before the release, so that nobody holds a file that is gone
                 if made:
-                    path.parent.rmdir()                             # nothing came of it
+                    path.parent.rmdir()                             # nothing was written into it
 
 def training_now(run: str | Path, # a run folder
                 ) -> str | None:  # "process 1234 on HOST", or None
-    "Who is training in this folder at the moment, if anybody is."
+    "The process that is training in this folder, if there is one."
     path = _lock_of(run, "training")
     if not path.exists():
         return None
@@ -260,7 +260,7 @@ def training_now(run: str | Path, # a run folder
     except Timeout:
         return _who(path)
     except PermissionError:
-        return f"{_who(path)}, unless it was killed"  # a folder that may only be read
+        return f"{_who(path)}, unless it was killed"  # a read-only folder
     except (OSError, NotImplementedError):
         return None
 
@@ -270,18 +270,18 @@ free_to_change = {f.name for f in fields(RunSettings)} - {"precision"} | {"epoch
 def as_options(config: TrainConfig,
                names,        # of settings
               ) -> list[str]: # words
-    "The command-line options that give these settings of `config` their values."
+    "The command-line options that set these names to their values in `config`."
     words = lambda v: map(str, v) if isinstance(v, tuple) else [str(v)]
     return [word for k in names for word in (f"--{k.replace('_', '-')}", *words(flattened(config)[k]))]
 
-def as_command(name: str, # of one of diffnb's commands
+def as_command(name: str, # of a diffnb command
                *words,    # its arguments
               ) -> str:
-    "A command as a shell takes it, odd names quoted."
+    "A command line for a shell, with special characters quoted."
     return shlex.join(["diffnb", name, *map(str, words)])
 
 def _same_settings(run, old, config):
-    free = free_to_change | {"data", "on_broken"}                        # the images themselves are compared
+    free = free_to_change | {"data", "on_broken"}                        # the images are compared by content
     was, now = flattened(old), flattened(config)
     changed = [k for k in now if k not in free and now[k] != was[k]]
     if not changed:
@@ -290,7 +290,7 @@ def _same_settings(run, old, config):
     raise DiffnbError(f"{run} holds a run with {both}. To continue it, use its settings: "
                       f"{shlex.join(as_options(old, changed))}; to start anew, another folder (--run)")
 
-def _same_data(run, was, data): # was: what config.json says of the images
+def _same_data(run, was, data): # was: the images as recorded in config.json
     now = _describe(data)
     if all(was.get(k) in (None, "", now[k]) for k in ("images", "classes", "class_counts", "digest")):
         return
@@ -306,7 +306,7 @@ def _same_data(run, was, data): # was: what config.json says of the images
     raise DiffnbError(f"{run} was trained on {what}. Bring the old data back (if they were moved: "
                       f"{as_command('resume', run)} --data FOLDER), or train in another folder (--run)")
 
-def _describe(data): # ImageData -> what config.json says of it
+def _describe(data): # ImageData -> its entry in config.json
     counts = None if data.labels is None else torch.bincount(data.labels.cpu(), minlength=len(data.classes)).tolist()
     return {
         "name": data.name, "folder": None if data.name in SIDES else os.path.realpath(data.name), "images": len(data),
@@ -314,8 +314,8 @@ def _describe(data): # ImageData -> what config.json says of it
         "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
 
 def reached(run: str | Path, # a run folder
-           ) -> tuple[int, float | None]: # steps, epochs planned then, of its newest checkpoint; (0, None) without any
-    "How far a run has come, from the heads of its checkpoints; damaged ones are passed over."
+           ) -> tuple[int, float | None]: # step of the newest checkpoint and epochs planned then; (0, None) without one
+    "How far a run has come, from the headers of its checkpoints; damaged ones are skipped."
     for path in reversed(checkpoints(run)):
         try:
             meta = _checked(path, *read_tensors(path, facts_only=True), None)[1]
@@ -325,12 +325,12 @@ def reached(run: str | Path, # a run folder
     return 0, None
 
 def _plans(run, old, config, images):
-    """The plans of a run so far, the present one last: how many epochs, and from which step on.
-    Raises DiffnbError if the run is past the end of the present one."""
+    """The plans of a run so far, the current one last: epochs, and the step from which they hold.
+    Raises DiffnbError if the run is past the end of the current plan."""
     step, then = reached(run)
     def over(epochs):
         total = total_steps(config.change(epochs=epochs), images)
-        # what was made under another plan is not the end of this
+        # the last step of another plan is not the end of this one
         return total < step or total == step and epochs != then
     if over(config.training.epochs):
         kept = [
@@ -338,23 +338,23 @@ def _plans(run, old, config, images):
             for e in (old["config"].training.epochs, *(p["epochs"] for p in reversed(old["plans"])), then)
             if e and not over(e)]
         how = (
-            (f" To keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
+            (f", or keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
             if kept
             else "")
         raise DiffnbError(
             f"{run} has done {step} steps, {step * config.training.batch_size / images:.4g} epochs, under another "
             "plan: "
-            f"with --epochs {config.training.epochs:g} it would be called finished, and is not. Ask for more.{how}")
+            f"with --epochs {config.training.epochs:g} it would wrongly count as finished. Ask for more{how}")
     return old["plans"] + [{"epochs": config.training.epochs, "step": step}] * (
         config.training.epochs != old["config"].training.epochs)
 
-def _sweep(run): # what a killed process of ours left half written; other commands may be writing beside it
+def _sweep(run): # remove partial files of a killed process; other commands may be writing beside it
     for pattern in (".config.json.*", ".metrics.csv.*", "samples/.step_*", "checkpoints/.*"):
         for left in run.glob(pattern + ".partial"):
             left.unlink(missing_ok=True)
 
 def _open_run(run, config, data, net):
-    "Check that the run in the folder, if there is one, is the same. Writes config.json."
+    "Write config.json. Raises DiffnbError if the folder holds another run."
     plans = [{"epochs": config.training.epochs, "step": 0}]
     if (run / "config.json").exists():
         old = read_config(run)
@@ -365,9 +365,9 @@ def _open_run(run, config, data, net):
                 raise DiffnbError(
                     f"{run} holds a model with {k}={old['model'].get(k)!r}, but the data and settings ask "
                     f"for {v!r}: "
-                    "is it the same data?")
+                    "is this the same data?")
         plans = _plans(run, old, config, len(data))
-        _rows(run)                                                       # raises where they could not be continued
+        _rows(run)                                                       # raises if they cannot be continued
         _sweep(run)
     text = json.dumps(
         {

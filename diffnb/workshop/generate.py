@@ -25,20 +25,20 @@ from ..schedule import NoiseSchedule
 from .folder import alone_in, check_place
 
 # %% ../../nbs/workshop/generate.ipynb #c079
-def sample_batches(denoiser,   # Denoiser; its labels are those of images 0, 1, 2, …
+def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
                    shape,      # of one image: (C, H, W)
-                   numbers,    # which images: list of ints; image k is made from noise addressed by (seed, k)
+                   numbers,    # list of ints; image k starts from noise addressed by (seed, k)
                    *, seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
-                   precision="float32", # of the network's arithmetic, or "bf16"; the sampler's own stays in float32
+                   precision="float32", # of the network, or "bf16"; the sampler itself computes in float32
                    **settings  # of the sampler: steps, spacing, …
                   ) -> Iterator[tuple[list, torch.Tensor]]: # numbers of the batch, uint8 (B, C, H, W) on the CPU
-    """Sample images by their numbers, batch by batch; the batch size changes nothing but the speed.
+    """Sample images by their numbers, batch by batch; the batch size affects only speed and memory.
     Raises DiffnbError for a batch size, seed, or settings of the sampler that cannot work."""
     check_sampling(batch_size=batch_size, seed=seed)
     compiled = getattr(denoiser.model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
         asked = numbers[start:start + batch_size]
-        # another batch size would be compiled anew
+        # pad the last batch: another batch size would be compiled again
         ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked
         x_T = draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device)
         dice = [addressed(seed, "sample", k) for k in ks]
@@ -51,13 +51,13 @@ def _told(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
 def _name_of(y):
-    return " ".join(map(str, y.tolist())) + " "        # so that the labels of fewer images begin those of more
+    return " ".join(map(str, y.tolist())) + " "        # so that labels of fewer images are a prefix of those of more
 
 def fingerprint(model, schedule) -> str: # 16 hexadecimal digits
-    "A short name of weights and schedule, so that samples of two models are never mixed. Wrappers change nothing."
+    "A hash of weights and schedule that keeps samples of two models apart; independent of wrappers."
     h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
     if schedule != NoiseSchedule(schedule.alpha_bar):
-        h.update(schedule.s.numpy().tobytes()) # else alpha_bar says it all
+        h.update(schedule.s.numpy().tobytes()) # otherwise alpha_bar determines s
     for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
         k = re.sub(r"^(_orig_mod\.|module\.)+", "", k)                 # of torch.compile and DistributedDataParallel
         h.update(k.encode())
@@ -65,13 +65,13 @@ def fingerprint(model, schedule) -> str: # 16 hexadecimal digits
     return h.hexdigest()[:16]
 
 def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels, classes their names
-              denoiser, # Denoiser; its labels, if it has any, are those of images 0, 1, 2, …: n of them or more
+              denoiser, # Denoiser; its labels, if any, are those of images 0, 1, 2, …: at least n
               shape,    # of one image: (C, H, W)
               n,        # how many images
-              # as in sample_batches; ranks: each process makes its share
+              # as in sample_batches; each of the ranks makes its share
               *, seed=0, classes=(), ranks=SingleProcess(), **settings
              ) -> Path: # the folder or file
-    """Make `n` images on disk. Called again after an interruption, it makes only those that are missing.
+    """Write `n` images to disk. Called again after an interruption, it makes only the missing ones.
     Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
     out = check_place(out, (".npz",))
     numbers = {k: settings[k] for k in ("batch_size", "steps", "spacing", "eta") if k in settings}
@@ -89,7 +89,7 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
             for k, image in zip(ks, images):
                 _write_png(image, folder / f"{k:06d}.png")
         if ranks.any(False) or ranks.rank:
-            return out                                        # asked, so that all ranks have finished
+            return out                                        # any() waits until all ranks have finished
         if packed:
             _pack(folder, out, n, shape, y, classes)
     return out
@@ -112,27 +112,27 @@ def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
 
 @contextmanager
 def _what_is_made_stays(partial_path, path):
-    "A full disk, or one that fails: leave nothing half-written, and say how to go on."
+    "If the disk is full or fails, remove the partial file and say how to go on."
     try:
         yield
     except OSError as e:
         with suppress(OSError):
             partial_path.unlink()
         raise DiffnbError(
-            f"cannot write {path}: {e.strerror or e}. The images before it stay: make room, or make the "
+            f"cannot write {path}: {e.strerror or e}. The images before it stay. Make room, or make the "
             "folder "
-            "writable, and the same call makes the rest"
+            "writable; then the same call makes the rest"
         ) from e
 
-# ---- what a folder of samples was made with
-# where nothing is said
+# ---- the settings behind a folder of samples
+# defaults, for settings that samples.json leaves out
 _usual = {"guidance_scale": "1.0", "rescale": "0.0", "interval": "None", "clip": "True", "eta": "0.0",
           "spacing": "'trailing'", "precision": "'float32'", "sampler": "ddim", "prediction": "'eps'"}
 _options = {
     "guidance_scale": "--guidance-scale", "labels": "--class", "model": "--weights", "shape": "", "prediction": "",
     "clip": "", "rescale": "", "interval": ""}
 
-def _made_with(denoiser, shape, n, seed, settings): # dict of words, for samples.json
+def _made_with(denoiser, shape, n, seed, settings): # dict of strings for samples.json
     asked = {k: getattr(denoiser, k) for k in ("prediction", "clip", "rescale", "interval") if hasattr(denoiser, k)}
     asked |= {"guidance_scale": float(denoiser.guidance_scale)}
     asked |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress")}
@@ -140,15 +140,15 @@ def _made_with(denoiser, shape, n, seed, settings): # dict of words, for samples
             **{k: _told(v) for k, v in asked.items()}, "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
 
 def _open_samples(folder, facts, told, held, packed=None):
-    "Lock the folder, refuse it if it holds something else, and write down what its images are made with."
+    "Lock the folder, check that it holds nothing else, and record the settings of its images."
     strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
     if strange and folder.exists() and not facts.exists():
         raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
     _refuse_existing(packed)
     held.enter_context(alone_in(folder, "sampling"))
-    _refuse_existing(packed)                                                # another process may have finished just now
+    _refuse_existing(packed)                                                # another process may have just finished
     for left in folder.glob(".*.partial"):
-        left.unlink()                    # of a process that was killed
+        left.unlink()                    # left by a killed process
     if facts.exists():
         before = _facts(facts)
         if changes := _changes(before, told):
@@ -162,14 +162,14 @@ def _refuse_existing(path):
     if path and path.exists():
         raise DiffnbError(f"{path} exists: remove it, or choose another name")
 
-def _facts(path): # what samples.json holds
+def _facts(path): # the content of samples.json
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(facts["labels"], str):
             return _renamed(facts)
     except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         pass
-    raise DiffnbError(f"{path} is damaged, so it cannot be known what the images beside it are: choose a new folder")
+    raise DiffnbError(f"{path} is damaged, so the settings of the images beside it are unknown: choose a new folder")
 
 def _renamed(facts): # version 0.1 wrote of guidance: "guided () {'w': 2.0}", or "None"
     kind, _, settings = facts.pop("guide", "None").partition(" () ")
@@ -179,7 +179,7 @@ def _renamed(facts): # version 0.1 wrote of guidance: "guided () {'w': 2.0}", or
         facts["guidance_scale"] = repr(float(facts.pop("w")))
     return facts
 
-def _changes(before, now): # list of words: what differs, the option that decides it, and both values
+def _changes(before, now): # list of strings: what differs, both values, and the option that sets it
     words = []
     for name in dict.fromkeys((*now, *before)):
         old, new = (d.get(name, _usual.get(name)) for d in (before, now))

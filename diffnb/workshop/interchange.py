@@ -50,7 +50,7 @@ def key_map(model, # our UNet
 
 # %% ../../nbs/workshop/interchange.ipynb #c011
 def _their_settings(c):
-    "UNet2DModel's arguments for our configuration `c`."
+    "UNet2DModel's arguments for our configuration `c`. Raises DiffnbError if there are none."
     if c["patch_size"] > 1:
         raise DiffnbError(f"patch_size={c['patch_size']}: diffusers' UNet2DModel works on pixels, not on patches. "
                           "Only diffnb can run this one")
@@ -75,19 +75,19 @@ _theirs = dict(  # every setting of UNet2DModel that we translate, with its defa
     up_block_types=3 * ("AttnUpBlock2D",) + ("UpBlock2D",), block_out_channels=(224, 448, 672, 896),
     downsample_padding=1, dropout=0.0, attention_head_dim=8, norm_num_groups=32, attn_norm_num_groups=None,
     norm_eps=1e-5, resnet_time_scale_shift="default", add_attention=True, num_class_embeds=None)
-_fixed = dict(  # and those that we do not, with the values that mean what our UNet does
+_fixed = dict(  # settings that we do not translate, with the values that match our UNet
     center_input_sample=(False,), time_embedding_type=("positional",), time_embedding_dim=(None,),
     act_fn=("silu", "swish"), mid_block_type=("UNetMidBlock2D",), mid_block_scale_factor=(1,),
     downsample_type=("conv",), upsample_type=("conv",),
     class_embed_type=(None,), num_train_timesteps=None,
-    # how diffusers' EMAModel made an average: it writes that among the settings of the network
+    # diffusers' EMAModel stores how it averaged among the settings of the network
     **dict.fromkeys(("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
                      "power")))
 
 def _unsupported(name, value, why): return DiffnbError(f"unsupported setting {name}={value!r}: {why}")
 
 def _known(config):
-    "The settings that we translate, completed by defaults; raises for a value, or a setting, that we cannot do."
+    "The settings that we translate, completed by defaults. Raises DiffnbError for unsupported settings or values."
     given = {k: v for k, v in config.items() if not k.startswith("_")}
     for name, value in given.items():
         if name in _theirs:
@@ -100,7 +100,7 @@ def _known(config):
 
 # %% ../../nbs/workshop/interchange.ipynb #c014
 def _levels(c):
-    "Resolutions with attention, base_channels and channel_mult out of their lists."
+    "image_size, base_channels, channel_mult and attention from their lists."
     for name in ("down_block_types", "up_block_types", "block_out_channels"):
         if not isinstance(c[name], (list, tuple)) or not 0 < len(c[name]) == len(c["block_out_channels"]) <= 8:
             raise _unsupported(name, c[name], "expected a list of 1 to 8 elements, as long as block_out_channels")
@@ -110,7 +110,7 @@ def _levels(c):
             _choice(f"{name}: element", kind, (f"{way}Block2D", f"Attn{way}Block2D"))
     attends = [kind.startswith("Attn") for kind in c["down_block_types"]]
     if attends != [kind.startswith("Attn") for kind in c["up_block_types"]][::-1]:
-        raise _unsupported("up_block_types", c["up_block_types"], "attention must be where it is on the way down")
+        raise _unsupported("up_block_types", c["up_block_types"], "attention must mirror down_block_types")
     size = c["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
@@ -144,13 +144,13 @@ def _our_settings(config, # a UNet2DModel's config
 def _swap_halves(w): return torch.cat(w.chunk(2, dim=1)[::-1], dim=1)
 
 def _load(model, theirs, flip):
-    "Copies their state dict into our model. Raises for a missing, extra, misshapen or damaged tensor, copying nothing."
+    "Copy their state dict into our model. Raises DiffnbError for a missing, extra or damaged tensor, copying nothing."
     names, ours = key_map(model), model.state_dict()
     parts = {k: ours[n] if i is None else ours[n].chunk(3)[i] for k, (n, i) in names.items()}  # views of our tensors
     if odd := sorted(parts.keys() ^ theirs.keys()):
         raise DiffnbError(f"the weights do not fit the settings: "
                           f"{'no' if odd[0] in parts else 'unexpected'} tensor {odd[0]}"
-                          + (f" (and {len(odd) - 1} more)." if len(odd) > 1 else "."))
+                          + (f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""))
     for k, p in parts.items():
         if theirs[k].shape != p.shape or not theirs[k].is_floating_point() or not theirs[k].float().isfinite().all():
             raise DiffnbError(f"tensor {k} is {theirs[k].dtype} of shape {tuple(theirs[k].shape)}: expected finite "
@@ -161,7 +161,7 @@ def _load(model, theirs, flip):
 
 # %% ../../nbs/workshop/interchange.ipynb #c020
 def _build(config, weights, null_class):
-    "Our UNet from their settings and their tensors."
+    "Our UNet, built from their settings and tensors."
     model = UNet(**_our_settings(config, null_class))
     table = weights.get("class_embedding.weight")
     if table is not None and not null_class:
@@ -171,14 +171,14 @@ def _build(config, weights, null_class):
 def unet_from_diffusers(unet,            # a diffusers UNet2DModel
                         null_class=True, # the last row of its class table is the null class; False: it has none
                        ) -> UNet: # ours, with the same outputs, float32, on the same device, in the same mode
-    "Copies a UNet2DModel. Raises DiffnbError for a setting that our UNet does not have, and names it."
+    "Copy a UNet2DModel. Raises DiffnbError that names a setting our UNet does not have."
     model = _build(dict(unet.config), {k: v.cpu() for k, v in unet.state_dict().items()}, null_class)
     return model.to(unet.device).train(unet.training)
 
 # %% ../../nbs/workshop/interchange.ipynb #c021
 def unet_to_diffusers(model # our UNet
                      ) -> torch.nn.Module: # a diffusers UNet2DModel with the same outputs, device and mode
-    "Copies our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
+    "Copy our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
     settings = _their_settings(model.config)
     unet, ours = _diffusers().UNet2DModel(**settings), model.state_dict()
     unet.load_state_dict({k: ours[n] if i is None else ours[n].chunk(3)[i] for k, (n, i) in key_map(model).items()})
@@ -186,35 +186,36 @@ def unet_to_diffusers(model # our UNet
 
 # %% ../../nbs/workshop/interchange.ipynb #c029
 _predictions = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_flow_note = {"_unet_timesteps": "index"}  # it takes t = 0 ... T-1, not T * sigma; diffusers keeps names with _
+_flow_note = {"_unet_timesteps": "index"}  # the UNet takes t = 0 ... T-1, not T * sigma; diffusers keeps names with _
 
 def _check_sayable(schedule, prediction):
-    "Raises DiffnbError for a schedule or a prediction that no scheduler of diffusers has."
+    "Raises DiffnbError for a schedule or prediction that no scheduler of diffusers supports."
     _choice("prediction", prediction, PREDICTIONS)
     _check_prediction(schedule, prediction)
     if schedule.straight and prediction != "velocity":
         raise DiffnbError(f"prediction={prediction!r} on the flow schedule: diffusers' FlowMatchEulerDiscreteScheduler "
-                          "only takes a velocity. Sample this one with diffnb, or train with prediction='velocity'")
+                          "only takes a velocity. Sample this model with diffnb, or train with prediction='velocity'")
     if not schedule.straight and (schedule.alpha_bar + schedule.s**2 - 1).abs().max() > 1e-9:
-        raise DiffnbError("this schedule is neither variance preserving nor the flow: diffusers has none like it")
+        raise DiffnbError("this schedule is neither variance preserving nor a flow: diffusers has no such schedule")
     if schedule.alpha_bar[-1] == 0 and prediction == "eps":
         raise DiffnbError("prediction='eps' with alpha_bar ending at 0: pure noise says nothing about x0, and "
                           "diffusers would divide by 0. A schedule with zero terminal SNR needs prediction='v' or 'x0'")
 
 def _flow_shift(schedule):
-    "The number for which `schedule` is flow_schedule(T).shift(number)."
+    "The number for which `schedule` equals flow_schedule(T).shift(number)."
     u, s = 1 / schedule.T, schedule.s[0].item()
     shift = float(f"{s * (1 - u) / (u * (1 - s)):.12g}")
     if (flow_schedule(schedule.T).shift(shift).s - schedule.s).abs().max() > 1e-9:
-        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has none like it")
+        raise DiffnbError("a + s = 1, but this is not flow_schedule(T).shift(number): diffusers has no such schedule")
     return shift
 
 def to_diffusers(model,            # our UNet
                  schedule,         # the NoiseSchedule it was trained with
                  prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
-                ) -> tuple: # (UNet2DModel, DDIMScheduler); for a flow a FlowMatchEulerDiscreteScheduler
+                ) -> tuple: # (UNet2DModel, DDIMScheduler); for a flow, FlowMatchEulerDiscreteScheduler
     """The same model and schedule for diffusers; the scheduler takes the steps that `diffnb.sample.ddim` takes.
-    A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError."""
+    A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError for
+    what diffusers does not have."""
     _check_sayable(schedule, prediction)
     if schedule.straight:
         settings = dict(num_train_timesteps=schedule.T, shift=_flow_shift(schedule), **_flow_note)
@@ -236,7 +237,7 @@ def _how_to_sample(model, schedule):
     size = f"{c['in_channels']}, {c['image_size']}, {c['image_size']}"
     return f"""# A flow model, written by diffnb
 
-diffusers has no pipeline for it, and `DDIMPipeline` would exchange the scheduler for one that does not fit.
+diffusers has no pipeline for it, and `DDIMPipeline` would replace the scheduler by one that does not fit.
 Run this here:
 
 ```python
@@ -254,21 +255,21 @@ x = torch.randn(4, {size})
 images = (x.clamp(-1, 1) + 1) / 2
 ```
 
-`set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; the timesteps
-that the scheduler chooses when it is given a number of steps are T * sigma, which means something else to this network.
-A number of steps that divides {T} visits timesteps that were trained. diffnb's own sampler also clips its estimate of
-the image to [-1, 1] at every step; with `clip=False` it takes these steps.
+`set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; given a
+number of steps, the scheduler chooses T * sigma instead, which means something else to this network.
+A number of steps that divides {T} visits only timesteps that were trained. diffnb's own sampler also clips its
+estimate of the image to [-1, 1] at every step; with `clip=False` it takes the same steps as this code.
 """
 
 def save_diffusers(model,            # our UNet
                    schedule,         # the NoiseSchedule it was trained with
                    folder,           # where; must not exist yet, or be empty
                    prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
-                   say=print,        # is told how to sample a flow model
+                   say=print,        # called with instructions for sampling a flow model
                   ) -> Path: # the folder
-    """Writes what `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without classes;
-    the network of one with classes loads by `UNet2DModel.from_pretrained(folder, subfolder="unet")`. A flow has no
-    pipeline in diffusers: its folder holds unet/, scheduler/ and a README.md with the code that samples it.
+    """Write a folder that `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without
+    classes; `UNet2DModel.from_pretrained(folder, subfolder="unet")` loads a network with classes. diffusers has no
+    pipeline for flows: their folder holds unet/, scheduler/ and a README.md with the code that samples.
     Raises DiffnbError for a folder that is not empty, and for what diffusers does not have."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -285,7 +286,7 @@ def save_diffusers(model,            # our UNet
             _diffusers().DDIMPipeline(unet, scheduler).save_pretrained(part)
         if not folder.exists():
             part.replace(place)
-        else:                                      # empty, and perhaps where the shell is: it stays, and is filled
+        else:                                      # empty, perhaps the shell's current folder: keep it and fill it
             for p in sorted(part.iterdir(), key=lambda p: p.name == "model_index.json"):
                 p.replace(place / p.name)
     except OSError as e:
@@ -300,7 +301,7 @@ def save_diffusers(model,            # our UNet
 
 # %% ../../nbs/workshop/interchange.ipynb #c039
 def _read_json(path):
-    "A JSON file's object; DiffnbError if it cannot be read or is something else."
+    "The object in a JSON file. Raises DiffnbError if it cannot be read or is not an object."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
@@ -313,7 +314,7 @@ _old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 _stem = "diffusion_pytorch_model"
 
 def _weight_files(folder):
-    "{variant: file or index of shards}, the variant None being the usual one. Raises DiffnbError where there are both."
+    "{variant: file or index of shards}; None is the usual variant. Raises DiffnbError if a variant has both."
     files = {}
     for p in sorted(folder.glob(f"{_stem}.*")):
         if (m := re.fullmatch(rf"{_stem}(?:\.([^.]+))?\.safetensors", p.name)) and "-of-" not in p.name:
@@ -331,13 +332,13 @@ def _weight_files(folder):
     return files
 
 def _shards(index):
-    "{file name: names of its tensors} as an index of shards says; DiffnbError if it cannot be one."
+    "{file name: names of its tensors} from an index of shards. Raises DiffnbError if it is invalid."
     named, files = _read_json(index).get("weight_map"), {}
     if not isinstance(named, dict) or not named:
         raise DiffnbError(f"{index} has no weight_map: the file is damaged")
     for tensor, file in named.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise DiffnbError(f"{index}: {tensor} is said to be in {file!r}: expected a .safetensors file beside it")
+            raise DiffnbError(f"{index}: {tensor} is listed in {file!r}: expected a .safetensors file beside it")
         files.setdefault(file, set()).add(tensor)
     return files
 
@@ -361,7 +362,7 @@ def _load_whole(file):
     return weights
 
 def _no_weights(folder):
-    "The error for a folder that has none we read: it names what is there."
+    "The DiffnbError for a folder without weights that we read; it lists what is there."
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
     if pickles:
         return DiffnbError(
@@ -370,11 +371,11 @@ def _no_weights(folder):
             f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained('converted')")
     others = sorted(p.name for p in folder.iterdir() if p.name != "config.json")
     return DiffnbError(f"{folder} has no {_stem}.safetensors, nor an index of shards or a variant of it" + (
-        f"; what there is: {', '.join(others[:8])}. Rename the weights if they are among these." if others else
+        f". It has {', '.join(others[:8])}: rename the weights if they are among these" if others else
         ". Copy the whole folder of the model"))
 
 def _read_weights(folder, variant=None, say=print):
-    "The tensors of a saved model, from safetensors only, under today's names."
+    "The tensors of a saved model, from safetensors only, under current names."
     files = _weight_files(folder)
     if variant not in files:
         kinds = sorted(v for v in files if v)
@@ -383,9 +384,9 @@ def _read_weights(folder, variant=None, say=print):
         if variant is not None or len(kinds) > 1:
             raise DiffnbError(f"{folder} has no {'weights of ' + repr(variant) if variant else 'usual weights'}: "
                               f"choose variant={' or '.join(map(repr, kinds))}"
-                              + (", or none." if None in files else "."))
+                              + (", or none" if None in files else ""))
         variant = kinds[0]
-        say(f"{folder} has only weights of the variant {variant!r}, so these were read"
+        say(f"{folder} has only weights of the variant {variant!r}, which were read"
             + (": half precision, rounded to three digits" if variant in ("fp16", "bf16") else ""))
     weights = _load_whole(files[variant])
     return {".".join(_old_names.get(w, w) for w in k.split(".")): v for k, v in weights.items()}
@@ -408,7 +409,7 @@ def _read_flow(config):
             raise _unsupported(name, value, f"diffnb's flow can only do {ok!r}")
     if any(config.get(k) != v for k, v in _flow_note.items()):
         raise DiffnbError("this FlowMatchEulerDiscreteScheduler was not written by diffnb: its network was trained on "
-                          "T * sigma, ours on the number of the timestep; it would answer for another noise level")
+                          "T * sigma, ours on the number of the timestep, so it would answer for another noise level")
     schedule = flow_schedule(_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 2, 1_000_000))
     shift = _number("shift", config.get("shift", 1.0), 1e-6, 1e6, float)
     return schedule if shift == 1 else schedule.shift(shift), "velocity"
@@ -423,19 +424,19 @@ _solver = ("dynamic_thresholding_ratio", "sample_max_value", "variance_type", "s
            "sigma_max", "shift_terminal", "use_flow_sigmas")
 
 def _say_sampling(config, say):
-    "Tells how diffusers would sample, where our samplers do otherwise unless they are told."
+    "Say where diffusers would sample differently from our samplers' defaults."
     old = config["_class_name"] in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
     spacing = config.get("timestep_spacing", "leading" if old else "linspace")
     clip = config.get("clip_sample", config["_class_name"] in ("DDPMScheduler", "DDIMScheduler"))
     arguments = [f"spacing={spacing!r}"] * (spacing != "trailing") + ["clip=False"] * (not clip)
     if arguments:
-        say(f"its scheduler samples in another way than diffnb by default: give the sampler {', '.join(arguments)}")
+        say(f"its scheduler differs from diffnb's defaults: give the sampler {', '.join(arguments)}")
     unlike = [f"{k}={config[k]!r}" for k, ours in _as_ours.items() if k in config and config[k] != ours]
     if unlike:
         say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
     known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample"}
     if new := sorted(k for k in config if not k.startswith("_") and k not in known):
-        say(f"settings of its scheduler that diffnb does not know, and ignored: {', '.join(new)}")
+        say(f"settings of its scheduler that diffnb does not know and ignores: {', '.join(new)}")
 
 def _read_schedule(config, say=print):
     "(NoiseSchedule, prediction) from a scheduler's settings."
@@ -470,7 +471,7 @@ def _read_schedule(config, say=print):
 _pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # one UNet, on pixels
 
 def _unet_folder(path, weights, say):
-    "Where the network's config.json is: in unet_ema or unet, or in `path` itself."
+    "The folder of the network's config.json: unet_ema, unet, or `path` itself."
     _choice("weights", weights, ("ema", "model"))
     there = [d for d in ("unet_ema", "unet") if (path / d / "config.json").is_file()]
     if weights == "model" and there == ["unet_ema"]:
@@ -486,14 +487,14 @@ def _unet_folder(path, weights, say):
     return folder
 
 def _roots(path):
-    "The folder, and for a part of a pipeline or a checkpoint of a training script those above it."
+    "The folder, and the ones above it for a part of a pipeline or a checkpoint of a training script."
     roots = [path.resolve()]
     while roots[-1].name in ("unet", "unet_ema") or roots[-1].name.startswith("checkpoint-"):
         roots.append(roots[-1].parent)
     return roots
 
 def _scheduler_settings(roots):
-    "What scheduler_config.json says, its class completed and compared by model_index.json; None without such a file."
+    "scheduler_config.json, its class completed and checked by model_index.json; None without such a file."
     files = [root / d / "scheduler_config.json" for root in roots for d in ("scheduler", ".")]
     config = next((_read_json(f) for f in files if f.is_file()), None)
     index = next((_read_json(f) for r in roots if (f := r / "model_index.json").is_file()), None)
@@ -514,11 +515,11 @@ def _scheduler_settings(roots):
 
 def from_diffusers(path,            # a folder on this machine
                    null_class=True, # see unet_from_diffusers
-                   weights="ema",   # where there are both: "ema" reads unet_ema, "model" unet
+                   weights="ema",   # if there are both: "ema" reads unet_ema, "model" unet
                    variant=None,    # of the weight files, e.g. "fp16"; None: the usual ones, or the only ones there are
-                   say=print,       # is told what had to be assumed, and what samplers must be told
+                   say=print,       # called with assumptions made, and arguments that samplers need
                   ) -> tuple[UNet, NoiseSchedule, str]: # with the prediction; the UNet on the CPU, in eval mode
-    """Reads a model saved by diffusers, without diffusers. Raises DiffnbError for what is missing, damaged or
+    """Read a model saved by diffusers, without diffusers. Raises DiffnbError for anything missing, damaged or
     unsupported."""
     path = Path(path)
     folder = _unet_folder(path, weights, say)

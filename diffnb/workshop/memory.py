@@ -25,8 +25,8 @@ def kept_bytes(net,       # UNet configuration
                precision="float32", device="cpu",
                activation_checkpointing=False
               ) -> int: # bytes
-    """What a forward pass puts aside for the backward pass; the weights themselves are not counted.
-    Nothing is computed or allocated."""
+    """Bytes that a forward pass stores for the backward pass, without the weights themselves.
+    Computes and allocates nothing."""
     with FakeTensorMode(), torch.device(device):
         model, size = UNet(**{**net, "num_classes": None}), net["image_size"]
         kept, weights = {}, {_storage(p) for p in model.parameters()}
@@ -34,7 +34,7 @@ def kept_bytes(net,       # UNet configuration
             if _storage(x) not in weights:
                 kept[_storage(x)] = x
             return x
-        def before(m, inputs): note(inputs[0])                           # all that a checkpointed block keeps
+        def before(m, inputs): note(inputs[0])                           # all that a checkpointed block stores
         for m in checkpoint_activations(model).modules() if activation_checkpointing else ():
             if hasattr(m, "checkpointed"):
                 m.register_forward_pre_hook(before)
@@ -43,12 +43,12 @@ def kept_bytes(net,       # UNet configuration
             model(torch.zeros(n, net["in_channels"], size, size), torch.zeros(n, dtype=torch.int64))
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 
-def _storage(x): return x.untyped_storage()._cdata                       # which piece of memory a tensor looks at
+def _storage(x): return x.untyped_storage()._cdata                       # identifies the memory behind a tensor
 
 def training_memory(net, precision="float32", device="cpu", activation_checkpointing=False, config=None
                    ) -> tuple: # bytes whatever the batch, bytes for each image
-    """What training a UNet(**net) needs: weights, gradients, averages and moments as `config` asks, and what a step
-    puts aside."""
+    """Memory for training a UNet(**net): weights, gradients, averages and moments as `config` says, and the tensors
+    that a step stores."""
     with torch.device("meta"):
         state = TrainState(UNet(**net), config or TrainConfig())
         each = 2 + len(state.averages)                                   # weights and gradients, averages
@@ -58,7 +58,7 @@ def training_memory(net, precision="float32", device="cpu", activation_checkpoin
 
 # %% ../../nbs/workshop/memory.ipynb #c070
 def checkpoint_activations(model) -> torch.nn.Module: # the same model
-    """Let every residual block and attention keep only its input, and compute the rest again for the backward pass
+    """Make every residual block and attention layer keep only its input, and recompute the rest in the backward pass
     (Chen et al. 2016, arXiv:1604.06174)."""
     for m in model.modules():
         if isinstance(m, (ResBlock, Attention)):
@@ -66,24 +66,24 @@ def checkpoint_activations(model) -> torch.nn.Module: # the same model
     return model
 
 # %% ../../nbs/workshop/memory.ipynb #c076
-def _room(device): # bytes that this process can have
+def _room(device): # bytes available to this process
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 @contextmanager
 def _memory_advice(net, config, device):
-    "Turns running out of memory into a DiffnbError that names the batch that would fit."
+    "Turns running out of memory into a DiffnbError that names a batch size that fits."
     try:
         yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU has no kind of its own
+    except RuntimeError as e:  # torch.OutOfMemoryError is a RuntimeError; the CPU has no type of its own
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
             raise
         room = _room(device)
         fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
-        # the rest: the images, what libraries need, gaps
+        # 15% for the images, libraries and fragmentation
         fits, size = int((0.85 * room - fixed) / each), config.training.batch_size
-        parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal ones
+        parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal parts
         advice = (f"about {fits} images fit at a time: --batch-size {fits}, "
                   f"or the same batch in parts, --grad-accum-steps {parts}"
                   if fits > 0 else "not even one image fits: a smaller base_channels or image_size")

@@ -11,7 +11,7 @@ _templates = Environment(loader=PackageLoader("diffnb.workshop"), autoescape=Tru
                          trim_blocks=True, lstrip_blocks=True)
 
 def render(template, # a file of diffnb/workshop/templates
-           **facts,  # what the template names; each value is escaped
+           **facts,  # values that the template uses, each escaped
           ) -> str:  # HTML
-    "A page from its template. Raises jinja2.UndefinedError if a fact that the template names is missing."
+    "A page from its template. Raises jinja2.UndefinedError if a value that the template uses is missing."
     return _templates.get_template(template).render(facts)

@@ -23,7 +23,7 @@ from .settings import resolve, TrainConfig
 def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` gives them
                steps: int = 5, warm: int = 2,
               ) -> tuple[float, TrainState]: # seconds a step
-    "Median time of real training steps of a UNet(**net) with this configuration, after `warm` that do not count."
+    "Median time of real training steps of a UNet(**net) with this configuration, after `warm` warm-up steps."
     device, schedule = pick_device(config.run.device), config.noise.make_schedule()
     state, times = new_state(net, config, device), []
     for _ in train_steps(
@@ -34,12 +34,12 @@ def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` g
 
 # %% ../../nbs/workshop/planning.ipynb #c022
 def plan(config: TrainConfig,
-         steps: int = 5, # how many to measure, after two to warm up
+         steps: int = 5, # number of steps to measure, after two warm-up steps
         ) -> dict: # parameters, flops_per_image, memory (bytes), seconds_per_step, steps, hours
-    """Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes
-    nothing. Raises DiffnbError if the settings cannot work."""
+    """Print what a run would cost: parameters, FLOPs per image, memory, and time from a few measured steps. Writes no
+    files. Raises DiffnbError if the settings cannot work."""
     if steps < 1:
-        raise DiffnbError(f"steps={steps}: at least one has to be measured")
+        raise DiffnbError(f"steps={steps}: measure at least one")
     config, data, net, device, _, total = resolve(config)
     micro = config.training.batch_size // config.training.grad_accum_steps
     if device.type == "cuda":

@@ -25,26 +25,26 @@ image_formats = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEB
                  "AVIF": ".avif"}
 
 def open_image(path,                   # an image file
-               formats=image_formats,  # as which it may be read; Pillow's names
+               formats=image_formats,  # formats that are allowed; Pillow's names
               ) -> Image.Image: # mode "L" or "RGB"
-    """The first picture of a file of any mode and depth: upright, in sRGB, 8 bits, transparency on white.
+    """The first picture in a file of any mode and depth: upright, sRGB, 8 bits, transparent pixels on white.
     Raises DiffnbError if it cannot be read."""
     try:
         with _open(path, formats) as im:
             _scale_transparency(im)
             im.load()
             return _flatten(_upright(im))
-    except Exception as e:                                       # Pillow's readers raise a dozen kinds for broken files
+    except Exception as e:                                       # Pillow raises a dozen types for broken files
         reason = "it is not one of " + ", ".join(formats) if isinstance(e, UnidentifiedImageError) else e
         raise DiffnbError(f"{shown(path)} cannot be read as an image ({reason})") from e
 
 def decode(path,                  # an image file
-           size=None,             # side of the square to return; None: the image as it is
+           size=None,             # side of the square to return; None: keep size and shape
            filter="bicubic",
-           channels=None,         # 3 colour, 1 grey; None: as the file has it
-           formats=image_formats, # as which it may be read; Pillow's names
+           channels=None,         # 3 colour, 1 grey; None: as in the file
+           formats=image_formats, # formats that are allowed; Pillow's names
           ) -> np.ndarray: # uint8 (channels, size, size)
-    "Read one image with `open_image`; its shorter side is scaled to `size`, its centre cropped. Raises DiffnbError."
+    "Read an image with `open_image`, scale its shorter side to `size` and crop its centre. Raises DiffnbError."
     im = open_image(path, formats)
     im = im.convert({1: "L", 3: "RGB", None: im.mode}[channels])
     if size:
@@ -56,12 +56,12 @@ _turns = {order: getattr(Image.Transpose, name) for order, name in enumerate((
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}
 
 def _open(path, formats):
-    "As Image.open, but without the formats that this Pillow does not know."
+    "Image.open, limited to the formats that this Pillow supports."
     Image.init()
     return Image.open(path, formats=[name for name in formats if name in Image.OPEN])
 
 def _scale_transparency(im):
-    "Before the pixels of a PNG are read as 8 bits: bring the colour that stands for transparency there too."
+    "Scale the colour that marks transparency to 8 bits, before the pixels of a PNG are."
     scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(im.tile[0][3] if im.format == "PNG" and im.tile else None)
     clear = im.info.get("transparency")
     if scale and isinstance(clear, int):
@@ -70,20 +70,20 @@ def _scale_transparency(im):
         im.info["transparency"] = tuple(int(level * scale) for level in clear)
 
 def _upright(im):
-    "Turn a picture as its EXIF says. Pillow's exif_transpose also writes all tags anew, and malformed ones stop it."
+    "Turn a picture as its EXIF says. Pillow's exif_transpose rewrites all tags and fails on malformed ones."
     try:
         orientation = im.getexif().get(0x0112)
     except Exception:
-        orientation = None                         # malformed tags too raise a dozen kinds
+        orientation = None                         # malformed tags raise a dozen types, too
     if orientation not in range(1, 9):
         orientation = _orientation(im.info.get("exif") or b"")
     return im.transpose(_turns[orientation]) if orientation in _turns else im
 
 def _orientation(exif):
-    "The orientation in an EXIF block, found without reading the tags beside it; None if it has none."
+    "The orientation in an EXIF block, found without reading its other tags; None if there is none."
     exif = exif.removeprefix(b"Exif\0\0")
     order = ">" if exif[:2] == b"MM" else "<"
-    with suppress(struct.error):                                 # cut off
+    with suppress(struct.error):                                 # the block is cut off
         start, = struct.unpack_from(order + "L", exif, 4)
         for k in range(struct.unpack_from(order + "H", exif, start)[0]):
             at = start + 2 + 12 * k
@@ -92,7 +92,7 @@ def _orientation(exif):
                 return struct.unpack_from(order + {1: "B", 4: "L"}.get(kind, "H"), exif, at + 8)[0]
 
 def _flatten(im):
-    "Any mode to 8-bit grey or sRGB, on white."
+    "Convert any mode to 8-bit grey or sRGB, transparent pixels on white."
     mode = "L" if im.mode[0] in "1IF" or im.mode in ("L", "LA", "La") else "RGB"
     im, alpha = _eight_bits(im) if im.mode[0] in "IF" else im, None
     if im.has_transparency_data:
@@ -105,10 +105,10 @@ def _flatten(im):
     return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")).convert(mode)
 
 def _eight_bits(im):
-    "16-bit and float greys in 8 bits: `convert` would clip them. A grey that stands for transparency stays so."
+    "Scale 16-bit and float greys to 8 bits, where `convert` would clip; keeps a grey that marks transparency."
     grey = np.nan_to_num(np.asarray(im, dtype=np.float64), nan=0, posinf=0, neginf=0)
     if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PNG":
-        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535          # 12, of some scanners
+        top = 2 ** im.tag_v2.get(258, (16,))[0] - 1 if im.format == "TIFF" else 65535          # some scanners: 12 bits
     else:
         top = 65535 if grey.max() > 255 else 1 if im.mode == "F" and grey.max() <= 1 else 255
     levels = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
@@ -119,14 +119,14 @@ def _eight_bits(im):
 
 # %% ../../nbs/workshop/reader.ipynb #c038b
 def _transform(profile, mode):
-    "From a colour profile to sRGB."
+    "The transform from a colour profile to sRGB."
     source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
 
 @lru_cache(maxsize=64)
 def _is_srgb(profile, mode):
-    "Does this profile move no level by more than rounding does? Most are sRGB, under one of its many names."
+    "True if this profile moves no level by more than 2 of 255: sRGB under any of its many names."
     if mode not in ("L", "RGB"):
         return False
     levels = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), -1).reshape(64, 64, 3)
@@ -135,7 +135,7 @@ def _is_srgb(profile, mode):
     return abs(moved).max() <= 2
 
 def _to_srgb(im):
-    "Colours as their profile means them, if they have one that can be read. For modes L, RGB, CMYK, LAB."
+    "Convert to sRGB by the picture's profile, if it has a readable one. For modes L, RGB, CMYK, LAB."
     profile = im.info.get("icc_profile")
     try:
         if im.mode == "LAB" or profile and not _is_srgb(profile, im.mode):
@@ -149,20 +149,20 @@ _system = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 @dataclass
 class Listing:
-    "What a folder holds: images taken, in the order of their names, and everything else, by the reason to leave it."
+    "The content of a folder: images taken, sorted by name, and everything else, by the reason for leaving it out."
     folder: Path
     taken: list = field(default_factory=list) # paths
     left: dict = field(default_factory=dict)  # reason -> paths
-    classes: tuple = ()                       # names of the classes, once they are known
-    missing: tuple = ()                       # those without images here
+    classes: tuple = ()                       # names of the classes, once known
+    missing: tuple = ()                       # classes without images here
     strange: tuple = ()                       # classes that only the test split has
 
     def leave(self, path, reason) -> None:
-        "Note a path down as left out, for this reason."
+        "Record a path as left out for this reason."
         self.left.setdefault(reason, []).append(path)
 
     def keep(self, wanted, reason) -> None:
-        "Of the images taken, keep those for which `wanted(path)` is true; leave the others for `reason`."
+        "Keep the images for which `wanted(path)` is true; leave out the others for `reason`."
         for path in self.taken:
             if not wanted(path):
                 self.leave(path, reason)
@@ -183,11 +183,11 @@ class Listing:
 def _names(names): # the first ten
     return ", ".join([shown(name) for name in sorted(names)[:10]] + ["…"] * (len(names) > 10))
 
-def _below(path, folder): # as path.relative_to(folder).parts, and ten times as fast
+def _below(path, folder): # path.relative_to(folder).parts, only faster
     return path.parts[len(folder.parts):]
 
-def our_own(folder) -> str: # what it is, or ""
-    "Did this package write that folder? Its pictures are grids, charts and samples, not data."
+def our_own(folder) -> str: # what kind of folder, or ""
+    "Recognise a folder written by this package, whose pictures are grids, charts and samples, not data."
     def has(*names): return all(os.path.exists(os.path.join(folder, name)) for name in names)
     if has("config.json", "metrics.csv") or has("config.json", "checkpoints"):
         return "run folder of diffnb"
@@ -199,28 +199,28 @@ def our_own(folder) -> str: # what it is, or ""
 
 def is_grid(path # an image file
            ) -> bool:
-    "Is it one of our own sample grids or charts? They carry a mark; those of an evaluation have fixed names, too."
+    "True for a sample grid or chart of diffnb. They carry a mark; those of an evaluation also have fixed names."
     folder, name = os.path.split(path)
     if name in ("panel.png", "real_beside_generated.png") and os.path.exists(os.path.join(folder, "evaluation.json")):
-        return True                                              # made before there was a mark
+        return True                                              # older ones carry no mark
     with suppress(OSError), open(path, "rb") as f:
         return b"Software\0diffnb" in f.read(1024)
     return False
 
 def list_images(folder,
-                formats=image_formats, # which images to take; Pillow's names
-                generated=False,       # may the folder hold images that a model made?
-                on_broken="stop",      # a subfolder that cannot be opened: "stop", or "skip" it
+                formats=image_formats, # formats to take; Pillow's names
+                generated=False,       # allow a folder of images that a model made
+                on_broken="stop",      # for a subfolder that cannot be opened: "stop" or "skip"
                ) -> Listing:
-    """Every image in a folder and below it. All else is left for a reason. Links are followed; no folder is read twice.
-    Raises DiffnbError if the folder cannot be opened or is our own."""
+    """Every image in a folder and below it, and why the rest is left out. Follows links; reads no folder twice.
+    Raises DiffnbError if the folder cannot be opened or is one that diffnb wrote."""
     listing, root = Listing(Path(folder)), os.path.realpath(folder)
     if (own := our_own(folder)) and not (generated and "model" in own):
         score = "" if "cache" in own else f"; to score them: diffnb evaluate {shlex.quote(shown(folder))}"
-        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are no data. "
-                          f"If you want some of them, copy these elsewhere{score}")
+        raise DiffnbError(f"{shown(folder)} is a {own}, and its pictures are not data. "
+                          f"To use some of them, copy them elsewhere{score}")
     seen, folders, links = set(), [listing.folder], []
-    while folders or links:                                      # links last, so that what is here keeps its own name
+    while folders or links:                                      # links last, so that real folders keep their own names
         here = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(here)
         if real in seen or real != root and (root + os.sep).startswith(real.rstrip(os.sep) + os.sep):
@@ -240,13 +240,13 @@ def list_images(folder,
     return listing
 
 def _entries(folder, formats, on_broken):
-    "Sorted (path, reason as of `_reason`) of what is in a folder; of itself, if it cannot be opened or is empty."
+    "Sorted (path, `_reason`) of a folder's entries; of the folder itself if it is empty or cannot be opened."
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
         if on_broken == "skip":
             return [(folder, "cannot be opened")]
-        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check its rights, or leave "
+        raise DiffnbError(f"the folder {shown(folder)} cannot be opened ({e.strerror}): check permissions, or leave "
                           "such folders out with on_broken='skip' (command line: --on-broken skip)") from e
     return [(folder / entry.name, _reason(entry, formats)) for entry in entries] or [(folder, "empty folder")]
 
@@ -254,7 +254,7 @@ def _entries(folder, formats, on_broken):
 def _suffixes(formats): return frozenset(" ".join(image_formats[name] for name in formats).split())
 
 def _reason(entry, formats):
-    "Why to leave an os.DirEntry; empty for an image, 'folder' or 'linked folder' for one to look into."
+    "Why to leave out an os.DirEntry; \"\" for an image, 'folder' or 'linked folder' for one to enter."
     if entry.name.startswith(".") or entry.name.lower() in _system:
         return "hidden"
     linked = entry.is_symlink()
@@ -282,11 +282,11 @@ def _reason(entry, formats):
 
 # %% ../../nbs/workshop/reader.ipynb #c041b
 def match_classes(labels, # int64 (N,), positions in `have`
-                  have,   # the class names of the set that the labels come from
+                  have,   # the class names of the set with the labels
                   want,   # the class names of a model, or of another set
-                  what,   # what the labels belong to, for the message
+                  what,   # what the labels belong to, for error messages
                  ) -> torch.Tensor: # int64 (N,), positions in `want`
-    "Labels of one set in the order of another, matched by name. Raises DiffnbError naming what has no counterpart."
+    "Translate labels from one set's class order to another's, by name. Raises DiffnbError for classes not in `want`."
     have, want = tuple(map(str, have)), tuple(map(str, want))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(have):
         raise DiffnbError(f"{what} has labels from {int(labels.min())} to {int(labels.max())}, and {len(have)} class "
@@ -306,7 +306,7 @@ class NoSplit(DiffnbError):
 
 def split_of(name # of a folder
             ) -> str | None: # "train", "test", "val" or None
-    "Which split a folder's name stands for, in any letter case: train, Training, test_set, val2017, …"
+    "The split that a folder's name stands for, in any letter case: train, Training, test_set, val2017, …"
     known = re.fullmatch(r"(train|training|test|testing|val|valid|validation|dev|eval)"
                          r"([ _.-]?(set|split|data|images|\d{4}))?", name.strip().casefold())
     return known and {"tr": "train", "te": "test"}.get(known[1][:2], "val")
@@ -318,18 +318,18 @@ def _as(names, one, many): return f"{_names(names)} as {one if len(names) == 1 e
 
 def split_folders(listing # a Listing
                  ) -> dict: # {split: name of its folder}, empty if the folders at the top are not splits
-    "Which folders at the top of a listing are splits. Raises DiffnbError if that can be read in two ways."
+    "The top folders of a listing that are splits. Raises DiffnbError if they could also be classes."
     parts = [_below(path, listing.folder) for path in listing.taken]
     tops = {t[0]: split_of(t[0]) for t in parts if len(t) > 1}
     splits, others = [t for t in tops if tops[t]], [t for t in tops if not tops[t]]
-    deep = {t[0] for t in parts if len(t) > 2}                   # hold folders themselves
+    deep = {t[0] for t in parts if len(t) > 2}                   # contain folders
     unlike = splits and deep.issuperset(splits) and deep.isdisjoint(others)
     if others and (unlike or len({tops[t] for t in splits}) > 1):
         raise _two_readings(listing.folder, f"{_as(splits, 'a split', 'splits')}, and {_names(others)} left out",
                             f"{_names(tops)} as {len(tops)} classes", f"For the first, move {_names(others)} "
                             f"elsewhere; for the second, give {_names(splits)} other names")
     if others:
-        return {}                                         # a class may be called "train" too, beside "bus"
+        return {}                                         # a class may also be called "train", beside "bus"
     for split in {tops[t] for t in splits}:
         if len(same := [t for t in splits if tops[t] == split]) > 1:
             raise _two_readings(listing.folder, f"{_names(same)} as one split", f"as {len(same)} classes",
@@ -337,7 +337,7 @@ def split_folders(listing # a Listing
     return {tops[t]: t for t in splits}
 
 def _find_classes(paths, folder):
-    "(labels or None, class names) of the images below `folder`. Raises DiffnbError if they may be read otherwise."
+    "(labels or None, class names) of the images below `folder`. Raises DiffnbError if they are ambiguous."
     parts = [_below(path, folder) for path in paths]
     classes = tuple(sorted({t[0] for t in parts if len(t) > 1}))
     if not classes:
@@ -368,7 +368,7 @@ def _refuse_inner_splits(folder, parts, classes):
                         f"For the first, give these folders other names; for the second, {how}")
 
 def _read_split(listing, split):
-    "(labels or None, class names, folder) of a split, whose images alone stay listed. Classes are those of training."
+    "(labels or None, class names, folder) of a split, with the classes of training; unlists all other images."
     splits, folder = split_folders(listing), listing.folder
     if split == "test" and "test" not in splits:
         raise NoSplit(f"{shown(folder)} has no subfolder 'test' beside 'train': make one, with the same class folders")
@@ -383,7 +383,7 @@ def _read_split(listing, split):
     listing.keep(lambda path: _below(path, folder)[0] == splits[split], "other split")
     labels, classes = _find_classes(listing.taken, folder / splits[split])
     if split == "train" and classes:
-        listing.strange = tuple(tested - set(classes))       # said now, refused when it is read
+        listing.strange = tuple(tested - set(classes))       # reported now; refused when the test split is read
     if split == "train" or not train:
         return labels, classes, folder / splits[split]
     known = _find_classes(train, folder / splits["train"])[1]

@@ -44,7 +44,7 @@ def _fig_loss(f, ax):
 def _fig_bins(f, ax):
     late, x = f.late(), np.arange(BINS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)          # a bin without any sample
+        warnings.simplefilter("ignore", RuntimeWarning)          # a bin without samples
         mean = [np.nanmean(late[f"loss_bin_{i}"]) for i in x]
         in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.noise.T == i].mean() for i in x]
         measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
@@ -60,7 +60,7 @@ def _fig_bins(f, ax):
     return f"Loss in ten timestep bins, from {seen[0]:.3g} at little noise to {seen[-1]:.3g} at most noise."
 
 def _curve(f, ax, column, label, reference=None, name=""):
-    "A column of the metrics against steps, and something to compare it with."
+    "Plot a column of the metrics against steps, with an optional reference curve."
     m = f.metrics
     ax.plot(m["step"], m[column], lw=1, label="logged")
     ax.set(xlabel="step", ylabel=label, ylim=(0, None))
@@ -156,8 +156,8 @@ FIGURES = {"loss": (_fig_loss, "metrics"), "bins": (_fig_bins, "metrics"), "lr":
 
 def draw(name,  # one of FIGURES
          facts, # Facts
-        ) -> tuple | None: # (matplotlib Figure, alternative text); None if the facts it needs are unknown
-    "One figure of the report. Raises KeyError for an unknown name."
+        ) -> tuple | None: # (matplotlib Figure, alt text); None if its facts are unknown
+    "Draw one figure of the report. Raises KeyError for an unknown name."
     plot, need = FIGURES[name]
     if getattr(facts, need) is None:
         return None
@@ -165,11 +165,11 @@ def draw(name,  # one of FIGURES
     return fig, plot(facts, fig.add_subplot())
 
 # %% ../../nbs/workshop/report.ipynb #c078
-def _quality(f): # what can be expected of the pictures, with the numbers behind it
+def _quality(f): # the expected quality of the pictures, with the evidence
     if f.scores:
         yield from _scored(f.scores)
     else:
-        yield "No score has been measured, so no number can be promised."
+        yield "No score has been measured, so the report promises no number."
     if f.grid:
         contrast, mine, theirs = picture_facts(*reversed(f.grid))
         yield (f"Last sample grid: contrast {contrast:.2f} times that of real images, correlation of neighbouring "
@@ -181,21 +181,21 @@ def _quality(f): # what can be expected of the pictures, with the numbers behind
     yield (f"{seen:,} images seen so far, {seen / f.parameters:.3g} for each of {f.parameters:,} parameters; "
            f"published CIFAR-10 runs: {PUBLISHED}.")
     if f.size > f.native:
-        yield f"Samples have the detail of {f.native} pixels at the best, at whatever size they are shown."
+        yield f"At any size, the samples have at best the detail of {f.native} pixels."
 
 def _scored(scores):
     score = scores["score"]
     yield (f"Measured: {score.get('text', score['value'])}. "
            f"Floor, real against real: {scores['floor']['value']:.4g}.")
     if "precision" in scores:
-        yield (f"Precision {scores['precision']['value']:.2f} (real {scores['real_precision']:.2f}): how many pictures "
-               f"look real. Recall {scores['recall']['value']:.2f} (real {scores['real_recall']:.2f}): "
-               "how much of the variety is there.")
+        yield (f"Precision {scores['precision']['value']:.2f} (real {scores['real_precision']:.2f}): share of pictures "
+               f"that look real. Recall {scores['recall']['value']:.2f} (real {scores['real_recall']:.2f}): "
+               "share of the real variety that they cover.")
 
-def _watch(f): # metrics to watch, with their usual range in this run
+def _watch(f): # metrics to watch, with their usual ranges in this run
     late = f.late()
     yield (f"loss: {f.loss()[0]:.4f}; single rows scatter by {np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, "
-           "so smaller changes between two rows are no news")
+           "so smaller changes between two rows mean nothing")
     if np.isfinite(late["loss_bin_0"]).any():
         yield f"loss at little noise (bin 0): {np.nanmean(late['loss_bin_0']):.3f}; detail is learned there, and last"
     low, high = np.nanquantile(late["grad_norm"], (0.05, 0.95))
@@ -209,11 +209,11 @@ def _watch(f): # metrics to watch, with their usual range in this run
 def _next(f, problems):
     if f.metrics is None:
         why = _no_metrics(f)
-        yield f"{why[:1].upper()}{why[1:]}: let it run until the first rows are logged, then examine it again."
+        yield f"{why[:1].upper()}{why[1:]}: wait until the run has logged its first rows, then examine it again."
     elif f.step < f.total and not any(x.severity == "critical" for x in problems):
         yield f"{f.command('resume')} (if it is not running)"
     if problems:
-        yield f"Mend first: {problems[0].title.lower()}. {problems[0].advice}"
+        yield f"Fix first: {problems[0].title.lower()}. {problems[0].advice}"
     if not f.scores and f.saved:
         yield f.command("evaluate", "--n", "10000")
     if f.saved:
@@ -222,13 +222,13 @@ def _next(f, problems):
 # %% ../../nbs/workshop/report.ipynb #c079
 @dataclass
 class Report:
-    "What `examine` found. `write(folder)` makes report.md and report.html; in a notebook it shows itself."
+    "The findings of `examine`. `write(folder)` writes report.md and report.html; a notebook displays the report."
     facts: Facts
     findings: list # of Finding, the most severe first
 
     @property
     def problems(self) -> list:
-        "The findings that are not good news."
+        "The findings that report a problem."
         return [x for x in self.findings if x.severity != "good"]
 
     @property
@@ -237,7 +237,7 @@ class Report:
         return " ".join(verdict(self.facts, self.findings))
 
     def sections(self) -> list: # of (heading, kind, items); kind: "text", "list", "steps" or "findings"
-        "What the report says, in order; a section without items is left out when it is written."
+        "The sections in order; the written report omits those without items."
         f, problems = self.facts, self.problems
         advice = [f"{x.advice.rstrip('.')}. ({x.title}.) Expected: {x.effect}" for x in problems]
         return [("Is my loss good, may I stop?", "text", [self.summary]),
@@ -249,11 +249,11 @@ class Report:
                 ("Metrics to watch", "list", list(_watch(f)) if f.metrics else []),
                 ("Checklist", "list", [f"{self.mark(c)} {c.id}" for c in CHECKS.values()]),
                 ("Next steps", "steps", list(_next(f, problems))),
-                ("Not known, and so not judged", "list", f.missing)]
+                ("Unknown, and therefore not judged", "list", f.missing)]
 
     def mark(self, check # a Check
             ) -> str:
-        "What came of one check, for the checklist."
+        "The result of one check, for the checklist."
         if any(x.id == check.id for x in self.problems):
             return "✗ problem:"
         unknown = any(getattr(self.facts, need) is None for need in check.needs)
@@ -264,7 +264,7 @@ class Report:
         return _markdown(self)
 
     def html(self) -> str:
-        "The report as one HTML page that needs nothing from elsewhere: its figures are inside."
+        "The report as one HTML page that contains its figures and needs no other file."
         return _html(self)
 
     def write(self, folder=None # where; None: the run folder
@@ -296,7 +296,7 @@ def _markdown(report):
 
 def _html(report):
     f, pictures = report.facts, {}
-    def picture(name): # each stands on the page once; later findings point to it
+    def picture(name): # each is on the page once; later findings refer to it
         if name in pictures:
             return pictures[name] and {**pictures[name], "again": True}
         drawn, png = draw(name, f), io.BytesIO()
@@ -314,17 +314,17 @@ def _html(report):
 def examine(run,       # a run folder, finished or still running
             deep=True, # also measure held-out loss and EMA from the checkpoint, which takes seconds and needs the data
            ) -> Report:
-    """What is well and what is wrong with a run. Raises DiffnbError if the folder is not a run; of a young run, reports
-    what there is."""
+    """Examine a run and report what is well and what is wrong. A young run gets a report on what exists so far. Raises
+    DiffnbError if the folder is not a run."""
     facts = gather(run, deep)
     return Report(facts, findings(facts))
 
 # %% ../../nbs/workshop/report.ipynb #c090
 def watch(run,        # the run folder that train will fill
           floor=None, # the Gaussian floor, (T,) or its mean; None: no check against it
-          say=print,  # what to do with each warning
+          say=print,  # called with each warning
          ) -> Callable: # a function for train(on_log=...)
-    "The cheap checks as warnings during training, each once."
+    "Run the cheap checks during training; `say` gets each warning once."
     said = set()
     def on_log(_):
         facts = gather(run, live=True)
@@ -339,7 +339,7 @@ def watch(run,        # the run folder that train will fill
 # %% ../../nbs/workshop/report.ipynb #c093
 def dashboard(facts # Facts with metrics
              ) -> "plt.Figure":
-    "Curves above; below them the verdict and up to six problems."
+    "Draw the curves, and below them the verdict and up to six problems."
     fig, found = plot_metrics(facts.metrics, facts.floor_mean), findings(facts)
     problems = [f"{x.severity}: {x.title}. {x.evidence}" for x in found if x.severity != "good"]
     lines = [line for text in [verdict(facts, found)[2], *problems[:6]] for line in textwrap.wrap(text, 170)]
@@ -352,7 +352,7 @@ def dashboard(facts # Facts with metrics
 def live_dashboard(run,        # the run folder that train will fill
                    floor=None, # the Gaussian floor, (T,) or its mean
                   ) -> Callable: # a function for train(on_log=...)
-    "A dashboard that redraws itself below the cell while `train(on_log=...)` runs. Needs IPython, so a notebook."
+    "A dashboard that redraws itself below the cell while `train(on_log=...)` runs. Needs IPython."
     from IPython.display import display
     handle = display(display_id=True)
     def on_log(_):

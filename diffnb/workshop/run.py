@@ -31,8 +31,8 @@ from .settings import check_config, flattened, resolve, total_steps
 def new_state(net, config, device, # UNet configuration, TrainConfig, torch.device
               ranks=SingleProcess()
              ) -> TrainState: # at step 0
-    """A network with the weights of the configured seed, laid out as the configuration asks, its averages, optimiser
-    and meter."""
+    """The state at step 0: a network with the weights of the configured seed in the configured memory format, its
+    averages, optimiser and meter."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.tf32
     torch.manual_seed(addressed(config.training.seed, "weights").initial_seed())
     model = UNet(**net).to(ranks.init_device(device))
@@ -41,8 +41,8 @@ def new_state(net, config, device, # UNet configuration, TrainConfig, torch.devi
     return TrainState(model, config)
 
 def ready(state, device, ranks=SingleProcess()
-         ) -> torch.nn.Module: # what the loop calls: state.model, or what stands for it
-    "Wrapped by the ranks, with activation checkpointing, compiled: as the configuration asks."
+         ) -> torch.nn.Module: # what the loop calls: state.model, or a wrapper around it
+    "Prepare the network as the configuration says: ranks, activation checkpointing, compilation."
     network = ranks.wrap(state)
     if state.config.run.activation_checkpointing:
         checkpoint_activations(state.model)
@@ -54,7 +54,7 @@ def ready(state, device, ranks=SingleProcess()
 # %% ../../nbs/workshop/run.ipynb #c093
 @contextmanager
 def _stop_signals():
-    "Yields a list to which SIGINT and SIGTERM add their names; outside the main thread signals are left alone."
+    "Yields a list to which SIGINT and SIGTERM add their names. Does nothing outside the main thread."
     noted, old = [], {}
     def note(number, frame):
         if noted and number == signal.SIGINT:
@@ -70,7 +70,7 @@ def _stop_signals():
 
 # %% ../../nbs/workshop/run.ipynb #c095
 def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=SingleProcess()) -> Path | None:
-    "Write a PNG: on the left real images, on the right the EMA model's, a row for each class; from fixed noise."
+    "Write a PNG: real images on the left, the EMA model's from fixed noise on the right, a row for each class."
     config, device = state.config, next(state.model.parameters()).device
     rows = min(10, len(data.classes)) if config.images.conditional else rows
     labels = torch.arange(rows).repeat_interleave(per_row) if config.images.conditional else None
@@ -102,7 +102,7 @@ def sample_grid(state, data, schedule, sampler, path, rows=8, per_row=6, ranks=S
 
 # %% ../../nbs/workshop/run.ipynb #c097
 class TrainingStopped(DiffnbError):
-    "The run cannot go on: its loss or gradient is no longer a finite number."
+    "The run cannot go on: its loss, gradient or weights are no longer finite."
 
 def _kept(run):
     found = checkpoints(run)
@@ -119,22 +119,22 @@ def _check_finite(row, run):
 class LossWatch:
     "Detects loss spikes and stores checkpoints; protects the one before a spike."
     def __init__(self, run, rows=()): # a run folder, and rows of its metrics.csv
-        self.run, self.calm = Path(run), deque(maxlen=20)       # losses of the last calm rows
-        self.leapt, self.safe = None, 0  # step of the spike, None: calm; last step known to be calm
+        self.run, self.calm = Path(run), deque(maxlen=20)       # losses of the last 20 calm rows
+        self.leapt, self.safe = None, 0  # step of the spike (None: calm); last step known to be calm
         for r in rows:
             self.row(int(float(r["step"])), float(r["loss"]), say=False)
 
     def above(self, loss) -> tuple[float, float]:
-        "Logarithm of the loss over the usual one, and the value of it that would be a leap."
+        "log(loss / usual loss), and the value from which it counts as a leap."
         if len(self.calm) < 8:
             return 0.0, 1.0
         logs = np.log(np.maximum(self.calm, 1e-12))
-        # from row to row: a falling curve is not scatter
+        # between neighbouring rows: a falling trend is not scatter
         scatter = 1.4826 * np.median(np.abs(np.diff(logs))) / math.sqrt(2)
         return math.log(max(loss, 1e-12)) - np.median(logs), max(math.log(1.5), 8 * scatter)
 
     def row(self, step, loss, say=True) -> None:
-        "Take note of a row; warn if its loss leapt."
+        "Record the loss of a row; warn if it leapt."
         above, limit = self.above(loss)
         if not self.leapt and above > limit:
             self.leapt = step
@@ -152,22 +152,22 @@ class LossWatch:
         warnings.warn(
             f"the loss leapt to {loss:.4g} at step {step}, where {usual:.4g} was usual, in {self.run}. "
             "Training goes on; "
-            f"{kept} from before stays until the loss is back. If this happens again, lower lr or grad_clip")
+            f"{kept} from before stays until the loss recovers. If this happens again, lower lr or grad_clip")
 
     def before(self) -> Path | None:
-        "The last checkpoint known to be from a calm time; else the oldest; None if there is none."
+        "The last checkpoint known to be calm; else the oldest one; None without checkpoints."
         found = checkpoints(self.run)
         return next((p for p in reversed(found) if _step(p) <= self.safe), next(iter(found), None))
 
     def store(self, tensors, meta, keep) -> None:
-        """Write a checkpoint; remove older ones beyond `keep` once it has been read back whole.
+        """Write a checkpoint; once it has been read back intact, remove older ones beyond `keep`.
         Raises TrainingStopped if it is not finite."""
         if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
             raise TrainingStopped(
                 f"{bad[0]} is no longer finite at step {meta['step']} of {self.run}. {_kept(self.run)}"
                 "Start again in a new folder with a smaller lr")
         with open(self.run / "metrics.csv", "a") as f:
-            os.fsync(f.fileno())         # a power failure must not keep a checkpoint and lose rows before it
+            os.fsync(f.fileno())         # so that no checkpoint outlives the rows before it in a power failure
         path = write_tensors(self.run / f"checkpoints/step_{meta['step']:09d}.safetensors", tensors, meta)
         try:
             read_tensors(path)
@@ -180,7 +180,7 @@ class LossWatch:
             if old not in (path, self.before()):
                 old.unlink(missing_ok=True)
 
-    def _calm(self, meter): # do the steps since the last row look calm?
+    def _calm(self, meter): # True if the steps since the last row look calm
         losses, counts = meter.double().cpu()[:2 * BINS].chunk(2)
         above, limit = self.above(float(losses.sum() / counts.sum())) if counts.sum() else (0, 1)
         return not self.leapt and above <= limit
@@ -188,7 +188,7 @@ class LossWatch:
 # %% ../../nbs/workshop/run.ipynb #c102
 @contextmanager
 def _what_stays(run):
-    "When the disk is full, read-only or broken: say which state is left, and how to go on."
+    "If the disk is full, read-only or broken, say which checkpoint is left and how to go on."
     try:
         yield
     except (OSError, DiffnbError) as e:
@@ -197,16 +197,16 @@ def _what_stays(run):
             raise
         if not (run / "config.json").exists() and cause.errno in (errno.ENOENT, errno.ENOTDIR):
             raise DiffnbError(f"{run} is gone: it was moved or removed while a run trained in it. The run stops. "
-                              "Where it is now, its last checkpoint is whole: diffnb resume goes on from it") from cause
+                              "If it was moved, diffnb resume continues it from its last checkpoint") from cause
         names = ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENODEV")
         if cause.errno not in {getattr(errno, n, None) for n in names}:
             raise
-        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Mend that (make room, or make the folder writable), then: "
+        raise DiffnbError(f"{e}. The run stops. {_kept(run)}Make room, or make the folder writable, then: "
                           f"{as_command('resume', run)}") from cause
 
 # %% ../../nbs/workshop/run.ipynb #c104a
 class Recorder:
-    "Rows of metrics, checkpoints and sample grids of a run: writes each into its folder when it is due."
+    "Writes the metrics, checkpoints and sample grids of a run into its folder when they are due."
     # a folder, TrainState, ImageData, UNet configuration, steps of the run
     def __init__(self, run, state, data, net, total,
                  draw=None,   # draw(path) writes a sample grid; None: no grids
@@ -223,34 +223,34 @@ class Recorder:
         self.processor_begun = time.process_time() - state.processor_seconds
 
     def after_step(self, interrupted) -> bool:
-        "Do what is due after a step; True if the run should end here."
+        "Log, save and draw what is due after a step; True if the run should end here."
         asked, done = self.state.config.run, self.state.step == self.total
         ended = (self.state.step % asked.log_every == 0 or done) and self.log()
         ended = self.ranks.any(ended or interrupted)
         if ended or done or self.due(asked.checkpoint_every):
-            self.save()    # before pictures: sampling may fail
-        # a signal from now on waits for the next step
+            self.save()    # before the picture, because sampling may fail
+        # a signal that arrives from here on takes effect after the next step
         if (done or self.due(asked.sample_every) and not ended) and self.grid():
             self.save()
             return True
         return ended
 
     def epochs(self, step) -> float:
-        "How often the images have been seen after `step` steps."
+        "Passes over the images after `step` steps."
         return step * self.state.config.training.batch_size / len(self.data)
 
     def due(self, every) -> bool:
-        "Has the last step completed a multiple of `every` epochs?"
+        "True if the last step completed a multiple of `every` epochs."
         before, now = (math.floor(self.epochs(step) / every) for step in (self.state.step - 1, self.state.step))
         return now > before
 
     def processor_seconds(self) -> float:
-        "Of all ranks, interrupted processes included."
+        "Seconds of processor time of all ranks, interrupted processes included."
         spent = time.process_time() - self.processor_begun
         return self.ranks.sum(torch.tensor(spent, dtype=torch.float64)).item()
 
     def row(self) -> dict:
-        "What metrics.csv says of the steps since the last row."
+        "The row of metrics.csv for the steps since the last row."
         state, c = self.state, self.state.config.training
         row, now = state.meter.read(self.ranks), time.perf_counter()
         row |= {"step": state.step, "epoch": self.epochs(state.step), "images": state.step * c.batch_size,
@@ -290,7 +290,7 @@ class Recorder:
 
     @property
     def picture(self) -> Path:
-        "The sample grid of this step."
+        "Where the sample grid of this step goes."
         return self.run / f"samples/step_{self.state.step:09d}.png"
 
     def grid(self) -> bool:
@@ -300,14 +300,14 @@ class Recorder:
         return self.ranks.any(self._heard())
 
     def catch_up(self) -> None:
-        "Draw the grid that is missing because the last process died between checkpoint and picture."
+        "Draw the grid that is missing if the last process died between checkpoint and picture."
         due = self.state.step == self.total or self.due(self.state.config.run.sample_every)
         if self.draw and due and self.ranks.any(self.ranks.rank == 0 and not self.picture.exists()):
             self.grid()
 
 # %% ../../nbs/workshop/run.ipynb #c105
 def _change_of_plan(config, data, meta, step, total, run="RUN"):
-    "What a new length does to the learning rate, in words, and the way back; nothing if it is the old one."
+    "Say what a new length does to the learning rate, and how to go back; \"\" if the length is unchanged."
     epochs = meta["config"]["epochs"]
     before = total_steps(config.change(epochs=epochs), len(data))
     if before == total:
@@ -327,22 +327,22 @@ def _change_of_plan(config, data, meta, step, total, run="RUN"):
         + (f". Back to the old plan: {as_command('resume', run, '--epochs', f'{epochs:g}')}" if before > step else ""))
 
 def _resume(state, run, net, ranks):
-    "Put the last whole checkpoint into `state`; returns its facts, or None if there is none."
+    "Load the last intact checkpoint into `state`; returns its metadata, or None without one."
     if (saved := last_checkpoint(run, net, set_aside=ranks.rank == 0)) is None:
         return None
     tensors, meta = saved
     state.restore(tensors, meta["step"], meta["seconds"], meta.get("processor_seconds", 0.0))
-    if ranks.rank: # the half-filled row, and the time spent by all, are counted once, by rank 0
+    if ranks.rank: # rank 0 alone counts the unfinished row and the time spent by all
         state.meter.sums[:2 * BINS] = 0
         state.processor_seconds = 0.0
     return meta
 
-def _on_device(data, config, device): # the images, if they are to stay there
+def _on_device(data, config, device): # the images; on the device if they are to stay there
     fits = default_on_cuda(None, device) and data.images.numel() < torch.cuda.mem_get_info(device)[0] / 2
     return data.to(device) if config.run.resident or config.run.resident is None and fits else data
 
 def _train(settled, run, sampler, on_log, progress, ranks, state, recorder):
-    "The run, in a folder that is ours."
+    "Train in a folder that this process has locked."
     config, data, net, device, schedule, total = settled
     data = _on_device(data, config, device)
     state = state or new_state(net, config, device, ranks)
@@ -371,17 +371,17 @@ def _train(settled, run, sampler, on_log, progress, ranks, state, recorder):
 def train(config,           # TrainConfig
           run,              # folder for everything the run leaves behind; an unfinished run in it is continued
           sampler=None,     # e.g. diffnb.sample.ddim: draws the sample grids; None: no grids
-          on_log=None,  # called as on_log(run) after each row of metrics and each grid; returning True stops the run
+          on_log=None,  # called as on_log(run) after each row of metrics and each grid; True stops the run
           progress=True,    # a progress bar
           ranks=SingleProcess(), # or diffnb.scale.Ranks: many processes, one run
-          # TrainState to begin with, of this config; None: fresh weights. A checkpoint in `run` replaces it
+          # TrainState to start from, of this config; None: fresh weights. A checkpoint in `run` overrides it
           state=None,
-          recorder=Recorder # what writes: a subclass, or a function with its arguments
+          recorder=Recorder # a subclass of Recorder, or a function with its arguments
          ) -> TrainState:   # at the end
     """Train as `config` says, in the folder `run`: config.json, metrics.csv, samples/, checkpoints/.
-    Continues from the last whole checkpoint if there is one. SIGINT and SIGTERM save a checkpoint and return.
-    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) on
-    NaN."""
+    Continues from the last intact checkpoint if there is one. On SIGINT or SIGTERM, saves a checkpoint and returns.
+    Raises DiffnbError before work starts if something cannot work, and TrainingStopped (last good checkpoint kept) if
+    the loss is not finite."""
     run, progress = Path(run), progress and ranks.rank == 0
     check_run_place(run, check_config(config).images.data)
     if config.run.precision == "auto" and (run / "config.json").exists():

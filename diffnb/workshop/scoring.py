@@ -84,11 +84,11 @@ def panel(e, # Evaluation
 
 # %% ../../nbs/workshop/scoring.ipynb #c096
 def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class names)
-    "What an .npz holds. Labels are numbers, whose names may be in `classes`, or they are names."
+    "The content of an .npz. Labels are names, or numbers whose names may be in `classes`."
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels, names = file["arr_0"], *(file.get(name) for name in ("arr_1", "classes"))
-    except Exception as e:                                       # numpy, zip and zlib raise a dozen kinds
+    except Exception as e:                                       # numpy, zip and zlib raise a dozen types
         raise DiffnbError(f"{shown(path)} is not an .npz with the images in arr_0 ({e})") from e
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
         raise DiffnbError(f"arr_0 of {shown(path)} is {images.dtype} {images.shape}: expected uint8 (N, H, W, 1 or 3)")
@@ -107,8 +107,8 @@ def _read_npz(path): # -> (uint8 (N, H, W, C), labels int64 (N,) or None, class 
     labels = torch.from_numpy(labels.astype(np.int64))
     return images, match_classes(labels, names, names, shown(path)) if names else labels, names
 
-def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 (N, H, W, C), perhaps arr_1, labels
-                n=None, # the first n, in the order of names; None: all
+def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 (N, H, W, C), optional labels arr_1
+                n=None, # the first n by name; None: all
                ) -> tuple: # (uint8 (N, C, H, W), labels int64 (N,) or None, class names: () if unknown)
     "Images to be scored, decoded as in training. Raises DiffnbError for other files, mixed sizes, or fewer than n."
     source, labels, names = Path(source), None, ()
@@ -121,7 +121,7 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
                               "score), or an .npz")
         if splits := split_folders(listing):
             raise DiffnbError(f"{shown(source)} has splits, {', '.join(map(shown, splits.values()))}: give one of them")
-        notes = ("samples.json", ".lock", ".partial")            # of sampling itself: nothing to speak of
+        notes = ("samples.json", ".lock", ".partial")            # files of sampling itself: not worth a note
         if any(not p.name.endswith(notes) for paths in listing.left.values() for p in paths):
             print(listing)
         images = [decode(path, formats=("PNG",)).transpose(1, 2, 0) for path in listing.taken[:n]]
@@ -129,17 +129,17 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
             if image.shape[:2] != images[0].shape[:2]:
                 raise DiffnbError(f"{shown(path)} is {image.shape[:2]}, the first image is {images[0].shape[:2]}: "
                                   "images of one size are needed")
-        channels = max(image.shape[2] for image in images)       # a grey image among colours has three equal channels
+        channels = max(image.shape[2] for image in images)       # grey among colours: three equal channels
         images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
     if n and len(images) < n:
-        raise DiffnbError(f"{shown(source)} has {len(images)} images, and n={n} were asked for")
+        raise DiffnbError(f"{shown(source)} has {len(images)} images, but n={n} asks for more")
     labels = None if labels is None else labels[:n]
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), labels, names
 
 # %% ../../nbs/workshop/scoring.ipynb #c097
 def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
-    """(ImageData, held-out ImageData or None, split) for a data set's name, a folder, an .npz or ImageData, in the size
-    of `like`."""
+    """(ImageData, held-out ImageData or None, split) from a data set's name, a folder, an .npz or ImageData, in the
+    size of `like`."""
     if isinstance(reference, ImageData):
         return reference, None, ""
     if str(reference).lower().endswith(".npz"):
@@ -156,7 +156,7 @@ def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
     return replace(train, name=Path(reference).name), held_out, train.split
 
 def _in_order_of(classes, real):
-    # the reference with its labels as the model's; labels without names are taken for positions
+    # the reference with labels in the model's order; labels without names count as positions
     if not classes or real.labels is None:
         return real
     labels = match_classes(real.labels, real.classes or classes, classes, f"the reference {real.name}")
@@ -170,7 +170,7 @@ def grid_beside(real,      # ImageData
                 generated, # uint8 (N, C, H, W)
                 labels,    # int64 (N,), or None
                 path, rows=8, per_row=6) -> Path:
-    "PNG with real images on the left, generated ones on the right; one class to a row if the labels are known."
+    "Write a PNG: real images on the left, generated ones on the right; a class for each row if labels are known."
     rows = min(rows, len(generated) // per_row)
     by_class = labels is not None and real.labels is not None
     classes = min(10, len(real.classes) or 10) if by_class else rows
@@ -199,13 +199,13 @@ def _kind(source): # "run", "files" or "model"
             "with the images in arr_0, uint8 (N, H, W, C), as np.savez(file, images) writes it")
     return "model"
 
-def _place_of(source, out, pictures): # where the results go; `pictures`: folders that are read as images
-    here = source.resolve()                                              # of "." too, which has no name
+def _place_of(source, out, pictures): # where the results go; `pictures`: folders read as images
+    here = source.resolve()                                              # resolved, because "." has no name
     beside = (here if source.name in ("", "..") else source).with_name(
         f"{here.name if here.is_dir() else here.stem}.evaluation")
     return check_place(out if out is not None else source if _kind(source) == "run" else beside, images=pictures)
 
-def _config_of(source, trained): # TrainConfig; of a run with its images where they are now
+def _config_of(source, trained): # TrainConfig; for a run, with the current place of its images
     config = make_config(trained.settings)
     return config.change(data=read_config(source)["config"].images.data) if _kind(source) == "run" else config
 
@@ -223,13 +223,13 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  out=None,          # where the results go; None: the run folder, or SOURCE.evaluation
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
-                 # of the sampling; scale 1: conditional, where the model has classes
+                 # for sampling; scale 1: conditional, if the model has classes
                  steps=50, guidance_scale=1.0, sampler=ddim, seed=0,
                  device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ) -> Evaluation:
-    """Sample (what is there already is kept), score, and write evaluation.json, panel.png and
-    real_beside_generated.png. Raises DiffnbError, before sampling starts, if data or feature network are missing, if
-    images and reference differ in shape or classes, or if the settings cannot work."""
+    """Sample (existing samples are kept), score, and write evaluation.json, panel.png and real_beside_generated.png.
+    Raises DiffnbError, before sampling starts, if data or feature network are missing, if images and reference differ
+    in shape or classes, or if the settings cannot work."""
     source, device, ranked = Path(source), pick_device(device), ranks.rank
     kind = _kind(source)
     if batch_size is None:
@@ -246,8 +246,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                 "(command line: --reference)")
         if guidance_scale != 1 or steps != 50:
             raise DiffnbError(
-                f"{source} holds images that are made already: leave --steps and --guidance-scale out, "
-                "which say how to make some")
+                f"{source} holds finished images: leave out --steps and --guidance-scale, "
+                "which control sampling")
         images, y, names = read_images(source, n)
         like = images
     else:
@@ -256,7 +256,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
         reference, filter, data_root = (
             reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)
-        # a longer list lets n grow later
+        # a longer list allows a larger n later
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
         denoiser = trained.denoiser(y, guidance_scale)
     real, held_out, split = _real(
@@ -264,7 +264,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files":
         real = _in_order_of(trained.classes, real)
-    # names meet names; labels without names are positions in the reference's classes
+    # names are matched; labels without names are positions in the reference's classes
     elif y is not None and real.classes:
         y = match_classes(y, names or real.classes, real.classes, shown(source))
     if not isinstance(features, Features):

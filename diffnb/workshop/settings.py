@@ -25,19 +25,19 @@ torch = late_import("torch") # the command line knows its settings without it
 def pick_precision(name: str, # "auto", "float32" or "bf16"
                    device: "torch.device", config: "TrainConfig",
                   ) -> str:   # "float32" or "bf16"
-    """What `auto` means here: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if
-    bf16 is asked for where it is imitated."""
+    """Resolve `auto`: bf16 on a GPU that has it, and for large enough models on a CPU that has it. Warns if bf16 is
+    asked for on a device that only emulates it."""
     large = device.type == "cuda" or config.network.base_channels >= 32 and (config.images.image_size or 0) >= 16
     if name == "auto":
         return "bf16" if large and has_native_bf16(device) else "float32"
     if name == "bf16" and not has_native_bf16(device):
         warnings.warn(
-            f"{device} has no arithmetic for bf16 and imitates it, which takes many times as long: "
-            "precision float32 is faster")
+            f"{device} has no bf16 instructions and emulates them, which is many times slower: "
+            "use precision float32")
     return name
 
 # %% ../../nbs/workshop/settings.ipynb #c034
-SIDES = {"digits": 8, "fashion": 28, "cifar10": 32, "fashion_mnist": 28} # of the images of the named sets, in pixels
+SIDES = {"digits": 8, "fashion": 28, "cifar10": 32, "fashion_mnist": 28} # side of the images of each set, pixels
 
 # since version 0.1
 RENAMED = {"filter": "interpolation", "accumulate": "grad_accum_steps", "recompute": "activation_checkpointing"}
@@ -50,45 +50,45 @@ HalfLife = Annotated[float, Gt(0), Lt(10**12)]
 
 @dataclass(frozen=True)
 class ImageSettings:
-    "The images, and what is told of them."
+    "The images, how they are prepared, and their labels."
     data: str = "digits" # digits, fashion, cifar10, fashion_mnist, or a folder of images
-    image_size: Annotated[int, Ge(1), Le(4096)] | None = None # side of the images in pixels; None: as they are
+    image_size: Annotated[int, Ge(1), Le(4096)] | None = None # side of the images in pixels; None: their own size
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic" # how images are resized to image_size
-    flip: bool | None = None                             # mirror half of the images; None: yes for cifar10
+    flip: bool | None = None                             # mirror half of the images; None: only for cifar10
     jitter: Share = 0.0 # colour jitter: brightness, contrast, saturation within 1 ± jitter
-    conditional: bool = True                             # tell the network the class, where the data has classes
-    label_dropout: Share = 0.1                           # how often a label is hidden, so that guidance is possible
-    channels: Literal[1, 3] = 3                          # of the images of a folder: 3 colour, 1 grey
-    on_broken: Literal["stop", "skip"] = "stop"          # an unreadable image in a folder
+    conditional: bool = True                             # give the network the class, if the data has classes
+    label_dropout: Share = 0.1                           # share of labels hidden, which makes guidance possible
+    channels: Literal[1, 3] = 3                          # for images of a folder: 3 colour, 1 grey
+    on_broken: Literal["stop", "skip"] = "stop"          # at an unreadable image in a folder: stop, or skip it
     data_root: str | None = None                         # where downloads are kept; None: $DIFFNB_DATA, or ./data
     data_url: str | None = None                          # another address to download the data from
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    "How noise is added, at which timesteps, and what the network says about it."
+    "How noise is added, at which timesteps, and what the network predicts."
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = "linear" # how noise is added over time
     T: Annotated[int, Ge(1), Le(100_000)] = 1000         # timesteps of that schedule
     shift: Positive = 1.0 # divide its signal-to-noise ratio by shift²; 2 for twice the resolution
     zero_terminal_snr: bool = False                      # let the last timestep be pure noise; needs prediction v or x0
     prediction: Literal["eps", "x0", "v", "velocity"] = "eps" # what the network outputs; velocity: with schedule flow
-    logit_normal: tuple[float, ...] | None = None # timesteps drawn: mean and deviation of logit(t/T); None: all alike
+    logit_normal: tuple[float, ...] | None = None # draw timesteps: mean and deviation of logit(t/T); None: uniformly
 
     def make_schedule(self) -> object: # NoiseSchedule
-        "The curves that these settings describe."
+        "The noise schedule that these settings describe."
         from diffnb.schedule import make_schedule
         return make_schedule(self.schedule, self.T, self.shift, self.zero_terminal_snr)
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    "Arguments of the UNet that the data do not decide."
+    "Arguments of the UNet that do not follow from the data."
     base_channels: Annotated[int, Ge(1), Le(4096)] = 64  # width of the UNet's first level
     channel_mult: tuple[float, ...] | None = None        # widths of its levels, times base_channels; None: 1, 2.5, 3.5
-    blocks: int = 2                                      # residual blocks a level
+    blocks: int = 2                                      # residual blocks per level
     patch_size: Annotated[int, Ge(1), Le(64)] = 1 # side of the squares of pixels that the network folds into channels
     attention: tuple[int, ...] | None = None # resolutions (in patches) with self-attention; None: 16, or half an image
     head_dim: int | None = None                          # channels of an attention head; None: a single head
     norm_groups: int = 16                                # groups of every GroupNorm
-    dropout: Share = 0.0                                 # in every residual block; for long runs
+    dropout: Share = 0.0                                 # dropout rate in every residual block; for long runs
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -99,24 +99,24 @@ class TrainingSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"        # muon: on hidden matrices, with AdamW for the rest
     lr: Positive = 1e-4                                  # learning rate at its peak
     warmup: Annotated[int, Ge(0), Lt(10**9)] = 500       # steps until the peak
-    decay_share: Annotated[float, Gt(0), Le(1)] | None = None # last share, of a line to zero; None: a cosine to zero
-    weight_decay: Amount = 0.0                           # decoupled, as in AdamW
+    decay_share: Annotated[float, Gt(0), Le(1)] | None = None # share of a final linear decay; None: a cosine
+    weight_decay: Amount = 0.0                           # decoupled weight decay, as in AdamW
     grad_clip: Amount = 1.0                              # bound on the gradient norm; 0: none
-    ema_decay: Share = 0.9999                            # of the average used for sampling
-    ema_half_lives: tuple[HalfLife, ...] | None = None   # an average for each; below 1 shares of the run, from 1 images
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 0           # of everything random
+    ema_decay: Share = 0.9999                            # decay of the average used for sampling
+    ema_half_lives: tuple[HalfLife, ...] | None = None   # one average each; below 1: share of the run; else images
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0           # seed of all random numbers
 
 @dataclass(frozen=True)
 class RunSettings:
-    "Where it is trained, in which arithmetic, and what is written down."
-    precision: Literal["auto", "float32", "bf16"] = "auto" # of the network; auto: bf16 where the device gains by it
+    "Where and in which precision training runs, and what it records."
+    precision: Literal["auto", "float32", "bf16"] = "auto" # precision of the network; auto: bf16 where it is faster
     device: str = "auto"                                 # auto, cpu, cuda, cuda:1, mps
-    compile: bool | None = None                          # let torch.compile fuse the network; None: on a GPU
+    compile: bool | None = None                          # compile the network with torch.compile; None: on a GPU
     channels_last: bool | None = None # keep the channels of a pixel together in memory; None: on a GPU
-    fused: bool = True # AdamW and EMA move all weights in a few calls instead of one by one
+    fused: bool = True # AdamW and EMA update all weights in a few calls, not one by one
     tf32: bool = True # on a GPU, round the inputs of float32 matrix products to 19 bits
-    resident: bool | None = None # all images on the GPU; None: if they take less than half of what is free
-    activation_checkpointing: bool = False # compute activations twice: less memory, about a third more time
+    resident: bool | None = None # keep all images on the GPU; None: if they fit into half of its free memory
+    activation_checkpointing: bool = False # compute activations twice: less memory, more time
     sample_every: Positive = 25                          # epochs between sample grids
     sample_steps: Count = 50                             # DDIM steps of those grids
     checkpoint_every: Positive = 10                      # epochs between checkpoints
@@ -133,12 +133,12 @@ class TrainConfig:
     run: RunSettings = RunSettings()
 
     @classmethod
-    def of(cls, **values) -> "TrainConfig": # settings by their names alone: TrainConfig.of(lr=1e-3)
-        "The usual settings, but for these."
+    def of(cls, **values) -> "TrainConfig": # settings by name: TrainConfig.of(lr=1e-3)
+        "The default settings, except for these."
         return cls().change(**values)
 
-    def change(self, **values) -> "TrainConfig": # settings by their names alone: config.change(lr=1e-3)
-        "The same settings, but for these. Raises TypeError for a name that is none."
+    def change(self, **values) -> "TrainConfig": # settings by name: config.change(lr=1e-3)
+        "The same settings, except for these. Raises TypeError for an unknown name."
         if unknown := values.keys() - flattened(self).keys():
             raise TypeError(f"no setting is called {', '.join(sorted(unknown))}")
         groups = {}
@@ -147,11 +147,11 @@ class TrainConfig:
         return replace(self, **groups)
 
 def flattened(config: TrainConfig) -> dict: # setting -> value
-    "All settings by their names alone: as on the command line, in config.json and in checkpoints."
+    "All settings in one flat dict, as on the command line, in config.json and in checkpoints."
     return {name: value for group in vars(config).values() for name, value in vars(group).items()}
 
 # %% ../../nbs/workshop/settings.ipynb #c036
-def _fits(value, kind): # is `value` of the annotated type? A whole number passes for a float, a bool never for a number
+def _fits(value, kind): # True if `value` has the annotated type; an int passes for a float, a bool never for a number
     if get_origin(kind) is Annotated:
         return _fits(value, get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
@@ -175,7 +175,7 @@ def _kind(kind): # in words
 _limits = {
     Gt: ("above", operator.gt), Ge: ("at least", operator.ge), Lt: ("below", operator.lt), Le: ("at most", operator.le)}
 
-def _range(value, kind): # the limits that `value` should keep and does not, in words; None if it does
+def _range(value, kind): # the limits that `value` breaks, in words; None if it keeps them
     if value is None:
         return None
     if get_origin(kind) in (Union, UnionType):
@@ -188,7 +188,7 @@ def _range(value, kind): # the limits that `value` should keep and does not, in 
     if not all(holds(value, bound) for _, holds, bound in limits):
         return " and ".join(f"{word} {bound:,}" for word, _, bound in limits)
 
-def _unwritable(name): # why a name cannot be written, shown on a line and typed again; None if it can
+def _unwritable(name): # why a name cannot be stored, shown on one line or typed again; None if it can
     if not name.strip():
         return "it is an empty name"
     if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
@@ -200,7 +200,7 @@ def _unwritable(name): # why a name cannot be written, shown on a line and typed
 
 def check_config(config: TrainConfig,
                 ) -> TrainConfig: # the same
-    "Raises DiffnbError naming the first setting that cannot work, its value and what is allowed."
+    "Check all settings. Raises DiffnbError with the first one that cannot work, its value and what is allowed."
     def bad(name, allowed):
         raise DiffnbError(
             f"{name}={flattened(config)[name]!r:.100} is not possible: {allowed} (command line: "
@@ -225,10 +225,10 @@ def check_config(config: TrainConfig,
     if noise.prediction == "eps" and (noise.zero_terminal_snr or flow):
         bad(
             "prediction",
-            "the last timestep holds no signal, and eps says nothing there: v or x0"
+            "the last timestep holds no signal, so eps says nothing about x0 there: choose v or x0"
             + (", or velocity" if flow else ""))
     if noise.prediction == "velocity" and not flow:
-        bad("prediction", "velocity is the direction of the straight path: with schedule=flow")
+        bad("prediction", "velocity is the direction of the straight path: use it with schedule=flow")
     if (pair := noise.logit_normal) is not None and not (len(pair) == 2 and abs(pair[0]) < 100 and 0 < pair[1] < 100):
         bad("logit_normal", "two numbers, a mean and a deviation above 0, e.g. 0 1")
     if config.training.ema_half_lives == ():
@@ -236,7 +236,7 @@ def check_config(config: TrainConfig,
     return config
 
 # %% ../../nbs/workshop/settings.ipynb #c037b
-_two_cores = TrainConfig.of(  # patches of 2x2, the straight path, Muon: what learns most from an hour of a processor
+_two_cores = TrainConfig.of(  # patches of 2x2, the straight path, Muon: the recipe of the pilots in bench/cifar10
     data="cifar10",
     patch_size=2,
     base_channels=128,
@@ -256,7 +256,7 @@ _two_cores = TrainConfig.of(  # patches of 2x2, the straight path, Muon: what le
 _clothes = _two_cores.change(data="fashion", base_channels=48, channel_mult=(1.0, 2.0), attention=(7,), head_dim=32)
 
 PRESETS = {
-    "clothes": _clothes.change(epochs=2.8),            # two to three minutes of two cores with bf16
+    "clothes": _clothes.change(epochs=2.8),            # two to three minutes on two cores with bf16
     "cifar10-20min": _two_cores.change(epochs=1.8, sample_every=1.0, checkpoint_every=0.5),
     "cifar10-5h": _two_cores.change(epochs=28.0, sample_every=7.0, checkpoint_every=2.0),
     # wider; not measured yet
@@ -267,14 +267,14 @@ PRESETS = {
 # %% ../../nbs/workshop/settings.ipynb #c079
 Settled = namedtuple("Settled", "config data net device schedule total")
 
-def resolve(config: TrainConfig, # as it was asked for
-           ) -> Settled: # config with nothing left open, data, the UNet's arguments, device, schedule, steps in all
-    """Load the data and decide what was left open: image size, flips, classes, device, precision. Raises DiffnbError
+def resolve(config: TrainConfig, # as the user gave it
+           ) -> Settled: # config without open settings, data, the UNet's arguments, device, schedule, total steps
+    """Load the data and decide the open settings: image size, flips, classes, device, precision. Raises DiffnbError
     before any work starts."""
     from diffnb.unet import UNet
     from diffnb.workshop.datasets import load_data
     device, shape, images = pick_device(check_config(config).run.device), vars(config.network), config.images
-    if size := images.image_size or SIDES.get(images.data): # before a download of an hour
+    if size := images.image_size or SIDES.get(images.data): # before a download that may take an hour
         with torch.device("meta"):
             UNet(image_size=size, **shape)
     data = load_data(
@@ -283,7 +283,7 @@ def resolve(config: TrainConfig, # as it was asked for
     _check_names(data.classes)
     _check_half_lives(config, len(data))
     config = config.change(image_size=data.size, conditional=images.conditional and bool(data.classes),
-                           # a mirrored 3 is no digit, and nearly all shoes point left
+                           # a mirrored 3 is not a digit, and nearly all shoes point left
                            flip=images.data == "cifar10" if images.flip is None else images.flip)
     config = config.change(precision=pick_precision(config.run.precision, device, config))
     classes = len(data.classes) if config.images.conditional else None
@@ -294,22 +294,22 @@ def resolve(config: TrainConfig, # as it was asked for
 def total_steps(config: TrainConfig,
                 images: int, # in the data set
                ) -> int:
-    "Optimiser steps of the whole run; a last step that is begun counts."
+    "Optimiser steps of the whole run, rounded up."
     return math.ceil(config.training.epochs * images / config.training.batch_size)
 
 def _check_half_lives(config, images):
-    "Raises DiffnbError for an average that looks further back than the run is long."
+    "Raises DiffnbError for a half-life longer than the run."
     seen = config.training.epochs * images
     if long := [h for h in config.training.ema_half_lives or () if h > seen]:
-        raise DiffnbError(f"ema_half_lives: {long[0]:g} images are more than the run sees ({seen:,.0f}): shorter ones, "
-                          "or shares of the run below 1")
+        raise DiffnbError(f"ema_half_lives: {long[0]:g} images are more than the run sees ({seen:,.0f}): choose "
+                          "shorter ones, or shares of the run below 1")
 
 def _check_names(classes):
-    "Raises DiffnbError for a class name that could not be written and read back, or is the same as another's."
+    "Raises DiffnbError for a class name that cannot be written and read back, or that two classes share."
     if bad := next((c for c in classes if _unwritable(c)), None):
-        raise DiffnbError(f"the class name {bad!a:.200} cannot be kept: {_unwritable(bad)}. Rename its folder")
+        raise DiffnbError(f"the class name {bad!a:.200} cannot be stored: {_unwritable(bad)}. Rename its folder")
     seen = {}  # some systems write é as one character, some as two
     for name in classes:
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) is not name:
-            raise DiffnbError(f"the classes {other!a} and {name!a} have the same name, only encoded differently: "
+            raise DiffnbError(f"the classes {other!a} and {name!a} have the same name in two encodings: "
                               "rename or merge their folders")

@@ -39,8 +39,8 @@ def _png(image): # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure, whic
 
 def picture(image,        # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure
             alt,          # what it shows, in words
-            width,        # on the screen, pixels; narrower screens shrink it
-            smooth=True,  # enlarge softly; False: hard-edged pixels
+            width,        # pixels on the screen; narrower screens shrink it
+            smooth=True,  # interpolate when enlarging; False: hard-edged pixels
            ) -> str:      # HTML
     "An image as an HTML tag that needs no other file."
     style = "max-width: 100%; height: auto" + ("" if smooth else "; image-rendering: pixelated")
@@ -78,16 +78,16 @@ if (!box.dataset.ready) {
 }"""
 
 # %% ../../nbs/workshop/widgets.ipynb #c012
-def frames(images,      # one for each combination of the axes' values, the last axis running fastest; as in picture
+def frames(images,      # one for each combination of axis values, last axis fastest; as in picture
            axes,        # dict: name -> list of numbers or names
            captions,    # as many as images, each one line
-           alt,         # what all of them show; the caption is added
-           width,       # on the screen, pixels
-           smooth=True, # enlarge softly
+           alt,         # what all of them show; each caption is added
+           width,       # pixels on the screen
+           smooth=True, # interpolate when enlarging
            start=None,  # dict: name -> the value shown first; default: the first
           ) -> str:     # HTML
-    """Pictures to scrub through without a kernel or a network; a plain row of pictures where scripts are forbidden.
-    Raises DiffnbError."""
+    """Pictures with sliders that need no kernel and no network; a plain row of pictures where scripts are forbidden.
+    Raises DiffnbError if the numbers of images, captions and axis values disagree."""
     cells, numbers = [], [len(v) for v in axes.values()]
     if not len(images) == len(captions) == np.prod(numbers):
         raise DiffnbError(
@@ -111,7 +111,7 @@ def frames(images,      # one for each combination of the axes' values, the last
 
 # %% ../../nbs/workshop/widgets.ipynb #c015
 def _watched(): # bool
-    "Whether a notebook is open in front of somebody, and ipywidgets can be shown in it."
+    "True if someone has this notebook open, and it can show ipywidgets."
     ip = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
     if not ip or not hasattr(ip, "kernel") or importlib.util.find_spec("ipywidgets") is None:
         return False
@@ -138,14 +138,14 @@ def _control(name, values, value, eager): # an ipywidget for one axis
 
 # %% ../../nbs/workshop/widgets.ipynb #c019
 class Interactive:
-    "A figure with controls: `draw(**values) -> (image, caption)`. Live where a kernel is watched, frames elsewhere."
+    "A figure with controls: `draw(**values) -> (image, caption)`. Live in an open notebook, frames elsewhere."
     def __init__(self, draw, # image as in picture
-                 live,       # dict: name -> range, list of numbers, or list of names; what the controls offer
-                 stored,     # dict with the same names -> the values drawn beforehand
+                 live,       # dict: name -> range, list of numbers, or list of names for the control
+                 stored,     # dict with the same names -> values drawn beforehand
                  alt,        # what it shows; the caption is added
-                 width,      # of an image on the screen, pixels
+                 width,      # pixels of an image on the screen
                  smooth=True, start=None,
-                 eager=True, # draw while a slider is being dragged; False: when it is let go
+                 eager=True, # draw while a slider is dragged; False: when it is released
                  more=None): # more(controls) -> another ipywidget, below the controls
         if list(live) != list(stored):
             raise DiffnbError(
@@ -170,8 +170,8 @@ class Interactive:
             {k: v for k, v in self.start.items() if v in self.stored[k]})
 
     def widget(self) -> object: # ipywidgets.VBox
-        """The live figure: an ipywidgets box with a control for each axis and the picture below. Made once, shown as
-        often as wanted."""
+        """The live figure: an ipywidgets box with a control for each axis and the picture below. Later calls return
+        the same box."""
         if self.box:
             return self.box
         import ipywidgets as w
@@ -184,11 +184,11 @@ class Interactive:
         return self.box
 
     def values(self) -> dict:
-        "What the controls say, by name."
+        "The values of the controls, by name."
         return {name: control.value for name, control in self.controls.items()}
 
     def redraw(self) -> None:
-        "Show the picture that belongs to the controls."
+        "Draw the picture for the current values of the controls."
         self.out.value = self.html(**self.values())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
@@ -215,7 +215,7 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
 
 # %% ../../nbs/workshop/widgets.ipynb #c029
 def trajectory(trained,             # from load_model
-               y=(3, 4, 5, 7, 8),   # classes, one digit of each
+               y=(3, 4, 5, 7, 8),   # classes, one digit for each
                steps=50, seed=0, **settings # for ddim
               ) -> Interactive:
     "A slider along a DDIM trajectory: x_t and the estimate of x0 side by side."
@@ -236,18 +236,18 @@ def trajectory(trained,             # from load_model
 
 # %% ../../nbs/workshop/widgets.ipynb #c033
 def sampling(trained,     # from load_model, a model with classes
-             stored=None, # dict: name -> values drawn beforehand, for some of the axes offered
+             stored=None, # dict: name -> values drawn beforehand, for some of the axes
              **axes,      # steps, eta, seed, guidance_scale: a list or range of values for a control, or one value
             ) -> Interactive:
-    """Controls over DDIM: one digit of each class, drawn anew whenever something changes. Raises DiffnbError for an
-    unknown name."""
+    """Controls for DDIM: one image of each class, redrawn after each change. Raises DiffnbError for an unknown
+    name."""
     fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance_scale": 1.0}
     if unknown := set(axes) - set(fixed):
         raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
     live = {k: v for k, v in axes.items() if isinstance(v, (list, tuple, range))}
     fixed |= {k: v for k, v in axes.items() if k not in live}
     y = torch.arange(len(trained.classes)) if trained.classes else None
-    # refused now, not when drawn
+    # so that errors come now, not when drawing
     denoisers = {w: trained.denoiser(y, w) for w in live.get("guidance_scale", [fixed["guidance_scale"]])}
     def draw(**values):
         s = fixed | values
@@ -267,8 +267,8 @@ def attention_weights(model, # a UNet
                       t,     # int64 (B,)
                       y=None # classes, int64 (B,), or None
                      ) -> dict:
-    """Runs the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; a row says where that position
-    looks."""
+    """Run the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; row i holds the weights that
+    position i gives to all positions."""
     found = {}
     def look(name):
         def hook(layer, inputs):
@@ -315,10 +315,10 @@ def _pixel_buttons(image, cell, figure): # an ipywidget
 # %% ../../nbs/workshop/widgets.ipynb #c042
 def attention_maps(trained=None, # from load_model; None: the embedded digits model
                    x0=None,      # a grey image (1, 1, H, W) in [-1, 1]; None: a test digit
-                   t=100,        # how much noise it gets
+                   t=100,        # timestep, which sets the noise
                    y=None, seed=0
                   ) -> Interactive:
-    """Where the network looks from a chosen pixel: left the noised image, right the weights of an attention layer.
+    """Show where the network looks from a chosen pixel: the noised image left, the weights of an attention layer right.
     Raises DiffnbError for a model without attention."""
     trained = trained or load_model("digits", device="cpu")
     if x0 is None:
@@ -349,12 +349,12 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
 # %% ../../nbs/workshop/widgets.ipynb #c046
 def _until(metrics, step): return {k: v[metrics["step"] <= step] for k, v in metrics.items()}
 
-def _grid_at(run, step): # the newest sample grid up to that step, as PNG bytes, and its step; (None, None) without one
+def _grid_at(run, step): # PNG bytes of the newest sample grid up to that step, and its step; (None, None) without one
     grids = [p for p in sorted((Path(run) / "samples").glob("step_*.png")) if int(p.stem[5:]) <= step]
     return (grids[-1].read_bytes(), int(grids[-1].stem[5:])) if grids else (None, None)
 
 def _under(top, below):
-    # two PNGs, one under the other, in 48 colours: a fraction of the bytes, which the page has to carry
+    # two PNGs, one under the other, in 48 colours, so that the page stays small
     top = Image.open(io.BytesIO(top)).convert("RGB")
     if below is None:
         return _bytes(top)
@@ -373,7 +373,7 @@ def _bytes(image):
 def replay(run,        # a run folder, also while it is training
            floor=None, # loss of the best Gaussian denoiser, drawn as a dashed line
           ) -> Interactive:
-    """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step; can be read again while it
+    """Loss, learning rate, gradient norm and sample grid of a run, up to a chosen step. Can be refreshed while the run
     trains. Raises DiffnbError for a run that has logged nothing yet."""
     def steps(): # a single row makes no curve
         logged = [int(s) for s in read_metrics(run)["step"]]
@@ -400,7 +400,7 @@ def replay(run,        # a run folder, also while it is training
                 figure.redraw()
         button.on_click(refresh)
         again.observe(refresh, "value")
-        return w.HBox([button, again, w.Label("▶ reads again every 5 seconds")])
+        return w.HBox([button, again, w.Label("▶ refreshes every 5 seconds")])
     now = steps()
     if not now:
         raise DiffnbError(f"{run} has logged nothing yet: wait for its first log_every steps")

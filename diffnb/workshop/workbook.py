@@ -16,7 +16,7 @@ from .check import read_progress
 
 # %% ../../nbs/workshop/workbook.ipynb #c008
 def _originals():
-    # list of (name, path): pages of the course; the checks of exercises, which give answers away, are none
+    # list of (name, path): the pages of the course, without the checks, which give answers away
     "The notebooks to copy: 'index.ipynb', '02_schedule.ipynb', 'workshop/cli.ipynb', ..."
     package = Path(diffnb.__path__[0])
     root = next((p for p in (package / "nbs", package.parent / "nbs") if (p / "index.ipynb").is_file()), None)
@@ -29,7 +29,7 @@ def _originals():
 
 # %% ../../nbs/workshop/workbook.ipynb #c011
 def _jupyter(module):
-    "A module that comes with JupyterLab; DiffnbError says how to install it."
+    "Import a module that comes with JupyterLab. Raises DiffnbError that says how to install it."
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -38,13 +38,13 @@ def _jupyter(module):
 def learners_page(nb,             # a notebook as nbformat reads it; it is changed
                   solutions=False # keep the solutions, folded
                  ) -> dict: # the same notebook
-    "Take the solutions of the exercises out of a page, and the outputs of stubs and checks."
+    "Remove the solutions of the exercises from a page, and the outputs of stubs and checks."
     TagRemovePreprocessor = _jupyter("nbconvert.preprocessors").TagRemovePreprocessor
     if not solutions:
         nb, _ = TagRemovePreprocessor(remove_cell_tags={"solution"}, enabled=True).preprocess(nb, {})
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
-        if "solution" in tags:                       # running our solution shall not mark the exercise as solved
+        if "solution" in tags:                       # our solution must not mark the exercise as solved
             cell.source = re.sub(r"\n*^assert check\(.*\)\s*\Z", "", cell.source, flags=re.M)
         if cell.cell_type == "code" and ({"stub", "solution"} & set(tags) or re.match(r'check\("', cell.source)):
             cell.outputs, cell.execution_count = [], None
@@ -55,9 +55,9 @@ def _progress_page():
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
     cells = [
         new_markdown_cell(
-            "# What is solved\n\nRun this page whenever you want to know. A check that says *right* is noted "
-            "down in "
-            "`progress.json`, with the day; begin anew by deleting lines there.\n\nBack to the "
+            "# What is solved\n\nRun this page to see your progress. When a check says *right*, it records the "
+            "exercise and the date in "
+            "`progress.json`; delete lines there to start again.\n\nBack to the "
             "[map](index.ipynb)."),
         new_code_cell("from diffnb.workshop.check import progress"),
         new_code_cell("progress()")]
@@ -68,7 +68,7 @@ def _progress_page():
 
 # %% ../../nbs/workshop/workbook.ipynb #c016
 def _work(text): # the text of a notebook file
-    "A hash of what is written in a notebook's cells, whatever their outputs; of the bare text if it is no notebook."
+    "A hash of the sources of a notebook's cells, without their outputs; of the plain text if it is not a notebook."
     try:
         written = [(c["cell_type"], "".join(c["source"])) for c in json.loads(text)["cells"]]
     except (ValueError, KeyError, TypeError):
@@ -76,14 +76,14 @@ def _work(text): # the text of a notebook file
     return hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16]
 
 # %% ../../nbs/workshop/workbook.ipynb #c019
-def _put(out, name, text, ours): # ours: name -> hash of what we wrote there last, updated here
-    "Write one page into the workbook unless that would destroy work. Returns (what was done, file name)."
+def _put(out, name, text, ours): # ours: name -> hash of what we last wrote there; updated here
+    "Write one page into the workbook without destroying work. Returns (what was done, file name)."
     new, known = _work(text), ours.get(name)
     target, k = out / name, 1
     while target.exists():
         here = _work(target.read_text(encoding="utf-8", errors="replace"))
         if here == new or here == ours.get(target.relative_to(out).as_posix()):
-            break            # ours, not touched since
+            break            # ours, unchanged since
         if k == 1 and known == new:
             return "kept", name                                           # nothing new to offer
         target = (out / name).with_suffix(f".new{k if k > 1 else ''}.ipynb")
@@ -105,21 +105,21 @@ def _put(out, name, text, ours): # ours: name -> hash of what we wrote there las
 def make_workbook(out,            # folder: new, empty, or a workbook made earlier
                   solutions=False # keep the solutions, folded, behind each exercise
                  ) -> list: # of (what was done, file name): "new", "updated", "as it was", "kept", "beside"
-    "Write the learner's copy of the course. What a learner wrote is never overwritten. Raises DiffnbError."
+    "Write or update a learner's copy of the course; keeps their work. Raises DiffnbError for a wrong folder."
     out = Path(out)
     pages, progress = _originals(), out / "progress.json"
     if out.exists() and not out.is_dir():
-        raise DiffnbError(f"{out} is a file: name a folder for the workbook")
+        raise DiffnbError(f"{out} is a file: choose a folder for the workbook")
     if out.exists() and any(out.iterdir()) and not progress.exists():
         raise DiffnbError(
-            f"{out} is not empty and is no workbook (it has no progress.json): name a new folder, or an empty one")
+            f"{out} is not empty and is not a workbook (it has no progress.json): choose a new folder, or an empty one")
     said = read_progress(progress) if progress.exists() else {"diffnb": "", "solved": {}, "files": {}}
     nbformat = _jupyter("nbformat")
     texts = {name: nbformat.writes(learners_page(nbformat.read(path, 4), solutions)) + "\n" for name, path in pages}
     texts["progress.ipynb"] = nbformat.writes(_progress_page()) + "\n"
     save = lambda: write_whole(
         progress, json.dumps({**said, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")
-    save()                                           # first, so that a workbook begun and interrupted is known as one
+    save()                                           # first, so that an interrupted workbook is recognised as one
     done = [_put(out, name, text, said["files"]) for name, text in texts.items()]
     save()
     return done

@@ -163,7 +163,7 @@ def test_all_exercises_are_listed_without_a_workbook(tmp_path, monkeypatch):
     table = progress()
     assert not table.solved and all(e.id in repr(table) and e.stars in table._repr_html_() for e in exercises())
     (odd := tmp_path / "my folder").mkdir()
-    with pytest.raises(DiffnbError, match="is no workbook.*diffnb workbook .[^ ]*my folder.$"):
+    with pytest.raises(DiffnbError, match="is not a workbook.*diffnb workbook .[^ ]*my folder.$"):
         progress(odd)
 
 

@@ -977,7 +977,7 @@ bug(
 bug(
     "fingerprint-forgets-noise", "samples of two schedules with one signal curve are mixed",
     "    if schedule != NoiseSchedule(schedule.alpha_bar):\n        h.update(schedule.s.numpy().tobytes()) "
-    "# else alpha_bar says it all", "    pass # else alpha_bar says it all",
+    "# otherwise alpha_bar determines s", "    pass # otherwise alpha_bar determines s",
     tests="test_sample.py")
 bug(
     "bf16-sampling-ignored", "bf16 is ignored in sampling", 'enabled=precision == "bf16"):\n            x0 =',
