@@ -397,7 +397,6 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
                       **_copying(images, reference, f, f_real, f_new, seed))
 
 
-# %% ../nbs/07_evaluate.ipynb #c087
 def _at_infinity(curve, dim): # (n, score) pairs
     "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
     if curve[0][0] <= dim:
