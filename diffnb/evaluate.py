@@ -275,9 +275,11 @@ def score_against_n(f,           # features, (N, D)
 class Evaluation:
     "What `evaluate` found. Printing it prints every number with its conditions."
     score: Score           # Fréchet distance to the training images
-    floor: Score           # the same for real images: part of the training images against the rest of them
-    held_out: Score | None # of the generated images to real ones not trained on
-    unseen: Score | None   # of those real ones to the training images: what a perfect model would get at that n
+    # the same for real images: part of the training images, drawn at random whatever their class, against the rest
+    floor: Score
+    # of the generated images to real ones not trained on; a smaller reference alone makes it larger than `score`
+    held_out: Score | None
+    unseen: Score | None   # of those real ones to the training images: what a perfect model would get at their n
     kid: Score
     precision: Score
     recall: Score
@@ -397,7 +399,6 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
                       **_copying(images, reference, f, f_real, f_new, seed))
 
 
-# %% ../nbs/07_evaluate.ipynb #c087
 def _at_infinity(curve, dim): # (n, score) pairs
     "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
     if curve[0][0] <= dim:

@@ -109,6 +109,28 @@ class Upsample(nn.Module):
 
     def forward(self, x) -> torch.Tensor: return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
+# %% ../nbs/03_unet.ipynb #c058
+class Stage(nn.Module):
+    "The work at one resolution: residual blocks, each followed by attention or nothing, then `resize` to the next one."
+    def __init__(self, blocks, attentions, resize=None):
+        super().__init__()
+        self.blocks, self.attentions, self.resize = nn.ModuleList(blocks), nn.ModuleList(attentions), resize
+
+    def forward(self, x, emb, keep=None, join=None) -> torch.Tensor:
+        "`keep`: a list to put every result in (on the way down); `join`: that list, to take them from (on the way up)."
+        for block, attend in zip(self.blocks, self.attentions):
+            if join is not None:
+                x = torch.cat([x, join.pop()], dim=1)
+            x = attend(block(x, emb))
+            if keep is not None:
+                keep.append(x)
+        if self.resize is None:
+            return x
+        x = self.resize(x)
+        if keep is not None:
+            keep.append(x)
+        return x
+
 # %% ../nbs/03_unet.ipynb #c050
 def _number(name, value, low, high, kind=int, none=False):
     "`value` if it is a `kind` in [low, high] (or None, where that is allowed); DiffnbError otherwise."
@@ -131,7 +153,6 @@ def _choice(name, value, choices):
         raise DiffnbError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
     return value
 
-# %% ../nbs/03_unet.ipynb #c052
 def _shape(c):
     "Fills in channel_mult and checks it with sizes and norm_groups. Returns widths, resolutions, outermost first."
     if c["image_size"] % c["patch_size"]:
@@ -161,7 +182,6 @@ def _shape(c):
         raise DiffnbError("freq_shift=1 needs a first width above 2.")
     return [int(w) for w in widths], [size // 2**i for i in range(levels)]
 
-# %% ../nbs/03_unet.ipynb #c055
 def _checked(c):
     "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
     c = dict(c)
@@ -195,50 +215,6 @@ def _checked(c):
         raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2. Reduce base_channels.")
     return c
 
-# %% ../nbs/03_unet.ipynb #c058
-class Stage(nn.Module):
-    "The work at one resolution: residual blocks, each followed by attention or nothing, then `resize` to the next one."
-    def __init__(self, blocks, attentions, resize=None):
-        super().__init__()
-        self.blocks, self.attentions, self.resize = nn.ModuleList(blocks), nn.ModuleList(attentions), resize
-
-    def forward(self, x, emb, keep=None, join=None) -> torch.Tensor:
-        "`keep`: a list to put every result in (on the way down); `join`: that list, to take them from (on the way up)."
-        for block, attend in zip(self.blocks, self.attentions):
-            if join is not None:
-                x = torch.cat([x, join.pop()], dim=1)
-            x = attend(block(x, emb))
-            if keep is not None:
-                keep.append(x)
-        if self.resize is None:
-            return x
-        x = self.resize(x)
-        if keep is not None:
-            keep.append(x)
-        return x
-
-# %% ../nbs/03_unet.ipynb #c061
-def _stages(c, widths, sizes):
-    "The stages on the way down, in the middle and on the way up, as configuration `c` asks."
-    def block(c_in, c_out):
-        return ResBlock(c_in, c_out, 4 * widths[0], c["norm_groups"], c["dropout"], c["film"], c["norm_eps"])
-    def attend(width, on, norm=True):
-        return Attention(width, c["head_dim"], c["norm_groups"], c["norm_eps"], norm) if on else nn.Identity()
-    def stage(inputs, width, size, resize):
-        return Stage([block(w, width) for w in inputs], [attend(width, size in c["attention"]) for _ in inputs], resize)
-
-    n, last = c["blocks"], len(widths) - 1
-    down, up, skips = [], [], widths[:1]     # skips: widths kept on the way down, which the way up takes from the end
-    for i, (w, size) in enumerate(zip(widths, sizes)):
-        down.append(stage([skips[-1]] + [w] * (n - 1), w, size, Downsample(w, c["down_padding"]) if i < last else None))
-        skips += [w] * (n + (i < last))
-    mid = Stage([block(w, w), block(w, w)], [attend(w, c["mid_attention"], c["mid_norm"]), nn.Identity()])
-    for i in reversed(range(len(widths))):
-        below, w = w, widths[i]
-        inputs = [below + skips.pop()] + [w + skips.pop() for _ in range(n)]
-        up.append(stage(inputs, w, sizes[i], Upsample(w) if i else None))
-    return nn.ModuleList(down), mid, nn.ModuleList(up)
-
 # %% ../nbs/03_unet.ipynb #c064
 def _check_inputs(c, x_t, t, y):
     "Raises if x_t, t or y do not suit configuration `c`; returns t and y as (B,) tensors, y None without classes."
@@ -267,6 +243,28 @@ def _check_inputs(c, x_t, t, y):
         raise DiffnbError(f"y runs from {y.min()} to {y.max()}: expected classes 0 to {c['num_classes'] - 1}, or "
                           f"{c['num_classes']}, the null class.")
     return t.expand(b), y.long().to(x_t.device)
+
+# %% ../nbs/03_unet.ipynb #c061
+def _stages(c, widths, sizes):
+    "The stages on the way down, in the middle and on the way up, as configuration `c` asks."
+    def block(c_in, c_out):
+        return ResBlock(c_in, c_out, 4 * widths[0], c["norm_groups"], c["dropout"], c["film"], c["norm_eps"])
+    def attend(width, on, norm=True):
+        return Attention(width, c["head_dim"], c["norm_groups"], c["norm_eps"], norm) if on else nn.Identity()
+    def stage(inputs, width, size, resize):
+        return Stage([block(w, width) for w in inputs], [attend(width, size in c["attention"]) for _ in inputs], resize)
+
+    n, last = c["blocks"], len(widths) - 1
+    down, up, skips = [], [], widths[:1]     # skips: widths kept on the way down, which the way up takes from the end
+    for i, (w, size) in enumerate(zip(widths, sizes)):
+        down.append(stage([skips[-1]] + [w] * (n - 1), w, size, Downsample(w, c["down_padding"]) if i < last else None))
+        skips += [w] * (n + (i < last))
+    mid = Stage([block(w, w), block(w, w)], [attend(w, c["mid_attention"], c["mid_norm"]), nn.Identity()])
+    for i in reversed(range(len(widths))):
+        below, w = w, widths[i]
+        inputs = [below + skips.pop()] + [w + skips.pop() for _ in range(n)]
+        up.append(stage(inputs, w, sizes[i], Upsample(w) if i else None))
+    return nn.ModuleList(down), mid, nn.ModuleList(up)
 
 # %% ../nbs/03_unet.ipynb #c066a
 def fold(x, patch_size) -> torch.Tensor: # (B, C, H, W) -> (B, C * patch_size**2, H / patch_size, W / patch_size)

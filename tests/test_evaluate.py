@@ -15,7 +15,7 @@ from diffnb.workshop.datasets import load_data
 from diffnb.evaluate import (Moments, Score, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep,
                              nearest, precision_recall, score_against_n)
 from diffnb.schedule import load_statistics, write_statistics
-from diffnb.workshop.features import Features, inception_features, make_features
+from diffnb.workshop.features import Features, inception_features, make_features, train_digits_network
 from diffnb.workshop.scoring import evaluate_run, panel, read_images
 from diffnb.sample import ddim, load_model
 from diffnb.workshop.generate import sample_batches
@@ -200,6 +200,11 @@ def test_kid_is_unbiased_where_the_frechet_distance_is_not():
     distances = [frechet_distance(a, b) for a, b in pairs]
     assert np.mean(distances) > 3 * np.std(distances)
 
+def test_copies_of_real_images_change_nothing_and_copies_of_samples_cost_recall():
+    made, real = cloud(140, 4, "made"), cloud(140, 4, "real")
+    assert precision_recall(made, real.repeat(4, 1)) == precision_recall(made, real)
+    assert precision_recall(made[:35].repeat(4, 1), real)[1] < 0.5 * precision_recall(made, real)[1]
+
 def test_kid_is_repeatable_and_changes_with_the_seed():
     a, b = cloud(300, 8, 0), cloud(300, 8, 1)
     assert kid(a, b, 100, 5) == kid(a, b, 100, 5) != kid(a, b, 100, 5, seed=1)
@@ -260,6 +265,13 @@ def test_loss_by_timestep_of_the_best_gaussian_denoiser_is_the_floor(schedule, p
     ts, losses = loss_by_timestep(model, schedule, digits.images, prediction=prediction, timesteps=[100, 500, 900])
     assert ts == [100, 500, 900] and losses == pytest.approx(
         gaussian_loss_floor(digits.images, schedule, prediction)[ts].numpy(), rel=0.05)
+
+def test_loss_by_timestep_hears_seed_and_batch_size(digits):
+    sizes = []
+    def one(**how):
+        return loss_by_timestep(lambda x, t, y: sizes.append(len(x)) or 0 * x, linear_schedule(), digits.images[:10],
+                                timesteps=[500], **how)[1]
+    assert one(batch_size=4)[0] != one(batch_size=4, seed=1)[0] and sizes == 2 * [4, 4, 2]
 
 def test_loss_by_timestep_sees_the_same_noise_every_time_and_passes_labels(digits):
     seen = []
@@ -337,6 +349,16 @@ def test_a_feature_network_that_misbehaves_is_named(network, message, test_digit
         Features(network, "mine", 5)(test_digits)
     with pytest.raises(DiffnbError, match="uint8"):
         Features(network, "mine", 5)(torch.zeros(2, 1, 8, 8))
+
+def test_the_digits_network_looks_at_8x8_without_aliasing(look, test_digits):
+    n = len(test_digits)
+    assert look(test_digits).shape == (n, 64) and look(replace(test_digits, size=16)).shape == (n, 64)
+    stripes = (255 * ((torch.arange(32) + 1) % 4 < 2)).byte().expand(1, 1, 32, 32)  # finer than 8 pixels can show: grey
+    assert torch.allclose(look(stripes), look(torch.full((1, 1, 32, 32), 128, dtype=torch.uint8)), atol=0.3)
+
+def test_a_digits_network_trained_for_seconds_reads_unseen_digits(digits, test_digits):
+    reader = train_digits_network(digits.images, digits.labels, steps=200)
+    assert (reader.head(reader.features(test_digits.images)).argmax(1) == test_digits.labels).float().mean() > 0.95
 
 def test_unknown_features_are_refused():
     for name in ("fid", "inception", "inception-", "inception-100"):
@@ -456,6 +478,25 @@ def test_any_function_serves_as_feature_network(digits, test_digits):
     pixels = Features(lambda x: x.flatten(1).float() / 255, "pixels", 64)
     e = evaluate(test_digits.images, digits, pixels)
     assert "pixels, 64-d" in str(e.score) and e.score.value < 1
+
+def test_images_and_results_of_an_npz(tmp_path, digits):
+    colour = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
+    np.savez(tmp_path / "colour.npz", colour.permute(0, 2, 3, 1).numpy())
+    assert read_images(tmp_path / "colour.npz")[0].equal(colour)             # bytes and axes come back as they were
+    np.savez(tmp_path / "some.npz", digits.images[:100].permute(0, 2, 3, 1).numpy(), digits.labels[:100].numpy())
+    e = evaluate_run(tmp_path / "some.npz", reference="digits", device="cpu")
+    told = json.loads((tmp_path / "some.evaluation" / "evaluation.json").read_text())
+    assert sorted(p.name for p in (tmp_path / "some.evaluation").iterdir()) == [
+        "evaluation.json", "panel.png", "real_beside_generated.png"]
+    assert e.score.value == told["score"]["value"]
+
+def test_an_embedded_model_is_sampled_in_batches(tmp_path):
+    told = []
+    def noted(denoiser, x_T, steps, **given):
+        told.append((len(x_T), steps))
+        return ddim(denoiser, x_T, steps, **given)
+    evaluate_run("digits", n=100, steps=4, out=tmp_path, device="cpu", progress=False, batch_size=40, sampler=noted)
+    assert told == [(40, 4), (40, 4), (20, 4)]
 
 def test_evaluate_run_resumes_and_writes_its_files(run, capsys):
     drawn = []

@@ -141,6 +141,12 @@ def test_defaults_for_other_sizes(size, mult, attention):
     assert c["mid_attention"]
 
 
+def test_larger_images_get_thin_levels_in_front():
+    with torch.device("meta"):
+        model = UNet(128)
+    assert [stage.blocks[0].conv1.out_channels for stage in model.down] == [64, 64, 64, 160, 224]
+
+
 def test_no_attention_means_none():
     assert not [m for m in UNet(**SMALL, attention=()).modules() if isinstance(m, Attention)]
     assert len([m for m in UNet(**SMALL, attention=(), mid_attention=True).modules() if isinstance(m, Attention)]) == 1

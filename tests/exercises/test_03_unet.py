@@ -6,18 +6,20 @@ from common import tests_of
 from diffnb.unet import timestep_embedding
 
 
-def film(plus=1.0, swap=False, order="norm first", turns=False):
-    def f(h, e, groups):
-        scale, shift = e[..., None, None].chunk(2, 1)
-        if turns:
-            scale, shift = e[:, 0::2, None, None], e[:, 1::2, None, None]
-        if swap:
-            scale, shift = shift, scale
-        if order == "none":
-            return h * (plus + scale) + shift
-        if order == "norm last":
-            return F.group_norm(h * (plus + scale) + shift, groups)
-        return F.group_norm(h, groups) * (plus + scale) + shift
+def gradient(net, size, where=None):
+    x = torch.randn(1, 1, size, size).requires_grad_()
+    y = net(x)
+    (y.sum() if where == "all" else y[0, 0, size // 2, size // 2]).backward()
+    return x.grad[0, 0]
+
+def reach(net, size, where=None):
+    rows = gradient(net, size, where).any(1).nonzero()
+    return int(rows.max() - rows.min() + 1)
+
+def counted(dilated): # by arithmetic
+    def f(net, size):
+        layers = [m for m in net if isinstance(m, torch.nn.Conv2d)]
+        return 1 + sum(m.kernel_size[0] - 1 if not dilated else 2 for m in layers)
     return f
 
 
@@ -35,21 +37,16 @@ def slowest_wave(waves):
     return (torch.atan2(waves[:, -1].double(), waves[:, half - 1].double()) * 10000.0 ** (1 - 1 / half)).round().long()
 
 
-def attention(scale=lambda c, d: d**-0.5, over=-1, cut="right", join="right", one=False):
-    def f(q, k, v, heads):
-        b, n, c = q.shape
-        heads = 1 if one else heads
-        d = c // heads
-        if cut == "view":
-            q, k, v = (p.reshape(b, heads, n, d) for p in (q, k, v))
-        elif cut == "every":
-            q, k, v = (p.reshape(b, n, d, heads).permute(0, 3, 1, 2) for p in (q, k, v))
-        else:
-            q, k, v = (p.reshape(b, n, heads, d).transpose(1, 2) for p in (q, k, v))
-        out = (q @ k.transpose(-1, -2) * scale(c, d)).softmax(over) @ v
-        if cut == "every":
-            return out.permute(0, 2, 3, 1).reshape(b, n, c)
-        return out.reshape(b, n, c) if "view" in (cut, join) else out.transpose(1, 2).reshape(b, n, c)
+def box(shuffles=True, changes=True, tolerance=1e-4, near=1):
+    def f(layer, size):
+        x, order = torch.randn(1, 8, size, size), torch.randperm(size**2)
+        def shuffle(image): return image.flatten(2)[..., order].view_as(image)
+        changed = x.clone()
+        changed[..., 0, 0] += 3
+        if shuffles and not torch.allclose(layer(shuffle(x)), shuffle(layer(x)), atol=tolerance, rtol=0):
+            return "convolution"
+        others = (layer(changed) - layer(x)).abs()[..., near:, near:]
+        return "attention" if changes and others.max() > 1e-4 else "pointwise"
     return f
 
 
@@ -91,16 +88,21 @@ def block(first="norm silu", shortcut="x", branch=True):
 
 WRONG = {
     "3.1": [
-        (film(plus=0.0), "the +1 is missing"), (film(swap=True), "swapped"), (film(turns=True), "in turns"),
-        (film(order="norm last"), "normalise first"), (film(order="none"), "not normalised")],
+        (lambda net, size: (reach(net, size) - 1) // 2, "in one direction"),
+        (lambda net, size: int(gradient(net, size).any(1).sum()) ** 2, "pixels in the square"),
+        (lambda net, size: reach(net, size, "all"), "the whole picture"),
+        (counted(dilated=True), "every convolution is 3x3"), (counted(dilated=False), "lie apart"),
+        (lambda net, size: reach(net, size) - 1, "one too few"),
+        (lambda net, size: float(reach(net, size)), "whole number")],
     "3.2": [
         (coarse_table, "half precision"), (fastest_wave, "fastest wave"), (slowest_wave, "slowest wave"),
         (lambda waves: nearest(waves) + 1, "one too large"), (lambda waves: nearest(waves).float(), "whole numbers")],
     "3.3": [
-        (attention(scale=lambda c, d: c**-0.5), "all 24 channels"), (attention(scale=lambda c, d: 1.0), "not divided"),
-        (attention(scale=lambda c, d: 1 / d), "square root"), (attention(over=-2), "the softmax goes over the keys"),
-        (attention(cut="view"), "wrong numbers"), (attention(cut="every"), "every fourth"),
-        (attention(join="view"), "joined wrongly"), (attention(one=True), "single head")],
+        (box(changes=False), "attention was taken for pointwise"),
+        (box(shuffles=False), "convolution was taken for attention"),
+        (box(near=0), "pointwise was taken for attention"), (box(tolerance=0), "up to rounding"),
+        (lambda layer, size: type(layer).__name__, "should be one of"),
+        (lambda layer, size: "convolution", "was taken for convolution")],
     "3.4": [
         (lambda i, o, e: weights(i, o, e, bias=0), "biases"), (lambda i, o, e: weights(i, o, e, norm=0), "GroupNorms"),
         (lambda i, o, e: weights(i, o, e, film=1), "scale and a shift"),

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #i1
+from ...evaluate import precision_recall
+from ...schedule import cosine_schedule, linear_schedule
 from ..check import exercise, fresh, same, Wrong
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c005
@@ -26,214 +28,178 @@ def _number(got): # a float, of what can be one
     return got.item() if torch.is_tensor(got) else got
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c007
-@exercise("7.1", "A loss of 0.03", minutes=10, level=2)
-def _floor(answer):
+def _floor_np(v, schedule, prediction): # mean over timesteps and directions
+    a, s = np.asarray(schedule.a)[:, None], np.asarray(schedule.s)[:, None]
+    gain = a * v / (a ** 2 * v + s ** 2)                                         # x0 is estimated as gain · x_t
+    x0 = (1 - gain * a) ** 2 * v + (gain * s) ** 2
+    return float(({"x0": x0, "eps": x0 * (a / s) ** 2, "v": x0 / s ** 2}[prediction]).mean())
+
+def _reports(g):
+    units, schedules = ("eps", "x0", "v"), (linear_schedule(), cosine_schedule())
+    pick = lambda n: int(torch.randint(n, (), generator=g))
+    reports = []
+    for k in range(5):
+        v = torch.rand(30, generator=g, dtype=torch.float64) ** (2 + 4 * torch.rand(1, generator=g).item())
+        reports.append([v, schedules[pick(2)], units[(k + pick(2)) % 3]])
+    times = 0.5 + torch.randperm(5, generator=g).double() * 0.2
+    return [(t * _floor_np(v.numpy(), s, p), v, s, p) for t, (v, s, p) in zip(times.tolist(), reports)]
+
+@exercise("7.1", "A loss of 0.03", minutes=10, level=1)
+def _ranking(answer):
     g = fresh()
-    v = torch.rand(40, generator=g, dtype=torch.float64) ** 4
-    a_bar = torch.linspace(0.999, 0.01, 50, dtype=torch.float64) ** (1 + torch.rand(1, generator=g).item())
-    for prediction in ("eps", "x0", "v"):
-        a, s = np.sqrt(a_bar.numpy())[:, None], np.sqrt(1 - a_bar.numpy())[:, None]
-        def floor(v, units=prediction, a=a, s=s): # (T, D)
-            gain = a * v / (a ** 2 * v + s ** 2)                                     # x0 is estimated as gain · x_t
-            x0 = (1 - gain * a) ** 2 * v + (gain * s) ** 2
-            return {"x0": x0, "eps": x0 * (a / s) ** 2, "v": x0 / s ** 2}[units]
-        right, loss = floor(v.numpy()), 0.03
-        others = {
-            "this is floor / loss: a loss below the floor should give a number below 1.": right.mean() / loss,
-            "you averaged loss / floor over the timesteps; a reported loss is one number, so divide it by "
-            "the mean of the floor.": (loss / right.mean(1)).mean(),
-            "errors of all directions were added up; a loss is a mean over pixels, so take the mean over "
-            "directions.": loss / right.sum(1).mean(),
-            "variances are in `variances`: do not square them, nor take their root.": loss
-            / floor(v.numpy() ** 2).mean(),
-            "the root of the variances was taken: the formula wants the variances themselves.": loss
-            / floor(np.sqrt(v.numpy())).mean(),
-            "alpha_bar is the power of the signal, the square of its amplitude: it was squared once more.": loss
-            / floor(v.numpy(), a=a**2, s=np.sqrt(1 - a**4)).mean(),
-            "signal and noise have changed places: alpha_bar belongs to the variances, 1 - alpha_bar to "
-            "the noise.": loss / floor(v.numpy(), a=s, s=a).mean()}
-        for name in ("eps", "x0", "v"):
-            if name != prediction:
-                others[f"for a network that predicts {prediction} this is the floor of {name}."] = (
-                    loss / floor(v.numpy(), name).mean())
-        same(
-            _number(answer(loss, v, a_bar, prediction)), float(loss / right.mean()), f"the ratio for {prediction}",
-            others, atol=1e-4 * loss / right.mean())
+    order = lambda key: [int(i) for i in np.argsort(key)]
+    for _ in range(200):
+        reports = _reports(g)
+        floors = np.array([_floor_np(v.numpy(), s, p) for _, v, s, p in reports])
+        losses = np.array([r[0] for r in reports])
+        eps = np.array([_floor_np(v.numpy(), s, "eps") for _, v, s, _ in reports])
+        one = np.array([_floor_np(v.numpy(), reports[0][2], p) for _, v, _, p in reports])
+        want, others = order(losses / floors), {
+            "this is the order of the losses themselves, which have different units: divide each by its own floor.":
+                order(losses),
+            "the best report comes last: a small multiple of the floor is good.": order(-losses / floors),
+            "you ranked by the difference to the floor; a floor of 0.1 and one of 0.02 leave different room below "
+            "them, so take the ratio.": order(losses - floors),
+            "you took the floor of eps for every report: each needs the floor of its own prediction.":
+                order(losses / eps),
+            "you took one schedule for all reports: each needs the floor of its own schedule.": order(losses / one)}
+        if len({tuple(o) for o in (want, *others.values())}) == 6:
+            break
+    got = answer([tuple(r) for r in reports])
+    whole = lambda i: isinstance(i, (int, np.integer)) and not isinstance(i, bool)
+    if not isinstance(got, (list, tuple)) or not all(map(whole, got)):
+        raise Wrong("a list of the reports' numbers, whole ones from 0 to 4, was expected.")
+    if sorted(got) != list(range(5)):
+        raise Wrong(f"each number from 0 to 4 should occur once, and yours are {list(got)}.")
+    same([int(i) for i in got], want, "the order", others)
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c009
-def _root(m):
-    values, vectors = np.linalg.eigh(m)
-    return vectors * np.sqrt(values.clip(0)) @ vectors.T
-
 def _frechet_np(mean_a, cov_a, mean_b, cov_b):
     return float(
         ((mean_a - mean_b) ** 2).sum()
         + np.trace(cov_a + cov_b)
         - 2 * np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum())
 
-@exercise("7.2", "Between two Gaussians", minutes=15, level=2)
-def _frechet(answer):
-    g = fresh()
-    for _ in range(20):  # until the product has a negative entry
-        (ma, mb), (ra, rb) = (
-            torch.randn(2, 4, generator=g, dtype=torch.float64), torch.randn(2, 4, 4, generator=g, dtype=torch.float64))
-        ca, cb = ra @ ra.T + 0.1 * torch.eye(4), rb @ rb.T + 0.1 * torch.eye(4)
-        if ((ca @ cb) < 0).any():
-            break
-    got, (na, A, nb, B) = _number(answer(ma, ca, mb, cb)), (x.numpy() for x in (ma, ca, mb, cb))
-    entries = (
-        "torch.sqrt takes the root of each entry; the root of a matrix M is the matrix whose product with "
-        "itself is M. Its trace is the sum of the roots of M's eigenvalues.")
-    if got is not None and got != got:
-        raise Wrong(f"the distance is not a number: {entries}")
-    want, square = _frechet_np(na, A, nb, B), ((na - nb) ** 2).sum()
-    shared = (square + np.trace(A + B) - want) / 2
-    with np.errstate(invalid="ignore"):
-        entrywise = np.trace(np.sqrt(A @ B))
-    same(
-        got, want, "the squared distance",
-        {
-            entries: square + np.trace(A + B) - 2 * entrywise,
-            "the root of a product is not the product of the roots, unless both matrices commute; these do not.": square
-            + np.trace(A + B)
-            - 2 * np.trace(_root(A) @ _root(B)),
-            "the difference of the roots of both matrices is another distance (Hellinger's); it agrees only "
-            "where they commute.": square + ((_root(A) - _root(B)) ** 2).sum(),
-            "there is a factor of 2 before the root of the product.": square + np.trace(A + B) - shared,
-            "the distance of the means should be squared.": np.sqrt(square) + np.trace(A + B) - 2 * shared,
-            "the means are missing.": np.trace(A + B) - 2 * shared,
-            "the trace of the product was taken without the root.": square + np.trace(A + B) - 2 * np.trace(A @ B),
-            "this is the root of the distance: what is published as FID is the squared one.": np.sqrt(want)},
-        atol=1e-4)
+def _moons(g, n=300):
+    angle, upper = np.pi * torch.rand(n, generator=g, dtype=torch.float64), torch.arange(n) % 2
+    x = torch.stack([angle.cos() + upper, angle.sin() * (1 - 2 * upper) + 0.5 * upper], 1)
+    x = x + 0.04 * torch.randn(n, 2, generator=g, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=g, dtype=torch.float64))[0]
+    return 2 * x @ turn + 3 * torch.randn(2, generator=g, dtype=torch.float64)
+
+@exercise("7.2", "Fool the distance", minutes=15, level=2)
+def _fake(answer):
+    real = _moons(fresh())
+    got = answer(real.clone())
+    if not torch.is_tensor(got) or got.shape != real.shape:
+        raise Wrong(f"a tensor of shape {tuple(real.shape)} was expected: as many points as there are real ones.")
+    if not got.isfinite().all():
+        raise Wrong("some of your points are not finite numbers.")
+    a, b = got.detach().double().numpy(), real.numpy()
+    (ma, ca), (mb, cb) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
+    d, inside = _frechet_np(ma, ca, mb, cb), precision_recall(got.detach().double(), real)[0]
+    if inside >= 0.7:
+        raise Wrong(f"{inside:.0%} of your points lie in the realm of the real ones: that is no fake. They should look "
+                    "like something else.")
+    if d < 1e-6:
+        return
+    size = np.trace(cb)
+    if np.abs(ma - mb).max() > 1e-3 * size ** 0.5 and np.abs(ca - cb).max() < 1e-6 * size:
+        raise Wrong("the covariance is right, the mean is not: move the points by the mean of the real ones.")
+    if np.abs(ca - cb @ cb).max() < 1e-3 * np.abs(cb @ cb).max():
+        raise Wrong("the covariance came out squared: multiply by a root of the covariance, not by itself.")
+    if np.abs(np.diag(ca - cb)).max() < 1e-6 * size:
+        raise Wrong(f"each coordinate has the right variance, but the distance is {d:.2g}: the coordinates of the real "
+                    "points are correlated, and yours are not as they are.")
+    if d < 0.1 * size:
+        raise Wrong(f"the distance is {d:.2g}: nearly, but a finite draw has not quite the mean and covariance of the "
+                    "Gaussian it comes from. Correct it by its own ones.")
+    raise Wrong(f"the distance is {d:.2g}: the mean and covariance of your points are not those of the real ones.")
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c012
-def _line(x, y): # least squares -> (slope, value at 0)
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-    return slope, y.mean() - slope * x.mean()
+def _distance_np(a, b): return _frechet_np(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
 
-@exercise("7.3", "To infinitely many images", minutes=5, level=1)
-def _infinity(answer):
-    r = torch.rand(8, generator=fresh()).tolist()
-    n = [500, 1000, 2000, 4000, 8000]
-    d = [5 + 10 * r[0] + (2000 + 3000 * r[1]) / k + 0.2 * (e - 0.5) for k, e in zip(n, r[2:])]
-    slope, want = _line([1 / k for k in n], d)
-    same(
-        _number(answer(n, d)), float(want), "the score at infinite n",
-        {
-            "this line was drawn in n, and read off at n = 0. Draw it in 1/n, where infinitely many images are "
-            "at 0.": _line(n, d)[1], "this is the slope of the line; wanted is where it meets 1/n = 0.": slope,
-            "this is the score at the largest n, which is still too high: draw the line on to 1/n = 0.": d[-1],
-            "the line goes through the two largest n only; least squares through all points averages their "
-            "noise.": _line([1 / k for k in n[-2:]], d[-2:])[1],
-            "the line goes through the first point and the last only; least squares through all points "
-            "averages their noise.": _line([1 / k for k in (n[0], n[-1])], [d[0], d[-1]])[1],
-            "the bias falls like 1/n, not like 1/√n: it comes from the covariance, whose error enters squared.": _line(
-                [k**-0.5 for k in n], d)[1],
-            "the mean of the scores is too high at every n: they are all biased in the same direction.": float(
-                np.mean(d))},
-        atol=1e-4)
+def _clusters(g, sizes, dim=6, far=3.0):
+    centres = far * torch.randn(len(sizes), dim, generator=g, dtype=torch.float64)
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate(sizes)])
+    f = 10 * (centres[labels] + torch.randn(len(labels), dim, generator=g, dtype=torch.float64))
+    order = torch.randperm(len(labels), generator=g)
+    return f[order], labels[order]
+
+@exercise("7.3", "A fair floor", minutes=20, level=2)
+def _floors(answer):
+    g, n, repeats = fresh(), 300, 60
+    f, labels = _clusters(g, [60] * 10)
+    x, kinds, rng = f.numpy(), labels.numpy(), np.random.default_rng(int(torch.randint(2**31, (), generator=g)))
+    def rows(how):
+        if how == "balanced":
+            return np.concatenate([rng.permutation(np.flatnonzero(kinds == c))[:n // 10] for c in range(10)])
+        if how == "twice":
+            return rng.integers(len(x), size=n)
+        return rng.permutation(len(x))[:n]
+    def drawn(how, rest=True): # 120 distances
+        values = []
+        for _ in range(120):
+            chosen = rows(how)
+            values.append(_distance_np(x[chosen], np.delete(x, chosen, 0) if rest else x))
+        return np.array(values)
+    random, balanced = drawn("random"), drawn("balanced")
+    def near(value, draws): return abs(value - draws.mean()) < 4 * draws.std() * (1 / repeats + 1 / 120) ** 0.5
+    got = _pair(answer(f.clone(), labels.clone(), n, repeats), "(floor of random subsets, floor of balanced ones)")
+    if near(got[0], random) and near(got[1], balanced):
+        return
+    if near(got[0], random) and near(got[1], random):
+        raise Wrong("your balanced subsets are not balanced: take n / classes features of each class.")
+    if near(got[1], random) and near(got[0], balanced):
+        raise Wrong("the two floors have changed places: random subsets come first.")
+    if near(got[0] / repeats, random) or near(got[1] / repeats, balanced):
+        raise Wrong("this is the sum over the repeats: return the mean.")
+    if near(got[0], np.sqrt(random)):
+        raise Wrong("this is the root of the distance; the field reports the square, as frechet_distance does.")
+    if near(got[0], drawn("random", rest=False)):
+        raise Wrong("your subsets are compared with all features, themselves included, and come out too near: compare "
+                    "with the rest.")
+    if near(got[0], drawn("twice")):
+        raise Wrong("some images were chosen twice, as in bootstrapping, which makes the distance larger: choose each "
+                    "image at most once.")
+    which, value, draws = ("random", got[0], random) if not near(got[0], random) else ("balanced", got[1], balanced)
+    raise Wrong(f"your mean for {which} subsets is {value:.3g}, where {draws.mean():.3g} was expected.")
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c014
-@exercise("7.4", "A distance without bias", minutes=15, level=2)
-def _kid(answer):
-    g = fresh()
-    x, y = (
-        torch.randn(7, 3, generator=g, dtype=torch.float64),
-        0.5 + 1.5 * torch.randn(5, 3, generator=g, dtype=torch.float64))
-    def value(x, y, scale=3, diagonal=False, over=None, factor=2):
-        k = lambda a, b: (float(a @ b) / scale + 1) ** 3
-        def within(z):
-            n, pairs = len(z), [(i, j) for i in range(len(z)) for j in range(len(z)) if diagonal or i != j]
-            return sum(k(z[i], z[j]) for i, j in pairs) / (len(pairs) if over is None else over(n))
-        return within(x) + within(y) - factor * sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
-    a, b = x.numpy(), y.numpy()
-    want = value(a, b)
-    same(
-        _number(answer(x, y)), want, "the kernel distance",
-        {
-            "each image was compared with itself too, which makes the distance too high, and the more so the "
-            "fewer images there are: leave out the diagonal.": value(a, b, diagonal=True),
-            "the diagonal is left out of the sum but not of the count: there are n·(n-1) pairs, not n².": value(
-                a, b, over=lambda n: n * n),
-            "the true value lies below 0, as it may by chance: do not cut it off there.": max(0.0, want),
-            "the product of features was not divided by their dimension D.": value(a, b, scale=1),
-            "the similarity between the sets counts twice: once for each of them.": value(a, b, factor=1),
-            "the product was divided by √D, as in attention; this kernel divides by D.": value(a, b, scale=3**0.5),
-            "each pair was counted once in the sum, but the count is of n·(n-1) ordered pairs.": value(
-                a, b, over=lambda n: 2 * n * (n - 1))},
-        atol=1e-4)
-    same(
-        _number(answer(x, x.clone())), value(a, a), "the distance of a set to itself",
-        {"the true value lies below 0, as it may by chance: do not cut it off there.": 0.0}, atol=1e-4)
+_FAULTS = ("copies", "lost classes", "broken", "healthy")
 
-# %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c016
-@exercise("7.5", "In whose realm?", minutes=15, level=3)
-def _precision_recall(answer):
-    g, k, got, draws = fresh(), 3, [], []
-    def inside(a, realm, k=k, kind=""):
-        far = lambda a, b: np.sqrt(((a[:, None].numpy() - b[None].numpy()) ** 2).sum(-1))
-        d, reach = far(a, realm), np.sort(far(realm, realm), 1)[:, k]
-        if kind == "mean":
-            reach = reach.mean()
-        if kind == "own":
-            reach = np.sort(far(a, a), 1)[:, k][:, None]
-        if kind == "nearest":
-            return float((d.min(1) <= reach[d.argmin(1)]).mean())
-        return float((d <= reach).any(1).mean())
-    for _ in range(3):
-        x, y = torch.randn(2, 120, 3, generator=g, dtype=torch.float64)
-        x = 0.8 + 0.6 * x
-        draws.append((x, y))
-        got += _pair(answer(x, y, k), "(precision, recall)")
-    def both(**settings): return [v for x, y in draws for v in (inside(x, y, **settings), inside(y, x, **settings))]
-    want = both()
-    same(
-        got, want, "a list of precision and recall for three pairs of sets",
-        {
-            "precision and recall have changed places: precision asks about generated images, in the realm of "
-            "the real ones.": [v for i in range(0, 6, 2) for v in want[i : i + 2][::-1]],
-            "the balls reach to neighbour k - 1 only: the first neighbour of an image among its own set is the "
-            "image itself, at distance 0.": both(k=k - 1),
-            "the balls reach one neighbour too far: of the sorted distances, the one at index k is neighbour "
-            "k, as index 0 is the image itself.": both(k=k + 1),
-            "the balls belong to the images of the realm, not to those that are tried: compare each distance "
-            "with the reach of the image in the realm.": both(kind="own"),
-            "all balls have the same size here: each image reaches to its own k-th neighbour.": both(kind="mean"),
-            "only the ball of the nearest image was tried: a larger ball farther away may contain the image too.": both(
-                kind="nearest")},
-        atol=1e-6)
-    on_edge = [torch.tensor(v, dtype=torch.float64)[:, None] for v in ([-2, 6, 1, 30], [0, 2, 4, 10])]
-    same(
-        _pair(answer(*on_edge, 1), "(precision, recall)"), [0.75, 1.0],
-        "the pair for images on a line, three of which lie on the edge of a ball (that is inside),")
+def _patient(g, fault, n=400):
+    centres = 6 * torch.randn(8, 5, generator=g, dtype=torch.float64)
+    def clothes(k, classes=8):
+        return centres[torch.randint(classes, (k,), generator=g)] + torch.randn(k, 5, generator=g, dtype=torch.float64)
+    training, held_out, made = clothes(800), clothes(n), clothes(n)
+    if fault == "copies":
+        made[::2] = training[torch.randperm(800, generator=g)[:n // 2]] + 0.02 * made[::2].sign()
+    if fault == "lost classes":
+        made = clothes(n, 4)
+    if fault == "broken":
+        made[::2] += 6 * torch.randn(n // 2, 5, generator=g, dtype=torch.float64)
+    return made[torch.randperm(n, generator=g)], training, held_out
 
-# %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c018
-@exercise("7.6", "Learned by heart", minutes=10, level=1)
-def _copied(answer):
+@exercise("7.4", "What is wrong with these images?", minutes=25, level=3)
+def _diagnosis(answer):
     g = fresh()
-    draw = lambda n: 10 * torch.randn(n, 6, generator=g, dtype=torch.float64)
-    train, new = draw(400), draw(201)
-    made = torch.cat([train[:120] + 0.02 * draw(120), new[:20] + 0.02 * draw(20), draw(600)])
-    near = lambda a, b: np.sqrt(((a[:, None].numpy() - b[None].numpy()) ** 2).sum(-1)).min(1)
-    d, limit = near(made, train), np.quantile(near(new, train), 0.05)
-    same(
-        _number(answer(made, train, new)), float((d < limit).mean()), "the share of copies",
-        {
-            "this is the share of images that are no copies: count those below the limit.": float((d >= limit).mean()),
-            "the limit is the median of the real images' distances, so half of all innocent images count as "
-            "copies: take the quantile 0.05.": float((d < np.median(near(new, train))).mean()),
-            "the limit is the quantile 0.95: 95% of innocent images count as copies. Take 0.05.": float(
-                (d < np.quantile(near(new, train), 0.95)).mean()),
-            "no image is nearer than that: are training images compared with themselves, at distance 0? The "
-            "limit comes from the held-out images.": 0.0,
-            "distances were measured to the held-out images; copies are copies of training images.": float(
-                (near(made, new) < limit).mean()),
-            "this is the limit, a distance: wanted is the share of generated images below it.": float(limit)},
-        atol=6e-3)
+    overlooked = {
+        "copies": "its precision and recall are like those of real images, but half of its images lie much nearer to a "
+                  "training image than held-out ones do",
+        "lost classes": "about half of the real images lie outside of its realm, so recall is low",
+        "broken": "about half of its images lie outside of the realm of the real ones, so precision is low",
+        "healthy": "its numbers are like those of as many held-out images: compare with these, not with 0 or 1"}
+    for fault in (*_FAULTS, *_FAULTS[::-1]):
+        patient = _patient(g, fault)
+        got = answer(*(f.clone() for f in patient))
+        if got not in _FAULTS if isinstance(got, str) else True:
+            raise Wrong(f"your diagnosis is {got!r}, and should be one of {', '.join(map(repr, _FAULTS))}.")
+        if got != fault:
+            raise Wrong(f"a model with the fault {fault!r} was called {got!r}: {overlooked[fault]}.")
 
 # %% ../../../nbs/workshop/checks/07_evaluate.ipynb #c020
-@exercise("7.7", "Debug this: the score that never moves", minutes=10, level=2)
+@exercise("7.5", "Debug this: the score that never moves", minutes=10, level=2)
 def _never_moves(answer):
     g, seen = fresh(), []
     w = torch.randn(48, 4, generator=g)
