@@ -446,6 +446,72 @@ def test_the_uniform_draw_is_that_of_version_0_1(step):
     assert batch.y.equal(torch.where(hidden, 10, data.labels[index]))
 
 
+# ---- the loop
+
+def small(**more): return UNet(**{**dict(image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), blocks=1,
+                                         norm_groups=8, num_classes=10), **more})
+
+
+def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+looped = tiny.change(batch_size=16, flip=False, lr=1e-3, warmup=500, weight_decay=1.0, grad_clip=0.01, jitter=0.3,
+                     ema_decay=0.15)
+
+
+def in_the_loop(config): # weights and average after three of twenty steps
+    torch.manual_seed(0)
+    state = T.TrainState(small(), config)
+    for _ in zip(range(3), T.train_steps(state, S.resolve(tiny).data, make_schedule("linear"), 20)):
+        pass
+    return flat(state.model), flat(state.ema.model)
+
+
+@pytest.fixture(scope="module")
+def after_three_steps(): return in_the_loop(looped)
+
+
+@pytest.mark.parametrize("change", [
+    dict(lr=2e-3), dict(warmup=1), dict(weight_decay=0.0), dict(grad_clip=0.0), dict(ema_decay=0.05),
+    dict(label_dropout=0.9), dict(conditional=False), dict(jitter=0.0), dict(flip=True), dict(prediction="v"),
+    dict(seed=1)], ids=str)
+def test_no_setting_of_the_loop_is_read_and_not_used(after_three_steps, change):
+    moved = max((a - b).abs().max() for a, b in zip(after_three_steps, in_the_loop(looped.change(**change))))
+    assert moved > 1e-4
+
+
+def test_dropout_has_an_address_for_each_step_and_bf16_reaches_the_layers():
+    "A resumed run drops the units that it would have dropped; whatever weights are kept in, layers compute in 16 bits."
+    data, off, kinds = S.resolve(tiny).data, [], []
+    for precision in ("float32", "bf16", "float32"):
+        torch.manual_seed(0)
+        state = T.TrainState(small(dropout=0.5), tiny.change(dropout=0.5))
+        state.model.mid.blocks[0].dropout.register_forward_hook(lambda layer, given, out: off.append(out == 0))
+        state.model.conv_in.register_forward_hook(lambda layer, given, out: kinds.append(out.dtype))
+        for _ in zip(range(2), T.train_steps(state, data, make_schedule("linear"), 20, precision)):
+            pass
+    assert abs(off[0].float().mean() - 0.5) < 0.02 and abs((off[0] & off[1]).float().mean() - 0.25) < 0.02
+    assert off[0].equal(off[4])
+    assert kinds == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_micro_batches_are_the_batch_in_order():
+    x0, t = torch.randn(8, 1, 2, 2), torch.arange(8)
+    parts = T.micro_batches(T.Batch(x0, t, 2 * x0, None), 4)
+    assert len(parts) == 4 and torch.cat([part.x0 for part in parts]).equal(x0) and parts[3].t.equal(t[6:8])
+    assert all(part.y is None and part.noise.equal(2 * part.x0) for part in parts)
+
+
+def test_a_batch_in_parts_gives_the_step_of_the_whole():
+    whole, parts = (in_the_loop(looped.change(grad_accum_steps=n, grad_clip=0.0)) for n in (1, 4))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts))
+
+
+def test_weights_of_another_width_are_refused():
+    with pytest.raises(DiffnbError, match="another model: .* has shape .*, and .* more like it"):
+        T.load_weights(small(base_channels=32), small().state_dict())
+
+
 # ---- settings
 
 @pytest.mark.parametrize("setting, words", [

@@ -4,55 +4,45 @@ import math
 import torch
 
 from common import tests_of
+from diffnb.train import lr_at, timestep_probabilities
+from diffnb.workshop.checks.train import RATES
 
-
-def average(decay=lambda step, top: min(top, (1 + step) / (10 + step)), in_place=None):
-    def f(average, weights, step, top):
-        d = decay(step, top)
-        if in_place == "average":
-            return [a.mul_(d).add_(w, alpha=1 - d) for a, w in zip(average, weights)]
-        if in_place == "weights":
-            return [w.mul_(1 - d).add_(a, alpha=d) for a, w in zip(average, weights)]
-        return [d * a + (1 - d) * w for a, w in zip(average, weights)]
-    return f
 
 def ramp(n): return (1 + n) / (10 + n)
 
-
-def rate(f): return lambda step, total, peak, warm, cool: peak * f(step, total, warm, cool)
-
-def from_the_peak(s, total, warm, cool): return (s + 1) / warm if s < warm else (total - s) / (total - warm)
-
-def cosine(s, total, warm, cool):
-    if s < total - cool:
-        return min(1, (s + 1) / warm)
-    return 0.5 * (1 + math.cos(math.pi * (s - total + cool) / cool))
-
-
-def forget(share=lambda p: p, shape=None, seeded=True, to=None, in_place=False):
-    def f(y, p, null, generator):
-        gone = torch.rand(y.shape if shape is None else shape, generator=generator if seeded else None) < share(p)
-        if in_place:
-            y[gone] = null
-            return y
-        return torch.where(gone, null if to is None else to, y)
+def updates(decay_of=lambda d, warm, n: min(d, ramp(n)) if warm else d, off=0):
+    def f(decay, left, warm):
+        weight, n = 1.0, 0
+        while weight >= left and n < 10**5:
+            weight *= decay_of(decay, warm, n)
+            n += 1
+        return n + off
     return f
 
-def every_seventh(y, p, null, generator): return torch.where(torch.arange(len(y)) % 7 == 0, null, y)
+def logarithm(decay, left, warm): return math.ceil(math.log(left) / math.log(decay))
 
-def exact_share(y, p, null, generator):
-    out = y.clone()
-    out[torch.randperm(len(y), generator=generator)[:int(p * len(y))]] = null
-    return out
 
-def reseeded(y, p, null, generator):
-    torch.manual_seed(generator.initial_seed())
-    return torch.where(torch.rand(y.shape) < p, null, y)
+def jump(f): return lambda step, planned, longer, warmup, share: f(step, planned, longer, warmup, share)
 
-def started_anew(y, p, null, generator):
-    return forget()(y, p, null, torch.Generator().manual_seed(generator.initial_seed()))
+def rate(step, total, warmup, share): return lr_at(step, total, 1.0, warmup, share)
 
-def as_float(y, p, null, generator): return forget()(y, p, null, generator).float()
+
+def largest(change=lambda found: found, clip_of=lambda c: c, good=lambda loss: loss < 0.93, pick=max):
+    def f(trial):
+        return change({
+            (o, c): pick(lr for lr in RATES if good(trial(o, lr, clip_of(c))))
+            for o in ("sgd", "adamw") for c in (0, 1, 0.01)})
+    return f
+
+
+def weighted(f, mean=lambda w, losses: (w * losses).sum() / w.sum()):
+    def g(losses, t, T, pair):
+        return mean(f(timestep_probabilities(T, pair)[t], T), losses).item()
+    return g
+
+def by_count(losses, t, T, pair):
+    n = torch.bincount(t)[t]
+    return ((n * losses).sum() / n.sum()).item()
 
 
 def step(weight, zero="before", each=False, at_once=False, last=True):
@@ -78,16 +68,6 @@ def step(weight, zero="before", each=False, at_once=False, last=True):
 def share(losses, total, parts): return losses.sum() / total
 
 
-def by_bin(where=lambda t, T, bins: t * bins // T, over="count", empty=None):
-    def f(losses, t, T, bins):
-        at = where(t, T, bins)
-        total = torch.zeros(bins).index_add(0, at, losses)
-        count = torch.zeros(bins).index_add(0, at, torch.ones_like(losses))
-        mean = {"count": total / count, "batch": total / len(t), "none": total}[over]
-        return mean if empty is None else mean.where(count > 0, empty)
-    return f
-
-
 def loop(zero="start", clip_first=True, clipped=True):
     def f(model, optimizer, loss_of, batches, clip):
         norms = []
@@ -108,20 +88,6 @@ def loop(zero="start", clip_first=True, clipped=True):
     return f
 
 
-def border_twice(losses, t, T, bins):
-    inside = [(t >= i * T / bins) & (t <= (i + 1) * T / bins) for i in range(bins)]
-    return torch.stack([losses[k].mean() for k in inside])
-
-def plain_index(losses, t, T, bins):
-    at, sums, counts = t * bins // T, torch.zeros(bins), torch.zeros(bins)
-    sums[at] += losses
-    counts[at] += 1
-    return sums / counts
-
-def short(losses, t, T, bins):
-    at = t * bins // T
-    return torch.zeros(int(at.max()) + 1).index_add(0, at, losses) / torch.bincount(at)
-
 def norms_after(model, optimizer, loss_of, batches, clip):
     norms = []
     for batch in batches:
@@ -135,31 +101,30 @@ def norms_after(model, optimizer, loss_of, batches, clip):
 
 WRONG = {
     "4.1": [
-        (average(lambda n, top: 1 - min(top, ramp(n))), "swapped"), (average(lambda n, top: top), "no warm-up"),
-        (average(lambda n, top: max(top, ramp(n))), "the larger of the two"),
-        (average(lambda n, top: ramp(n)), "never stops"),
-        (average(lambda n, top: min(top, ramp(n + 1))), "one update ahead"), (average(in_place="average"), "in place"),
-        (average(in_place="weights"), "changed the weights"), (lambda a, w, step, decay: None, "you returned nothing"),
-        (lambda a, w, step, decay: a[0], "a list with a tensor"),
-        (average(lambda n, top: min(top, n / (10 + n))), "begins with a decay of 0")],
+        (updates(off=-1), "too few"), (updates(off=1), "too many"), (updates(lambda d, warm, n: d), "no warm-up"),
+        (logarithm, "no warm-up"), (updates(lambda d, warm, n: min(d, ramp(n))), "although `warm` is False"),
+        (updates(lambda d, warm, n: max(d, ramp(n)) if warm else d), "the larger of the two"),
+        (updates(lambda d, warm, n: ramp(n) if warm else d), "never stops"),
+        (updates(lambda d, warm, n: min(d, ramp(n + 1)) if warm else d), "one update ahead"),
+        (updates(lambda d, warm, n: 1 - (min(d, ramp(n)) if warm else d)), "the share of the weights"),
+        (lambda decay, left, warm: None, "you returned nothing")],
     "4.2": [
-        (rate(lambda s, n, warm, cool: min(1, s / warm, (n - s) / cool)), "first step has learning rate 0"),
-        (rate(lambda s, n, warm, cool: min(1, (s + 1) / warm, (n - 1 - s) / cool)), "last step has learning rate 0"),
-        (rate(lambda s, n, warm, cool: min(1, s / warm, (n - 1 - s) / cool)), "first and last step"),
-        (rate(from_the_peak), "right after the warm-up"), (rate(cosine), "as a cosine"),
-        (rate(lambda s, n, warm, cool: min(1, (s + 1) / warm)), "does not fall"),
-        (rate(lambda s, n, warm, cool: min(1, (n - s) / cool)), "no warm-up"),
-        (rate(lambda s, n, warm, cool: min(1, (s + 1) / warm, max(0, 2 - s / cool))), "from step `cooldown` on"),
-        (lambda s, n, peak, warm, cool: min(1, (s + 1) / warm, (n - s) / cool), "do not depend on peak"),
-        (rate(lambda s, n, warm, cool: min((s + 1) / warm, (n - s) / cool)), "beyond the peak"),
-        (rate(lambda s, n, warm, cool: min(1, max((s + 1) / warm, (n - s) / cool))), "the larger of rise and fall"),
-        (lambda s, n, peak, warm, cool: peak * (s + 1) / warm if s < warm else None, "a `return` is missing")],
+        (jump(lambda s, a, b, w, d: rate(s, a, w, d) / rate(s, b, w, d)), "the old rate divided by"),
+        (jump(lambda s, a, b, w, d: rate(s, b, w, d) - rate(s, a, w, d)), "the difference"),
+        (jump(lambda s, a, b, w, d: rate(s, b, w, None) / rate(s, a, w, None)), "every plan is a cosine"),
+        (jump(lambda s, a, b, w, d: rate(s, b, 0, d) / rate(s, a, 0, d)), "leave the warm-up out"),
+        (jump(lambda s, a, b, w, d: rate(s, b, w, d)), "with the peak"),
+        (jump(lambda s, a, b, w, d: rate(s * b // a, b, w, d) / rate(s, a, w, d)), "stretch the step"),
+        (jump(lambda s, a, b, w, d: rate(s, a + b, w, d) / rate(s, a, w, d)), "in all"),
+        (jump(lambda s, a, b, w, d: None), "a `return` is missing")],
     "4.3": [
-        (forget(shape=()), "not once for the batch"), (forget(share=lambda p: 1 - p), "wrong way round"),
-        (forget(share=lambda p: p / 2), "was asked for"), (forget(seeded=False), "the generator that is passed in"),
-        (forget(to=0), "or becomes the null class"), (forget(in_place=True), "changed the labels"),
-        (every_seventh, "left to chance"), (as_float, "float32"), (exact_share, "dice of its own"),
-        (reseeded, "global generator too"), (started_anew, "do not seed it")],
+        (largest(clip_of=lambda c: 0), "hand `clip` to every trial"), (largest(pick=min), "a larger rate works too"),
+        (largest(good=lambda loss: loss < math.inf), "is not below"),
+        (largest(lambda found: {k: 10 * v for k, v in found.items()}), "is not below"),
+        (largest(lambda found: {k: v / 2 for k, v in found.items()}), "none of the RATES"),
+        (largest(lambda found: list(found.values())), "a dictionary"),
+        (largest(lambda found: {o: v for (o, c), v in found.items()}), "the six keys"),
+        (lambda trial: None, "a dictionary")],
     "4.4": [
         (
             lambda model, optimizer, losses_of, parts: (
@@ -174,13 +139,14 @@ WRONG = {
         (step(share, last=False), "have not moved"), (step(share, zero="after"), "have not moved"),
         (step(share, at_once=True), "in memory at once")],
     "4.5": [
-        (border_twice, "lie on a border"), (by_bin(over="batch"), "size of the whole batch"),
-        (by_bin(over="none", empty=math.nan), "the sum in each bin"), (by_bin(over="none"), "the sum in each bin"),
-        (by_bin(empty=torch.tensor(0.0)), "a perfect score"), (by_bin(empty=0.0, over="batch"), "perfect score"),
-        (by_bin(lambda t, T, bins: (t // (T // bins)).clamp(max=bins - 1)), "only if T is a multiple"),
-        (by_bin(lambda t, T, bins: (t * bins / T).round().long().clamp(max=bins - 1)), "round down"),
-        (by_bin(lambda t, T, bins: bins - 1 - t * bins // T), "smallest t"), (plain_index, "adds once"),
-        (short, "also for empty ones at the end")],
+        (lambda losses, t, T, pair: losses.mean().item(), "as it was logged"),
+        (weighted(lambda p, T: p * T), "upside down"),
+        (weighted(lambda p, T: p * T, lambda w, losses: (w * losses).mean()), "not divided by their sum"),
+        (weighted(lambda p, T: 1 / p, lambda w, losses: (w * losses).mean()), "do not average to 1"),
+        (weighted(lambda p, T: 1 / T / p, lambda w, losses: (w * losses).sum()), "that is a sum"),
+        (by_count, "upside down"), (lambda losses, t, T, pair: losses, "the answer is one"),
+        (lambda losses, t, T, pair: losses.max().item(), "your estimate is"),
+        (lambda *args: None, "returned nothing")],
     "4.6": [
         (loop(zero="never"), "the gradient of the second batch by itself"),
         (loop(zero="before clip"), "all norms are 0"), (loop(zero="before step"), "do not move"),
