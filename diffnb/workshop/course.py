@@ -114,7 +114,7 @@ def figures_in_words() -> None:
 
 # %% ../../nbs/index.ipynb #c020
 lessons = {
-    "01_data": "images in,\nimages out", "02_schedule": "how noise\nis added", "03_unet": "a network that\nsees noise",
+    "01_data": "images in,\nimages out", "02_schedule": "how noise\nis added", "03_unet": "the network:\na UNet",
     "04_train": "learning,\nreliably", "05_sample": "noise back\nto images", "06_guide": "asking for\na class",
     "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?", "13_scale": "faster,\non many GPUs"}
 
@@ -134,7 +134,7 @@ def you_are_here(name=None # a page's name, e.g. "03_unet"; None: just the map
         ax.add_patch(FancyBboxPatch((i - 0.42, -0.4), 0.84, 0.8, boxstyle="round,pad=0,rounding_size=0.06",
                                     fc="black" if i == here else "0.93", ec="black" if known else "0.75"))
         ax.text(
-            i, 0, f"{lesson[:2]}\n{text}", ha="center", va="center", fontsize=7.5,
+            i, 0, f"{lesson[:2]}\n{text}", ha="center", va="center", fontsize=7.2,
             fontweight="bold" if i == here else "normal", color="white" if i == here else "black" if known else "0.55")
         if i:
             ax.annotate(
