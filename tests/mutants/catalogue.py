@@ -484,10 +484,12 @@ bug("jitter-ignored", "colour jitter is ignored", "g, asked.flip, asked.jitter)"
 bug("flip-ignored", "images are never mirrored", "g, asked.flip, asked.jitter)", "g, False, asked.jitter)")
 bug(
     "dropout-same-units", "dropout drops the same units at every step",
-    'addressed(asked.seed, "dropout", self.step, *address)', 'addressed(asked.seed, "dropout", *address)')
+    'addressed(asked.seed, "dropout", self.step, *address)', 'addressed(asked.seed, "dropout", *address)',
+    tests="test_train.py -k dropout_has_an_address", page=False)
 bug(
     "dropout-asleep", "the network trains in eval mode, in which nothing is dropped",
-    "(network or state.model).train()", "(network or state.model).eval()")
+    "(network or state.model).train()", "(network or state.model).eval()",
+    tests="test_train.py -k dropout_has_an_address", page=False)
 bug(
     "rate-of-first-step", "the learning rate is worked out once instead of in each step",
     'group["lr"] = lr_at(self.step,', 'group["lr"] = lr_at(0,')
@@ -511,7 +513,7 @@ bug(
     "config.training.batch_size, seed, step)", "config.training.batch_size, 0, step)")
 bug(
     "bf16-training-ignored", "bf16 is ignored in training", 'enabled=precision == "bf16"):\n                loss =',
-    "enabled=False):\n                loss =")
+    "enabled=False):\n                loss =", tests="test_train.py -k dropout_has_an_address", page=False)
 
 
 # ---------------------------------------------------------------- 05 sample
