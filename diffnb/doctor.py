@@ -320,7 +320,7 @@ def _clipping(f):
         return f"{text} With Muon that matters less: its steps are as long as the rate says, whatever the norm."
     return Problem(
         text, "Lower the learning rate, or raise the bound above the usual norm: clipping should catch exceptions.",
-        "The bound, not the learning rate, decides the length of most steps.", "grad")
+        "A bound that acts only on bad batches; AdamW's steps are as long with it as without (04_train).", "grad")
 @looks_for("no-clip", "minor", "Gradients are not clipped", "04_train: A clipped gradient", "config")
 def _no_clip(f):
     if f.config.training.grad_clip:
@@ -814,8 +814,9 @@ def _good(f): # sentence 1: is the loss good?
         change = 0.0                       # within its own uncertainty
     verdict = (
         (
-            f"good, as far as a loss can be: {change:.0%} below it, so the network knows more than the "
-            "covariance of the pixels")
+            f"good, as far as a loss can be: {change:.0%} below it"
+            + (", which is not told the class as the network is" if f.config.images.conditional else
+               ", so the network knows more than the covariance of the pixels"))
         if change > 0.02
         else ("not good yet" if f.done < LATE else "not good")
         + (f": {-change:.0%} above it" if change < -0.02 else ": no better than it"))
