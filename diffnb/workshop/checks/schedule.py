@@ -123,8 +123,8 @@ def check_denoiser(answer):
         raise Wrong("your function is not E[x0 | x_t]; " + message)
     if (got - clean).abs().mean() < 0.99 * (best - clean).abs().mean():
         raise Wrong(
-            "your function's absolute error is smaller than that of E[x0 | x_t], its squared error larger: the absolute "
-            "error (L1) asks for the median of what the points may have been. The mean needs the squared error.")
+            "your function's absolute error is smaller than that of E[x0 | x_t], and its squared error larger: the "
+            "absolute error (L1) asks for the median of what the points may have been, the squared error for the mean.")
     raise Wrong(
         f"your function is off by {away:.3f} (squared distance from the best answer), {away / spread:.0%} of what "
         "there is to know; below 1% is expected. New noise in every step, more steps, a falling learning rate?")
