@@ -504,3 +504,131 @@ def test_floor_limits(name):
 def test_wrong_spectrum(wrong):
     with pytest.raises(DiffnbError, match="spectrum"):
         gaussian_loss_floor(wrong, linear_schedule())
+
+
+# ---- what stood on the page and teaches little
+
+def test_betas_and_curves_as_published():
+    before, last = linear_schedule(beta_end=0.03).alpha_bar[-2:]
+    assert abs(last / before - 0.97) < 1e-12                       # of the variance, a timestep keeps 1 - beta
+    assert linear_schedule(T=100).alpha_bar[-1] > 0.3              # 100 steps with the betas of 1000
+    assert abs(sigmoid_schedule().alpha_bar[499] - 0.5) < 1e-6     # symmetric, as long as start = -end
+    assert linear_schedule().log_snr().dtype == torch.float64
+
+def test_shift_divides_the_snr_by_the_square():
+    cosine = cosine_schedule()
+    assert torch.allclose(cosine.shift(2).snr(), cosine.snr() / 4)
+    assert make_schedule("cosine", shift=2.0) == cosine.shift(2)
+
+def test_halfway_on_the_flow_is_the_mean_of_both_ends():
+    x0, noise = to_float(load_data("digits").images), randn(1498, 1, 8, 8)
+    middle = flow_schedule().add_noise(x0, noise, 499)
+    assert torch.allclose(middle, (x0 + noise) / 2, atol=1e-6)
+    assert middle.std() < 0.8 < cosine_schedule().add_noise(x0, noise, 499).std()
+
+def test_bf16_holds_neither_levels_nor_timesteps():
+    linear, every_t = linear_schedule(), torch.arange(1000)
+    assert (linear.alpha_bar.bfloat16() == 1).sum() == 10 and (linear.alpha_bar.float() == 1).sum() == 0
+    assert (every_t.bfloat16().long() == every_t).sum() == 506
+
+@pytest.mark.parametrize("t", [20, 100, 500])
+def test_to_x0_computes_in_float32_whatever_the_network_returns(t):
+    linear, x0, noise = linear_schedule(), to_float(load_data("digits").images), randn(1498, 1, 8, 8)
+    eps16, x_t, (a, s) = noise.bfloat16(), linear.add_noise(x0, noise, t), linear.signal_noise(t)
+    ours = linear.to_x0(eps16, x_t, t, "eps")
+    bf16 = (x_t.bfloat16() - torch.tensor(s).bfloat16() * eps16) / torch.tensor(a).bfloat16()
+    errors = [(x - x0).square().mean().sqrt() for x in (ours, bf16.float())]
+    assert ours.dtype == torch.float32 and errors[1] > 1.5 * errors[0]
+
+def test_clipping_would_hide_what_eps_lacks_at_zero_terminal_snr():
+    zero, x0, noise = linear_schedule().zero_terminal_snr(), randn(8, 1, 8, 8).clamp(-1, 1), randn(8, 1, 8, 8, seed=1)
+    x_T, (a, s) = zero.add_noise(x0, noise, 999), zero.signal_noise(999)
+    assert ((x_T - s * noise) / torch.tensor(a)).isnan().all()     # a perfect network: 0/0
+    off_by_1_percent = (x_T - s * 1.01 * noise) / torch.tensor(a)
+    assert off_by_1_percent.clamp(-1, 1).unique().tolist() == [-1, 1]
+
+def test_a_range_has_another_length():
+    assert {n: len(range(0, 1000, 1000 // n)) for n in (30, 33, 70, 600)} == {30: 31, 33: 34, 70: 72, 600: 1000}
+
+def test_counting_down_in_floats_arrives_beside_zero():
+    floats = np.round(np.arange(1000, 0, -1000 / 61)).astype(int) - 1
+    assert len(floats) == 62 and floats[-1] == -1
+    assert len(linear_schedule().timesteps(61)) == 61 and linear_schedule().timesteps(61)[-1] == 15
+
+def test_leading_starts_where_signal_is_left():
+    cosine = cosine_schedule()
+    for steps, amplitude in ((10, 0.15), (30, 0.07), (600, 0.58)):
+        start = cosine.timesteps(steps, "leading")[0]
+        assert start < 999 and abs(cosine.signal_noise(start)[0] - amplitude) < 0.01
+    assert cosine.timesteps(600, "leading")[0] == 599 and cosine.timesteps(1000, "leading")[0] == 999
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_ending_at_timestep_0_would_leave_visible_noise(name):
+    assert BUILDERS[name]().signal_noise(0)[1] * 127.5 > 0.5       # grey levels of 255
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_transitions_are_the_pairs_with_their_levels(spacing):
+    s = linear_schedule()
+    for steps in (1, 8, 30):
+        found = s.transitions(steps, spacing)
+        assert [pair for pair, _, _ in found] == s.pairs(steps, spacing)
+        assert all(before[0][1] == after[0][0] and before[2] == after[1] for before, after in zip(found, found[1:]))
+        assert found[-1][0][1] == -1 and found[-1][2] == (1.0, 0.0)
+
+@pytest.mark.parametrize("t", [50, 400, 800])
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_floor_is_the_error_of_the_wiener_filter_on_gaussian_data(name, t):
+    schedule, root = make_schedule(name), randn(16, 16) / 6
+    data, noise, C = randn(40000, 16, seed=1) @ root.T + 0.5, randn(40000, 16, seed=2), root @ root.T
+    a, s = schedule.signal_noise(t)
+    W = a * C @ torch.linalg.inv(a ** 2 * C + s ** 2 * torch.eye(16))
+    x_t = a * data + s * noise
+    guess = 0.5 + (x_t - a * 0.5) @ W.T
+    eps = schedule.to_eps(guess, x_t, t)
+    losses = {"eps": F.mse_loss(eps, noise), "x0": F.mse_loss(guess, data),
+              "v": F.mse_loss(a * eps - s * guess, a * noise - s * data)}
+    if schedule.straight:
+        losses["velocity"] = F.mse_loss(eps - guess, noise - data)
+    for prediction, loss in losses.items():
+        floor = gaussian_loss_floor(torch.linalg.eigvalsh(C), schedule, prediction)[t]
+        assert abs(loss / floor - 1) < 0.03, prediction
+
+def test_one_denoiser_has_many_average_losses():
+    spectrum = image_spectrum(load_data("digits").images)
+    means = [gaussian_loss_floor(spectrum, build(), p).mean().item()
+             for build in BUILDERS.values() for p in ("eps", "x0", "v")]
+    assert max(means) > 3 * min(means)
+
+
+# ---- the last column of the table of names
+
+def test_curves_conversions_and_names_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import compute_snr
+    linear, cosine = linear_schedule(), cosine_schedule()
+    lin = diffusers.DDIMScheduler(beta_schedule="linear")
+    cos = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    geodiff = diffusers.DDPMScheduler(beta_schedule="sigmoid")
+    rescaled = diffusers.DDIMScheduler(beta_schedule="linear", rescale_betas_zero_snr=True)
+    assert (lin.timesteps[0], lin.timesteps[-1]) == (999, 0)
+    same = lambda a, b, tol=1e-6: torch.allclose(a.double(), b.double(), rtol=0, atol=tol)
+    assert same(lin.alphas_cumprod, linear.alpha_bar) and same(cos.alphas_cumprod, cosine.alpha_bar)
+    assert same(lin.betas[1:], 1 - linear.alpha_bar[1:] / linear.alpha_bar[:-1])
+    assert same(rescaled.alphas_cumprod, linear.zero_terminal_snr().alpha_bar)
+    # the same word for another curve
+    assert (geodiff.alphas_cumprod.double() - sigmoid_schedule().alpha_bar).abs().max() > 0.1
+    x0, noise, t = randn(50, 1, 8, 8), randn(50, 1, 8, 8, seed=1), torch.arange(0, 1000, 20)
+    # their products are taken in float32, which costs two digits at t=0
+    assert same(lin.add_noise(x0, noise, t), linear.add_noise(x0, noise, t), 5e-5)
+    assert same(lin.get_velocity(x0, noise, t), linear.target(x0, noise, t, "v"), 5e-5)
+    assert torch.allclose(compute_snr(lin, t).double(), linear.snr(t), rtol=2e-3)
+    assert lin.final_alpha_cumprod == 1.0 == linear.signal_noise(-1)[0]
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_timesteps_of_diffusers_differ_only_where_floats_decide(spacing):
+    theirs, disagree = pytest.importorskip("diffusers").DDIMScheduler(timestep_spacing=spacing), []
+    for steps in range(1, 201):
+        theirs.set_timesteps(steps)
+        if theirs.timesteps.tolist() != linear_schedule().timesteps(steps, spacing):
+            disagree.append(steps)
+    assert not {2, 4, 5, 10, 20, 25, 50, 100, 200} & set(disagree) and len(disagree) <= 20

@@ -7,29 +7,46 @@ from diffnb.schedule import linear_schedule
 
 def shaped(f): return lambda x0, noise, ab: f(x0, noise, ab.view(-1, 1, 1, 1))
 
-def step(change=None, **wrong): # DDPM's posterior mean with one thing wrong
-    def mean(x0, x_t, t, ab):
-        p = dict(now=ab[t], before=ab[t - 1] if t else torch.tensor(1.0), x0=x0, x_t=x_t)
-        if "before" in wrong:
-            p["before"] = wrong["before"](ab, t)
-        if "swap" in wrong:
-            p["x0"], p["x_t"] = x_t, x0
-        alpha = p["now"] / p["before"]
-        a = {"x0": p["before"] ** 0.5, "x_t": alpha ** 0.5, **(change(p, alpha) if change else {})}
-        return (a["x0"] * (1 - alpha) * p["x0"] + a["x_t"] * (1 - p["before"]) * p["x_t"]) / (1 - p["now"])
-    return mean
+def step(now, before, x0, x_t, r=None, rho=None, left=None): # posterior mean, with one of its parts wrong
+    (a, s), (a_u, s_u) = now, before
+    r, left = r if r is not None else a / a_u, left if left is not None else s_u ** 2
+    rho = rho if rho is not None else s ** 2 - (a / a_u * s_u) ** 2
+    return (rho * a_u * x0 + left * r * x_t) / (rho + r ** 2 * left)
 
-def to_v(f): return lambda x_t, eps, ab: f(x_t, eps, *(p.sqrt().view(-1, 1, 1, 1) for p in (ab, 1 - ab)))
+def back(**wrong): # arguments as functions of the levels
+    return lambda x0, x_t, now, before: step(
+        now, before, x0, x_t, **{name: f(*now, *before) for name, f in wrong.items()})
 
-def spectrum(x): return torch.linalg.eigvalsh(torch.cov(x.T))
+def precisions(x0, x_t, now, before): # right, but not at the clean end
+    (a, s), (a_u, s_u) = now, before
+    r, rho = a / a_u, s ** 2 - (a / a_u * s_u) ** 2
+    return (a_u / s_u ** 2 * x0 + r / rho * x_t) / (1 / s_u ** 2 + r ** 2 / rho)
 
-def floor(variance, over=lambda v, ab: ab * v, reduce=torch.mean):
-    return lambda x, ab: reduce(over(variance(x), ab) / (ab * variance(x) + 1 - ab)).item()
+def weights(x_t, data, a, s): return (-torch.cdist(x_t, a * data).square() / (2 * s ** 2)).softmax(1)
+
+def median(w, data): # of each coordinate
+    values, order = data.sort(0)
+    return torch.stack([values[(w[:, order[:, i]].cumsum(1) < 0.5).sum(1).clamp(max=7), i] for i in range(2)], 1)
+
+def heart(change): return lambda data, a, s: lambda x_t: change(x_t, data, a, s)
+
+def trained(steps=1000, loss=torch.square, noise=torch.randn_like, scale=None, aim=lambda x0, n: x0):
+    def train(data, a, s):
+        nn, a = torch.nn, a if scale is None else scale
+        network = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        adam = torch.optim.Adam(network.parameters(), lr=0.003)
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = 0.003 * (1 - step / steps)
+            x0 = data[torch.randint(len(data), (256,))]
+            n = noise(x0)
+            error = loss(network(a * x0 + s * n) - aim(x0, n)).mean()
+            adam.zero_grad()
+            error.backward()
+            adam.step()
+        return network
+    return train
 
 def betas(T): return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-
-def counted_down(T, steps): # floating point counts one step too many
-    return [round(1000 - i * T / steps) - 1 for i in range(steps + 1)]
 
 
 WRONG = {
@@ -44,47 +61,39 @@ WRONG = {
         (lambda x0, noise, ab: ab[0].sqrt() * x0 + (1 - ab[0]).sqrt() * noise, "x_t is wrong in"),
         (lambda x0, noise, ab: ab.sqrt() * x0 + (1 - ab).sqrt() * noise, "each column of pixels")],
     "2.2": [
-        (step(before=lambda ab, t: ab[t - 1]), "which in Python is the last entry"),
-        (step(swap=True), "have changed places"), (lambda x0, x_t, t, ab: ab[t - 1] ** 0.5 * x0, "stepped to x0 alone"),
-        (step(lambda p, alpha: {"x_t": p["now"] ** 0.5}), "where alpha was needed"),
-        (step(lambda p, alpha: {"x0": p["now"] ** 0.5}), "of the step before"),
-        (step(lambda p, alpha: {"x0": p["before"], "x_t": alpha}), "square roots are missing"),
-        (lambda x0, x_t, t, ab: step()(x0, x_t, t, ab) if t else x_t, "at t=0 you returned x_t")],
+        (lambda x0, x_t, now, before: before[0] * x0, "stepped to x0 alone"),
+        (lambda x0, x_t, now, before: step(now, before, x_t, x0), "have changed places"),
+        (
+            lambda x0, x_t, now, before: before[0] * x0 + before[1] / now[1] * (x_t - now[0] * x0),
+            "where DDIM steps"),
+        (
+            lambda x0, x_t, now, before: step(
+                (now[0], (1 - now[0] ** 2) ** 0.5), (before[0], (1 - before[0] ** 2) ** 0.5), x0, x_t),
+            "that is equation 7 of DDPM"),
+        (back(rho=lambda a, s, a_u, s_u: 1 - (a / a_u) ** 2), "variance of the step is not 1"),
+        (back(rho=lambda a, s, a_u, s_u: s ** 2 - s_u ** 2), "the step shrinks the noise of x_u as well"),
+        (back(left=lambda a, s, a_u, s_u: s_u), "s is a standard deviation"),
+        (back(r=lambda a, s, a_u, s_u: (a / a_u) ** 2), "without a square or a root"),
+        (back(r=lambda a, s, a_u, s_u: a), "as if x_u were the clean image"),
+        (lambda x0, x_t, now, before: step(now, before, x0, x_t) if before[1] else x_t, "you returned x_t"),
+        (precisions, "ZeroDivisionError")],
     "2.3": [
-        (to_v(lambda x_t, eps, a, s: a * eps - s * x_t), "has the clean image in it, not x_t"),
-        (to_v(lambda x_t, eps, a, s: (s * x_t - eps) / a), "the sign is turned"),
-        (to_v(lambda x_t, eps, a, s: (x_t - s * eps) / a), "a station on the way"),
-        (to_v(lambda x_t, eps, a, s: a * (x_t - s * eps) / a - s * eps), "have changed places"),
-        (to_v(lambda x_t, eps, a, s: a * eps + s * (x_t - s * eps) / a), "a plus where a minus belongs"),
-        (to_v(lambda x_t, eps, a, s: a * a * eps - s * s * (x_t - s * s * eps) / (a * a)), "without its square root"),
-        (lambda x_t, eps, ab: (eps - (1 - ab).sqrt() * x_t) / ab.sqrt(), "each column of pixels")],
+        (trained(loss=torch.abs), "the median of what"),
+        (heart(lambda x, data, a, s: median(weights(x, data, a, s), data)), "the median of what"),
+        (trained(aim=lambda x0, n: n), "close to the noise"),
+        (trained(scale=1.0), "multiplied by a"),
+        (trained(steps=3), "your function is"),
+        (heart(lambda x, data, a, s: data[weights(x, data, a, s).argmax(1)]), "the nearest point"),
+        (heart(lambda x, data, a, s: x), "trained at all"),
+        (heart(lambda x, data, a, s: a * weights(x, data, a, s) @ data), "the target is x0, not a x0"),
+        (heart(lambda x, data, a, s: data.mean(0).expand_as(x)), "the same for every input"),
+        (
+            heart(lambda x, data, a, s: weights(x, data.unique(dim=0), a, s) @ data.unique(dim=0)),
+            "points that occur twice"),
+        (heart(lambda x, data, a, s: weights(x, data, a, s) @ data + 0.5 * (5 * x).sin()), "below 1% is expected"),
+        (lambda data, a, s: data, "where a function, or a network, was expected"),
+        (heart(lambda x, data, a, s: x[:, :1]), "has shape (4000, 1)")],
     "2.4": [
-        (lambda T, steps: [], "the list is empty"),
-        (lambda T, steps: list(range(T - 1, -1, -(T // steps))), "31 timesteps where 30 were expected"),
-        (lambda T, steps: list(range(T - 1, -1, -(T // steps)))[:steps], "Round each place on its own"),
-        (lambda T, steps: list(range(0, T, T // steps))[:steps][::-1], "this is leading spacing"),
-        (lambda T, steps: torch.linspace(T - 1, 0, steps).round().long().tolist(), "this is linspace"),
-        (lambda T, steps: [round(T * j / steps) for j in range(steps, 0, -1)], "but the timesteps are 0 to"),
-        (lambda T, steps: [round(T * j / steps) - 1 for j in range(1, steps + 1)], "the list rises"),
-        (lambda T, steps: [T * j / steps - 1 for j in range(steps, 0, -1)], "are no integers"),
-        (lambda T, steps: [T * j // steps - 1 for j in range(steps, 0, -1)], "you cut off the fraction"),
-        (counted_down, "11 timesteps where 10 were expected")],
-    "2.5": [
-        (lambda ab, scale: ab / (ab + (1 - ab) * scale), "so it is the square"),
-        (lambda ab, scale: ab * scale**2 / (ab * scale**2 + 1 - ab), "you multiplied the SNR"),
-        (lambda ab, scale: ab / scale**2, "you divided alpha_bar itself"),
-        (lambda ab, scale: ab / (1 - ab) / scale**2, "that is the new SNR")],
-    "2.6": [
-        (floor(lambda x: x.var(0)), "you took the variance of each pixel"),
-        (floor(lambda x: torch.linalg.eigvalsh(x.T @ x / len(x))), "forgot to subtract the mean"),
-        (floor(spectrum, over=lambda v, ab: (1 - ab) * v), "you took the error of x0"),
-        (floor(spectrum, over=lambda v, ab: v), "you took the error of v"),
-        (floor(spectrum, reduce=torch.sum), "you summed over the directions"),
-        (floor(lambda x: torch.linalg.svdvals(x - x.mean(0)) ** 2), "still have to be divided by their number"),
-        (floor(lambda x: spectrum(x).clamp(min=0).sqrt()), "you used standard deviations"),
-        (floor(lambda x: torch.linalg.eigvalsh(torch.cov(x)).clamp(min=0)), "transpose"),
-        (lambda x, ab: ab * spectrum(x) / (ab * spectrum(x) + 1 - ab), "has shape (6,)")],
-    "2.7": [
         (lambda T: linear_schedule().alpha_bar[:: 1000 // T][:T], "half-way"),
         (lambda T: (1 - betas(T)).cumprod(0), "is still there, where a sampler begins"),
         (lambda T: (1 - betas(T) * T / 1000).cumprod(0), "must each take *more*"),
