@@ -2,13 +2,15 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest, torch
 
 from diffnb.core import DiffnbError, addressed
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
-from diffnb.sample import Denoiser, ddim, ddim_invert, ddpm, dpmpp_2m, draw_noise, heun, inpaint, load_model
+from diffnb.sample import (
+    Denoiser, ddim, ddim_invert, ddpm, dpmpp_2m, draw_noise, heun, inpaint, load_model, save_weights)
 from diffnb.workshop.generate import sample_batches, sample_to
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
 
@@ -421,3 +423,139 @@ def test_the_embedded_clothes_are_those_asked_for():
     made = dpmpp_2m(m.denoiser(y), draw_noise((100, *m.shape), addressed("clothes")), steps=8)
     named = torch.cdist(made.flatten(1), means).argmin(1)
     assert (named == y).float().mean() > 0.55 and made.std() > 0.5
+
+
+# ---- the Gaussian ruler
+
+line = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+
+
+def exact_end(x, schedule, mean=0.3, var=0.25):
+    "Where infinitely many deterministic steps lead: every point keeps its rank."
+    a, s = schedule.signal_noise(schedule.T - 1)
+    return mean + math.sqrt(var) * (x - a * mean) / math.sqrt(a ** 2 * var + s ** 2)
+
+
+def test_the_ruler_meets_the_gaussian_floor():
+    linear, g = schedules["linear"], addressed("ruler")
+    x0, noise = 0.3 + 0.5 * torch.randn(20_000, 1, 1, 1, generator=g), torch.randn(20_000, 1, 1, 1, generator=g)
+    t, (a, s) = torch.full((20_000,), 300), linear.signal_noise(300)
+    error = (gaussian(linear, "eps")(linear.add_noise(x0, noise, t), t) - noise).square().mean()
+    assert abs(error - a ** 2 * 0.25 / (a ** 2 * 0.25 + s ** 2)) < 0.01
+
+
+@pytest.mark.parametrize("sampler, tolerance", [(ddim, 0.08), (heun, 0.01), (dpmpp_2m, 0.02)])
+def test_a_network_that_answers_in_bf16_reaches_the_end(sampler, tolerance):
+    linear, flow = schedules["linear"], FLOWS["flow"]
+    for schedule, p in [(linear, "eps"), (linear, "x0"), (linear, "v"), (flow, "v"), (flow, "velocity")]:
+        model = gaussian(schedule, p)
+        def rounded(x, t, y=None): return model(x, t).bfloat16()
+        out = sampler(Denoiser(rounded, schedule, p, clip=False), line, 50)
+        assert (out - exact_end(line, schedule)).abs().max() < tolerance + 0.03, (schedule, p)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_ddim_multiplies_centred_gaussian_data_by_known_factors(steps):
+    linear, factor = schedules["linear"], 1.0
+    for _, (a, s), (a_next, s_next) in linear.transitions(steps):
+        factor *= (a_next * a * 0.25 + s_next * s) / (a ** 2 * 0.25 + s ** 2)
+    out = ddim(Denoiser(gaussian(linear, "eps", mean=0.0), linear, clip=False), line, steps)
+    assert torch.allclose(out, factor * line, atol=1e-4)
+
+
+def test_time_and_label_arrive_as_they_are():
+    def listens(x_t, t, y):
+        assert t.tolist() == [500] and y.tolist() == [7]
+        return x_t
+    Denoiser(listens, schedules["linear"], y=torch.tensor([7]))(x_T[:1], 500)
+
+
+@pytest.mark.parametrize("steps", [7, 50])
+def test_a_flow_model_walks_the_same_way_on_another_schedule(steps):
+    "Asked at the same SNR, with x_t scaled. Leading, because at the flow's last timestep eps is unknown."
+    flow = FLOWS["flow"]
+    preserving = NoiseSchedule(flow.alpha_bar / (flow.alpha_bar + flow.s ** 2))
+    straight = Denoiser(gaussian(flow, "velocity"), flow, "velocity", clip=False)
+    def retimed(x, t, y=None):
+        (_, s), (_, s_flow) = preserving.signal_noise(t, x.ndim), flow.signal_noise(t, x.ndim)
+        x_flow = x * s_flow / s
+        return flow.to_eps(flow.to_x0(straight.model(x_flow, t), x_flow, t, "velocity"), x_flow, t)
+    ends = ddim(Denoiser(retimed, preserving, clip=False), line, steps, spacing="leading")
+    first = flow.timesteps(steps, "leading")[0]
+    start = line * flow.signal_noise(first)[1] / preserving.signal_noise(first)[1]
+    assert torch.allclose(ends, ddim(straight, start, steps, spacing="leading"), atol=1e-5)
+
+
+def test_diffusers_steps_beside_its_list_where_steps_do_not_divide():
+    "huggingface/diffusers#12633: t - T // steps is not the next timestep of the list. If this fails, it was mended."
+    linear = schedules["linear"]
+    ruler, errors = Denoiser(gaussian(linear, "eps"), linear, clip=False), {}
+    for steps in (50, 600):
+        scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+        ends = walk(scheduler, ruler.model, line.clone(), steps), ddim(ruler, line, steps)
+        errors[steps] = [(x - exact_end(line, linear)).abs().max().item() for x in ends]
+    assert abs(errors[50][0] - errors[50][1]) < 1e-3 and errors[600][0] > 10 * errors[600][1]
+
+
+# ---- the embedded digits
+
+def test_requests_that_the_digits_refuse():
+    digits = load_model("digits", "cpu")
+    one = draw_noise((1, *digits.shape))
+    for call, words in (
+        (lambda: ddim(digits.denoiser(), one, eta=2.0), "between 0"),
+        (lambda: digits.denoiser(y=torch.tensor([12])), "labels must lie between 0 and 9"),
+        (lambda: digits.denoiser(y=["three"]), "class numbers"),
+        (lambda: ddim(digits.denoiser(torch.arange(40) % 10), one), "40 labels for 1 images")):
+        with pytest.raises(DiffnbError, match=words):
+            call()
+
+
+def test_saved_weights_are_the_same_model(tmp_path):
+    digits = load_model("digits", "cpu")
+    again = load_model(save_weights(digits, tmp_path / "mine.safetensors"), "cpu")
+    assert again.shape == (1, 8, 8) and again.classes == tuple("0123456789") and again.step == digits.step
+    x_t, t = draw_noise((4, *digits.shape), addressed("compare")), torch.tensor([1, 100, 500, 999])
+    assert torch.allclose(again.model(x_t, t), digits.model(x_t, t), atol=1e-2) and again.schedule == digits.schedule
+    assert digits.denoiser().schedule is digits.schedule
+
+
+def test_digits_come_back_from_their_noise():
+    digits, real = load_model("digits", "cpu"), load_data("digits", split="test")
+    x0, y, lost = to_float(real.images[:8]), real.labels[:8], {}
+    for steps in (10, 100):
+        noise = ddim_invert(digits.denoiser(y), x0, steps)
+        lost[steps] = (ddim(digits.denoiser(y, clip=False), noise, steps) - x0).square().mean().sqrt()
+    assert lost[100] < lost[10] and lost[100] < 0.15
+
+
+def frechet(a, b):
+    "Squared Fréchet distance of Gaussians fitted to the rows."
+    (ma, ca), (mb, cb) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
+    w, v = np.linalg.eigh(ca)
+    root = (v * np.sqrt(w.clip(0))) @ v.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ cb @ root).clip(0)).sum()
+    return float(((ma - mb) ** 2).sum() + np.trace(ca + cb) - 2 * shared)
+
+
+@pytest.mark.slow
+def test_digits_are_read_as_asked_and_more_steps_bring_them_closer_to_real_ones():
+    from sklearn.svm import SVC
+    real, test, digits = load_data("digits"), load_data("digits", split="test"), load_model("digits", "cpu")
+    pixels = to_float(real.images).flatten(1).numpy()
+    reader, y = SVC(gamma=0.05).fit(pixels, real.labels), torch.arange(200) % 10
+    def draw(k): # 200 test digits, 20 of each class
+        mixed = torch.randperm(len(test.images), generator=addressed("real", k))
+        chosen = torch.cat([mixed[test.labels[mixed] == c][:20] for c in range(10)])
+        return to_float(test.images[chosen]).flatten(1).numpy()
+    band = [frechet(pixels, draw(k)) for k in range(10)]
+    assert frechet(pixels, pixels) < 1e-6 and 0.3 < min(band) < max(band) < 1
+    def measure(sampler, steps):
+        dice = addressed("quality")
+        out = sampler(digits.denoiser(y), draw_noise((200, *digits.shape), dice), steps=steps, generator=dice)
+        flat = out.clamp(-1, 1).flatten(1).numpy()
+        return reader.score(flat, y), frechet(pixels, flat)
+    few, many = ({f.__name__: measure(f, n) for f in (ddim, dpmpp_2m, ddpm)} for n in (5, 49))
+    assert many["ddim"][0] > 0.9 and many["dpmpp_2m"][0] > 0.9 and few["ddpm"][1] > few["ddim"][1]
+    assert all(d > max(band) + 0.15 for _, d in few.values())
+    assert many["ddim"][1] < max(band) and many["dpmpp_2m"][1] < max(band)

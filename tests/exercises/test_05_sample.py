@@ -1,30 +1,16 @@
 "Wrong answers to the exercises of 05_sample, and the words each must be met with."
 from math import ceil, sqrt
 
-import numpy as np
 import torch
 
 from common import tests_of
+from diffnb.schedule import linear_schedule
 
 
-def one_step(take=sqrt, divide=sqrt, signal=sqrt, put=sqrt, swap=False, same=False):
-    def f(x_t, eps, now, then):
-        if swap:
-            now, then = then, now
-        if same:
-            then = now
-        return signal(then) * (x_t - take(1 - now) * eps) / divide(now) + put(1 - then) * eps
-    return f
-
-def estimate(x_t, eps, now): return (x_t - sqrt(1 - now) * eps) / sqrt(now)
-
-def alpha_bar_as_root(x_t, eps, now, then): return one_step()(x_t, eps, now ** 2, then ** 2)
-
-def old_share_of_noise(x_t, eps, now, then): return sqrt(then) * estimate(x_t, eps, now) + sqrt(1 - now) * eps
-
-def bounded_step(x_t, eps, now, then, again=False):
-    x0 = estimate(x_t, eps, now).clamp(-1, 1)
-    return sqrt(then) * x0 + sqrt(1 - then) * ((x_t - sqrt(now) * x0) / sqrt(1 - now) if again else eps)
+def amplification(**changed):
+    right = dict(eps=lambda a, s: s / a, x0=lambda a, s: 1.0, v=lambda a, s: s / (a ** 2 + s ** 2),
+                 velocity=lambda a, s: s)
+    return lambda prediction, a, s: {**right, **changed}[prediction](a, s)
 
 def as_is(v): return v
 def one(v): return 1.0
@@ -39,50 +25,17 @@ def clipped(x=as_is, x0=lambda x0: x0.clamp(-1, 1), eps="again", root=sqrt):
     return f
 
 
-def right_list(T, S): return [round(T * k / S) - 1 for k in range(S, 0, -1)] + [-1]
+def by_power(p, last, n=8):
+    return lambda: [last + round((999 - last) * (k / (n - 1)) ** p) for k in range(n - 1, -1, -1)]
 
-def minus_stride(T, S): return [(t, max(t - T // S, -1)) for t in right_list(T, S)[:-1]]
-
-def by_range(T, S):
-    ts = [*range(T - 1, -1, -(T // S)), -1]
-    return list(zip(ts, ts[1:]))
-
-def leading(T, S):
-    ts = [j * (T // S) for j in reversed(range(S))] + [-1]
-    return list(zip(ts, ts[1:]))
-
-def to_zero(T, S):
-    ts = right_list(T, S)[:-1] + [0]
-    return list(zip(ts, ts[1:]))
-
-def rest_at_the_end(T, S):
-    ts = [T - 1 - j * (T // S) for j in range(S)] + [-1]
-    return list(zip(ts, ts[1:]))
-
-def in_numpy(T, S): return [tuple(p) for p in np.array(list(zip(right_list(T, S), right_list(T, S)[1:])))]
-
-def in_torch(T, S): return torch.tensor(list(zip(right_list(T, S), right_list(T, S)[1:])))
-
-def upwards(T, S): return [(n, t) for t, n in minus_stride(T, S)][::-1]
+def good(): return by_power(2, 20)()
 
 
-def posterior(
-    std,
-    mean=lambda x0, x_t, now, then: (
-        (sqrt(then) * (1 - now / then) * x0 + sqrt(now / then) * (1 - then) * x_t) / (1 - now))):
-    return lambda x0, x_t, now, then: (mean(x0, x_t, now, then), std(now, then))
+def gaussian_ends(x_T, data): return data.mean() + data.std() * x_T
 
-def right_std(now, then): return sqrt((1 - then) / (1 - now) * (1 - now / then))
+def by_share(share): return lambda x_T, data: torch.quantile(data, share(x_T))
 
-def with_mean(mean): return posterior(right_std, mean)
-
-def drawn(x0, x_t, now, then):
-    mean, std = posterior(right_std)(x0, x_t, now, then)
-    return mean + std * torch.randn_like(x0)
-
-def drawn_with_std(x0, x_t, now, then): return drawn(x0, x_t, now, then), right_std(now, then)
-
-def ddim_mean(x0, x_t, now, then): return sqrt(then) * x0 + sqrt(1 - then) * (x_t - sqrt(now) * x0) / sqrt(1 - now)
+def unsorted(x_T, data): return data[(torch.special.ndtr(x_T) * len(data)).long().clamp(max=len(data) - 1)]
 
 
 def by_roots(noises, w): return torch.einsum("k...,k->...", noises, (w / w.sum()).sqrt())
@@ -114,13 +67,14 @@ def asking_twice(model, schedule, x, steps):
 
 WRONG = {
     "5.1": [
-        (one_step(same=True), "the old proportions"), (one_step(as_is, as_is, as_is, as_is), "they are square roots"),
-        (one_step(put=as_is, signal=as_is), "factors at t_next lack"), (one_step(take=as_is), "a standard deviation"),
-        (one_step(swap=True), "swapped"), (one_step(divide=one), "not divided"),
-        (one_step(put=nothing), "not put back"), (one_step(signal=one, put=nothing), "estimate of the clean image"),
-        (alpha_bar_as_root, "as √ᾱ, which the code"), (one_step(divide=as_is, signal=as_is), "factors of x0 lack"),
-        (old_share_of_noise, "proportion of t, "), (bounded_step, "clipped: not here"),
-        (lambda *args: bounded_step(*args, again=True), "eps derived again: well done")],
+        (amplification(eps=lambda a, s: a / s), "upside down"), (amplification(eps=lambda a, s: 1 / a), "noise level"),
+        (amplification(eps=lambda a, s: s), "signal level"), (amplification(eps=lambda a, s: 1.0), "not handed on"),
+        (amplification(eps=lambda a, s: s ** 2 / a ** 2), "amplitudes"),
+        (amplification(x0=lambda a, s: s / a), "nothing to amplify"), (amplification(v=lambda a, s: s), "on the flow"),
+        (amplification(v=lambda a, s: s / a), "for eps, not for v"), (amplification(v=lambda a, s: 1.0), "eliminate"),
+        (amplification(v=lambda a, s: a / (a ** 2 + s ** 2)), "factor of x_t"),
+        (amplification(velocity=lambda a, s: 1.0), "multiplied by s"),
+        (amplification(velocity=lambda a, s: s / a), "nothing is divided")],
     "5.2": [
         (clipped(eps="old"), "still the network's"), (clipped(x0=as_is), "x0 is not clipped"),
         (clipped(x=lambda x: x.clamp(-1, 1), x0=as_is), "x_t is clipped"),
@@ -131,40 +85,20 @@ WRONG = {
         (lambda x_t, eps, now: clipped()(x_t, eps.clamp(-1, 1), now), "before x0 is estimated"),
         (lambda x_t, eps, now: clipped()(x_t, eps, now)[0], "the pair (x0, eps)")],
     "5.3": [
-        (minus_stride, "take it from the list"), (by_range, "a stride of T // S"), (leading, "must be T - 1"),
-        (to_zero, "where ᾱ is 1"), (rest_at_the_end, "even ones differ"), (upwards, "must be T - 1"),
-        (lambda T, S: right_list(T, S), "list of pairs"),
-        (lambda T, S: [(float(a), b) for a, b in minus_stride(T, S)], "whole numbers"), (in_numpy, "of type int64"),
-        (in_torch, ".tolist()")],
+        (lambda: linear_schedule().timesteps(8), "that of timesteps(8)"),
+        (lambda: linear_schedule().timesteps(8, "quadratic"), "long where the estimate moves"),
+        (by_power(1, 0), "long where the estimate moves"), (by_power(1, 120), "still possible"),
+        (by_power(2, 20, 9), "there are 9"), (lambda: good() + [-1], "there are 9"),
+        (lambda: linear_schedule().timesteps(8, "leading"), "must be 999"), (lambda: good()[::-1], "must be 999"),
+        (lambda: [999] * 8, "must fall"), (lambda: [*good()[:-1], -1], "must fall"),
+        (lambda: [float(t) for t in good()], "whole numbers"), (lambda: torch.tensor(good()), "whole numbers")],
     "5.4": [
-        (posterior(lambda now, then: right_std(now, then) ** 2), "that is the variance"),
-        (posterior(lambda now, then: sqrt(1 - now / then)), "√β"),
-        (posterior(lambda now, then: 1 - now / then), "is β"), (posterior(lambda now, then: sqrt(1 - then)), "not ᾱ_t"),
-        (posterior(lambda now, then: (1 / (1 - then) + now / (1 - now)) ** -0.5), "you use ᾱ_t for α"),
-        (drawn, "leave the draw"), (drawn_with_std, "leave the draw"),
-        (posterior(lambda now, then: sqrt((1 - now) / (1 - then) * (1 - now / then))), "t and t_next swapped"),
-        (with_mean(ddim_mean), "DDIM's next x"),
-        (
-            with_mean(
-                lambda x0, x_t, now, then: (
-                    (sqrt(then) * (1 - now / then) * x_t + sqrt(now / then) * (1 - then) * x0) / (1 - now))),
-            "two factors are swapped"),
-        (
-            with_mean(
-                lambda x0, x_t, now, then: sqrt(then) * (1 - now / then) * x0 + sqrt(now / then) * (1 - then) * x_t),
-            "not divided by"),
-        (
-            with_mean(
-                lambda x0, x_t, now, then: (
-                    (then * (1 - now / then) * x0 + sqrt(now / then) * (1 - then) * x_t) / (1 - now))),
-            "factor of x0"),
-        (
-            with_mean(
-                lambda x0, x_t, now, then: (
-                    (sqrt(then) * (1 - now / then) * x0 + now / then * (1 - then) * x_t) / (1 - now))),
-            "factor of x_t")],
+        (gaussian_ends, "these are skewed"), (lambda x_T, data: data.mean().expand(len(x_T)), "one step leads"),
+        (by_share(lambda x: 1 - torch.special.ndtr(x)), "reversed"), (by_share(torch.sigmoid), "sigmoid"),
+        (unsorted, "no order"),
+        (lambda x_T, data: data[(x_T[:, None] - data).abs().argmin(1)], "nearest")],
     "5.5": [
-        (mixture(lambda w, total: w.sum()), "grey mush"), (mixture(lambda w, total: 1), "not scaled"),
+        (mixture(lambda w, total: w.sum()), "too little contrast"), (mixture(lambda w, total: 1), "not scaled"),
         (mixture(lambda w, total: w.square().sum()), "its root"),
         (mixture(lambda w, total: w.sum().sqrt()), "the variances that add up"),
         (mixture(lambda w, total: total.std()), "common measured"),
