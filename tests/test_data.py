@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, torchvision
 from PIL import Image
 
 from diffnb.core import DiffnbError, addressed, write_whole
-from diffnb.data import batch_indices, filters, resize, save_grid, to_float
+from diffnb.data import batch_indices, filters, ImageData, resize, save_grid, to_float
 from diffnb.workshop.datasets import load_data
 
 
@@ -280,6 +280,30 @@ def test_cache_without_write_access_is_said(tmp_path):
     (tmp_path / "blocked").write_text("")
     with pytest.raises(DiffnbError, match="cannot write the cache"):
         load_data(tmp_path / "f", size=8, root=tmp_path / "blocked", progress=False)
+
+
+def test_a_grid_is_written_whole_and_survives_a_write_that_breaks_off(tmp_path):
+    path = save_grid(torch.zeros(6, 1, 8, 8), tmp_path / "new" / "grid.png", cols=3, scale=4)
+    assert Image.open(path).size == (3 * 34 + 2, 2 * 34 + 2)
+    with pytest.raises(TypeError):
+        write_whole(path, ["neither text nor bytes"])                 # breaks off when the file is already open
+    assert Image.open(path).size == (3 * 34 + 2, 2 * 34 + 2)
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]    # no temporary file stays behind
+
+
+def test_images_are_stored_small_and_enlarged_when_taken():
+    tiny = ImageData(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), None, native_size=32, size=64)
+    assert tiny.take(slice(0, 2)).shape == (2, 3, 64, 64) and len(tiny) == 5 and tiny.images.shape[-1] == 32
+
+
+def test_clothes_use_the_whole_range_stand_upright_and_point_left():
+    clothes = load_data("fashion")
+    assert (to_float(clothes.images).min(), to_float(clothes.images).max()) == (-1, 1)
+    means = torch.stack([clothes.images[clothes.labels == y].float().mean(0) for y in range(10)])
+    assert means[7, 0, :6].mean() < 1 < means[1, 0, :6].mean()        # sneakers leave the top dark, trousers do not
+    boots = clothes.images[clothes.labels == 9].float()
+    own, flipped = ((boots - mean).square().mean((1, 2, 3)) for mean in (means[9], means[9].flip(-1)))
+    assert (own < flipped).float().mean() > 0.99
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

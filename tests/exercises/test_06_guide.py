@@ -3,44 +3,31 @@ import torch
 
 from common import tests_of
 
-cat, rand, null_of = torch.cat, torch.rand, torch.full_like
+cat, null_of = torch.cat, torch.full_like
 
 
 def blend(u, c, w): return u + w * (c - u)
 
 
-def called_twice(model, x_t, t, y, null, w): return blend(model(x_t, t, null_of(y, null)), model(x_t, t, y), w)
+def by_classifier(f, log=True, total=torch.sum, quiet=False, own=True):
+    "An answer to 6.2: f(eps, gradient, s, w), with the gradient of the sum of log p(y | x_t) unless told otherwise."
+    def answer(eps, x_t, log_p_y, s, w):
+        with torch.set_grad_enabled(torch.is_grad_enabled() if quiet else True):
+            x = x_t.detach().requires_grad_() if own else x_t.requires_grad_()
+            value = log_p_y(x) if log else log_p_y(x).exp()
+            return f(eps, torch.autograd.grad(total(value), x)[0], s, w)
+    return answer
 
 
-def one_call(labels, doubled=lambda x: cat([x, x]), split=lambda o: o.chunk(2)):
-    def f(model, x_t, t, y, null, w): return blend(*split(model(doubled(x_t), doubled(t), labels(y, null))), w)
-    return f
+def right(eps, toward, s, w): return eps - w * s * toward
 
 
-def t_forgotten(model, x_t, t, y, null, w):
-    return blend(*model(cat([x_t, x_t]), t, cat([null_of(y, null), y])).chunk(2), w)
-
-
-def twice(x): return x.repeat_interleave(2, 0)
-
-
-def hidden_in_place(y, p, null, generator):
-    y[rand(y.shape, generator=generator) < p] = null
-    return y
-
-
-def exactly(y, p, null, generator):
-    y = y.clone()
-    y[torch.randperm(len(y), generator=generator)[:round(p * len(y))]] = null
-    return y
-
-
-def interval(decide, outside=1.0, view=(-1, 1, 1, 1)):
-    def f(u, c, t, w, low, high): return blend(u, c, torch.where(decide(t, low, high), w, outside).view(view))
-    return f
-
-
-def inside(t, low, high): return (t >= low) & (t <= high)
+def autoguided(steps, w, base=None):
+    "An answer to 6.3: the last checkpoint guided away from an earlier one."
+    def answer(checkpoints, judge):
+        weak, strong = checkpoints[steps], checkpoints[base or max(checkpoints)]
+        return lambda x_t, t, y=None: blend(weak(x_t, t), strong(x_t, t), w)
+    return answer
 
 
 def gaussian(f):
@@ -61,42 +48,44 @@ def guided_with(labels, names="uc", formula=blend):
 
 WRONG = {
     "6.1": [
-        (lambda u, c, w: (1 + w) * c - w * u, "the paper's convention"),
-        (lambda u, c, w: w * u + (1 - w) * c, "changed places"), (lambda u, c, w: u + w * c, "multiply the difference"),
-        (lambda u, c, w: w * (c - u), "the direction only")],
+        (lambda vc, vu, w: 1 / (w / vc + (1 - w) / vu), "variance of the guided density"),
+        (lambda vc, vu, w: vc ** (w / 2) * vu ** ((1 - w) / 2), "standard deviation"),
+        (lambda vc, vu, w: vc ** (w + 1) * vu ** -w, "the paper's convention"),
+        (lambda vc, vu, w: vu ** w * vc ** (1 - w), "changed places"),
+        (lambda vc, vu, w: (1 - w) * vu + w * vc, "not blended like the two answers"),
+        (lambda vc, vu, w: vc, "at every w")],
     "6.2": [
-        (called_twice, "called the network 2 times"),
-        (one_call(lambda y, null: cat([y, null_of(y, null)])), "changed places"),
-        (one_call(lambda y, null: cat([0 * y, y])), "class 0"),
-        (one_call(lambda y, null: torch.stack([null_of(y, null), y], 1).flatten(), twice), "chunk(2) expects"),
-        (one_call(lambda y, null: cat([null_of(y, null), y]), twice), "different orders"),
-        (t_forgotten, "got 10 images and t of shape (5,)")],
+        (by_classifier(lambda eps, toward, s, w: eps + w * s * toward), "goes away from the class"),
+        (by_classifier(lambda eps, toward, s, w: eps - w * toward), "the factor s"),
+        (by_classifier(lambda eps, toward, s, w: eps - w * toward / s), "so multiply"),
+        (by_classifier(lambda eps, toward, s, w: eps - s * toward), "w is missing"),
+        (by_classifier(lambda eps, toward, s, w: -w * s * toward), "eps itself is missing"),
+        (by_classifier(right, log=False), "that of its logarithm"),
+        (by_classifier(right, total=torch.mean), "not of the mean"),
+        (by_classifier(right, quiet=True), "torch.enable_grad()"),
+        (by_classifier(right, own=False), "work on x_t.detach()")],
     "6.3": [
-        (
-            lambda y, p, null, generator: null_of(y, null) if rand(1, generator=generator) < p else y.clone(),
-            "one number for each image"),
-        (
-            lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) > p, null),
-            "the wrong way round"),
-        (hidden_in_place, "work on a copy"),
-        (
-            lambda y, p, null, generator: y.masked_fill(rand(y.shape, generator=generator) < p, 0),
-            "should become the null class"),
-        (lambda y, p, null, generator: y.masked_fill(rand(y.shape) < p, null), "generator=generator"),
-        (exactly, "every batch hides exactly"),
-        (lambda y, p, null, generator: torch.where(rand(y.shape, generator=generator) < p, float(null), y), "int64")],
+        (lambda checkpoints, judge: checkpoints[max(checkpoints)], "Nothing has changed"),
+        (lambda checkpoints, judge: None, "a model was expected"),
+        (autoguided(300, 0.0), "Further away"),
+        (autoguided(300, 0.5), "Further away"),
+        (autoguided(300, -1.0), "Further away"),
+        (autoguided(300, 5.0), "cover too little"),
+        (lambda checkpoints, judge: lambda x_t, t, y=None: x_t.flatten(1), "of the shape of x_t")],
     "6.4": [
-        (interval(inside, view=(-1,)), "view them as (B, 1, 1, 1)"),
-        (interval(inside, outside=0.0), "you return uncond"),
-        (interval(lambda t, low, high: inside(t, low, high).any().expand(len(t))), "one decision"),
-        (interval(lambda t, low, high: (t > low) & (t < high)), "belong to the interval"),
-        (interval(lambda t, low, high: (t >= low) & (t < high)), "the last timestep"),
-        (interval(lambda t, low, high: ~inside(t, low, high)), "inside and outside")],
+        (lambda: (0, 999), "Too much spread"),
+        (lambda: (0, 300), "Too much spread"),
+        (lambda: (400, 999), "wrong end"),
+        (lambda: (0, 0), "guide at more timesteps"),
+        (lambda: (900, 100), "not an interval"),
+        (lambda: (0, 1000), "not an interval"),
+        (lambda: (0.0, 120.0), "two whole numbers")],
     "6.5": [
         (
             gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, (1 - w) * vu + w * vc)),
             "1/variance that adds up"),
         (lambda mc, vc, mu, vu, w: gaussian(lambda *a: (a[6], 1 / a[5]))(mc, vc, mu, vu, w + 1), "w + 1"),
+        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, vc ** w * vu ** (1 - w))), "as in 6.1"),
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision)), "is the precision"),
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision**-0.5)), "standard deviation"),
         (

@@ -634,7 +634,7 @@ bug(
 
 
 # ---------------------------------------------------------------- 06 guide
-bug = lesson("06_guide", tests="")  # no tests beside those of the lesson
+bug = lesson("06_guide")
 bug(
     "interval-inverted", "guidance is on outside its interval", "(t >= first) & (t <= last)", "(t < first) | (t > last)"
 )

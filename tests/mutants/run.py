@@ -23,11 +23,14 @@ KINDS = {"AssertionError": "assert", "DiffnbError": "DiffnbError"}  # whatever e
 # ---- the lesson as a list of cells
 
 def cells(path): # a notebook -> (number, source, exported) of each code cell of the lesson; exercises are none of it
-    found = []
+    found, exercises = [], False
     for i, c in enumerate(json.loads(Path(path).read_text())["cells"]):
         source = "".join(c["source"])
-        if c["cell_type"] == "markdown" and re.search(r"^## Exercises\b", source, re.M):
-            break
+        headings = re.findall(r"^## (.*)$", source, re.M) if c["cell_type"] == "markdown" else []
+        if headings:
+            exercises = headings[-1].startswith("Exercises")  # they end at the next heading of their own level
+        if exercises:
+            continue
         tags = set(c["metadata"].get("tags", ()))
         if c["cell_type"] != "code" or tags & {"stub", "solution"} or re.search(r'\bcheck\("\d+\.\d+"', source):
             continue

@@ -4,25 +4,244 @@
 __all__ = []
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #i0
+import copy, functools, math
 import numpy as np
 import torch
+from torch import nn
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #i1
+from ...core import addressed
+from ...guide import guided
+from ...sample import ddim, Denoiser, draw_noise
+from ...schedule import linear_schedule
 from ..check import exercise, fresh, same, Wrong
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c006
-@exercise("6.1", "Further in the same direction", minutes=5, level=1)
-def _blend(answer):
-    u, c = torch.randn(2, 3, 2, 4, 4, generator=fresh())
-    for w in (2.5, 0.4, 0.0, 1.0):
+def _apart(var_c, var_u, w, steps=4000): # variance at sigma = 0 of what starts as N(0, sigma^2)
+    def slope(log_sigma, u): # du / d log sigma, for means of 0; two trajectories at once
+        sigma = math.exp(log_sigma)
+        return sigma ** 2 * u * ((1 - w) / (var_u + sigma ** 2) + w / (var_c + sigma ** 2))
+    high, low = math.log(1e4), math.log(1e-4)
+    h, u = (low - high) / steps, np.array([0.0, math.exp(high)])
+    for i in range(steps):
+        at = high + i * h
+        k1 = slope(at, u)
+        k2 = slope(at + h / 2, u + h / 2 * k1)
+        k3 = slope(at + h / 2, u + h / 2 * k2)
+        u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(at + h, u + h * k3))
+    return float(u[1] - u[0]) ** 2
+
+@exercise("6.1", "The variance that guidance leaves", minutes=20, level=3)
+def _variance(answer):
+    g = fresh()
+    for w in (3.0, 1.0, 0.0, 1.6):
+        r = torch.rand(2, generator=g).tolist()
+        v_c, v_u = 0.5 + r[0], 3 + 2 * r[1]
+        want = _apart(v_c, v_u, w)
         same(
-            answer(u.clone(), c.clone(), w), (1 - w) * u + w * c, f"the guided answer at w = {w}",
+            answer(v_c, v_u, w), want, f"the variance at w = {w}, v_c = {v_c:.2f}, v_u = {v_u:.2f}",
             {
-                "(1+w)·cond - w·uncond is the paper's convention, where 0 means plain conditional; here w = 1 "
-                "does. Our w is theirs plus one.": (1 + w) * c - w * u,
-                "uncond and cond have changed places: the higher your w, the less the label counts.": c + w * (u - c),
-                "w multiplies all of cond; it should multiply the difference, cond - uncond.": u + w * c,
-                "this is the direction only, w·(cond - uncond): add it to uncond, where it starts from.": w * (c - u)})
+                "this is the variance of the guided density p_u^(1-w) p_c^w. The samples do not follow that density: "
+                "solve the equation of the trajectories.": 1 / (w / v_c + (1 - w) / v_u),
+                "this is the standard deviation; the variance is its square.": want ** 0.5,
+                "this is the variance at w + 1, the paper's convention: here w = 1 is the plain conditional model.":
+                _apart(v_c, v_u, w + 1),
+                "class and all have changed places: w = 1 must give the class's variance.": _apart(v_u, v_c, w),
+                "variances are not blended like the two answers: it is the logarithm of the distance between two "
+                "trajectories that has a slope made of two parts.": (1 - w) * v_u + w * v_c,
+                "this is the class's variance at every w; only w = 1 leaves it as it is.": v_c},
+            atol=1e-4 * want)
+
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c009b
+@exercise("6.2", "Guided by a classifier", minutes=10, level=2)
+def _by_classifier(answer):
+    g = fresh()
+    eps, x_t, weight = torch.randn(3, 4, 2, 3, 3, generator=g)
+    def log_p_y(x): return torch.nn.functional.logsigmoid((x * weight[0]).sum((1, 2, 3)))
+    with torch.no_grad():
+        p = log_p_y(x_t).exp().view(-1, 1, 1, 1)
+    toward, s = (1 - p) * weight[0], 0.3 + 0.4 * torch.rand(1, generator=g).item()
+    for w, quiet in ((2.5, False), (0.7, True)):
+        mine = x_t.clone()
+        try:
+            with torch.set_grad_enabled(not quiet):
+                got = answer(eps.clone(), mine, log_p_y, s, w)
+        except RuntimeError as e:
+            if not quiet or "does not require grad" not in str(e):
+                raise
+            raise Wrong(
+                "samplers call this under torch.no_grad(), where nothing can be differentiated: compute the "
+                "gradient inside `with torch.enable_grad():`.") from None
+        if mine.requires_grad:
+            raise Wrong("the x_t you were given asks for gradients now: work on x_t.detach().requires_grad_().")
+        same(
+            got, eps - w * s * toward, f"the guided eps at w = {w}",
+            {
+                "this goes away from the class: eps is *minus* s times the score, so the classifier's gradient enters "
+                "with a minus sign.": eps + w * s * toward,
+                "the factor s between a score and eps is missing.": eps - w * toward,
+                "the classifier's gradient was divided by s; eps is -s times the score, so multiply.":
+                eps - w / s * toward,
+                "w is missing: the classifier's gradient counts w times.": eps - s * toward,
+                "this is the gradient of p(y | x_t); Bayes' rule needs that of its logarithm.":
+                eps - w * s * toward * p,
+                "the gradient is a B-th of what it should be: take the gradient of the sum over the batch, not of the "
+                "mean.": eps - w * s * toward / len(eps),
+                "this is what the classifier adds; eps itself is missing.": -w * s * toward})
+
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c012
+class _Net(nn.Module): # eps of points in the plane, (B, 1, 1, 2)
+    def __init__(self, width=64):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(34, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+    def forward(self, x_t, t, y=None):
+        x, of_t = x_t.flatten(1), t.float()[:, None] / 1000 * torch.arange(1, 9) * math.pi
+        waves = torch.cat([(x[:, :, None] * torch.arange(1, 5)).flatten(1), of_t], 1)
+        return self.layers(torch.cat([x, waves.sin(), waves.cos()], 1)).view_as(x_t)
+
+def _spiral(u): return 1.5 * torch.stack([u * (3 * math.pi * u).cos(), u * (3 * math.pi * u).sin()], 1)
+
+def _on_spiral(n, g):
+    return _spiral(torch.rand(n, generator=g).sqrt()) + 0.03 * torch.randn(n, 2, generator=g)
+
+@functools.cache
+def _checkpoints(): # {steps: network}
+    g, schedule, found = addressed("spiral"), linear_schedule(), {}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        net = _Net()
+        optimizer = torch.optim.Adam(net.parameters())
+        for step in range(1, 1501):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / 1500))
+            x0, t = _on_spiral(128, g).view(-1, 1, 1, 2), torch.randint(1000, (128,), generator=g)
+            noise = torch.randn(x0.shape, generator=g)
+            loss = (net(schedule.add_noise(x0, noise, t), t) - noise).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step in (100, 300, 1500):
+                found[step] = copy.deepcopy(net).eval().requires_grad_(False)
+    return found
+
+@torch.no_grad()
+def _judge(model): # (mean distance of samples from the curve, share of the data that no sample is near to)
+    x_T = draw_noise((800, 1, 1, 2), addressed("spiral", "judge"))
+    x = ddim(Denoiser(model, linear_schedule(), clip=False), x_T, 30).flatten(1)
+    off = torch.cdist(x, _spiral(torch.linspace(0, 1, 1000))).amin(1).mean().item()
+    missed = (torch.cdist(_on_spiral(400, addressed("spiral", "data")), x).amin(1) > 0.15).float().mean().item()
+    return off, missed
+
+@functools.cache
+def _strong(): return _judge(_checkpoints()[1500])
+
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c013b
+@exercise("6.3", "A bad version of itself", minutes=20, level=3)
+def _auto(answer):
+    model = answer(dict(_checkpoints()), _judge)
+    if not callable(model):
+        raise Wrong(f"a model was expected, a function of (x_t, t, y); {type(model).__name__} came back.")
+    x = torch.zeros(2, 1, 1, 2)
+    if getattr(model(x, torch.tensor([500, 500]), None), "shape", None) != x.shape:
+        raise Wrong("your model should return an eps of the shape of x_t, (B, 1, 1, 2).")
+    (off, missed), (before, missed_before) = _judge(model), _strong()
+    said = (f"Your samples lie {off:.3f} from the spiral on average (the last checkpoint's: {before:.3f}) and miss "
+            f"{missed:.0%} of it ({missed_before:.0%}).")
+    if not math.isfinite(off) or off > 1.3 * before:
+        raise Wrong(f"{said} Further away than without guidance: which answer is the base, and which way does the "
+                    "difference point?")
+    if missed > 0.05:
+        raise Wrong(f"{said} They cover too little of it: a smaller scale, or another weak checkpoint.")
+    if off > 0.98 * before:
+        raise Wrong(f"{said} Nothing has changed: go beyond the strong answer, away from a weak one.")
+    if off > 0.8 * before:
+        raise Wrong(f"{said} Nearer, but not by 20%: a larger scale, or a weak checkpoint that errs in the same way "
+                    "but more.")
+
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c014
+def _moons(): # centres (2, 25, 2)
+    angle = torch.linspace(0, math.pi, 25)
+    moon = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
+    return torch.stack([moon, -moon])
+
+def _exact(x_t, t, y): # eps of the upper moon (0), the lower (1), or both (2)
+    x, centres = x_t.flatten(1), _moons()
+    a, s = linear_schedule().signal_noise(int(t[0]))
+    v = (a * 0.15) ** 2 + s ** 2
+    allowed = torch.stack([y != 1, y != 0], 1).repeat_interleave(25, 1)
+    nearness = -(x[:, None] - a * centres.view(-1, 2)).square().sum(-1) / (2 * v)
+    chance = nearness.masked_fill(~allowed, -math.inf).softmax(1)
+    return (s / v * (x - a * chance @ centres.view(-1, 2))).view_as(x_t)
+
+@functools.cache
+def _walk(interval, w=4): # (probability of the lower moon, spread), mean of two seeds
+    def one(seed):
+        y = torch.zeros(500, dtype=torch.int64)
+        denoiser = guided(Denoiser(_exact, linear_schedule(), y=y, clip=False, null=2), w, interval=interval)
+        x = ddim(denoiser, draw_noise((500, 1, 1, 2), addressed("moons", seed)), 100).flatten(1)
+        each = (-(x[:, None, None] - _moons()).square().sum(-1) / (2 * 0.15 ** 2)).logsumexp(-1)
+        return torch.tensor([each.softmax(1)[:, 1].mean(), x.var(0).sum()])
+    return ((one(0) + one(1)) / 2).tolist()
+
+@exercise("6.4", "Which timesteps need guidance?", minutes=15, level=2)
+def _which(answer):
+    interval = answer()
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2 or not all(type(v) is int for v in interval):
+        raise Wrong("two whole numbers were expected: (first, last) timestep with guidance.")
+    if not 0 <= interval[0] <= interval[1] <= 999:
+        raise Wrong(f"{tuple(interval)} is not an interval of timesteps: 0 <= first <= last <= 999.")
+    (lower, spread), (_, plain) = _walk(tuple(interval)), _walk(None, 1)
+    said = f"with {tuple(interval)}, {lower:.2%} belong to the lower moon; {spread / plain:.0%} of the spread is left."
+    if lower > 0.001 and spread < 0.9 * plain:
+        raise Wrong(f"{said} Both demands fail: this is the wrong end of the walk.")
+    if lower > 0.001:
+        raise Wrong(f"{said} Too many on the wrong moon: guide at more timesteps.")
+    if spread < 0.9 * plain:
+        raise Wrong(f"{said} Too much spread is lost: guide at fewer timesteps, and think which.")
+
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c016
+def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
+    x = np.linspace(-60, 60, 120_001)
+    log_p = -w * (x - mean_c) ** 2 / (2 * var_c) - (1 - w) * (x - mean_u) ** 2 / (2 * var_u)
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    mean = (p * x).sum()
+    return mean, (p * (x - mean) ** 2).sum()
+
+@exercise("6.5", "The density that the formula promises", minutes=15, level=3)
+def _gaussian(answer):
+    g = fresh()
+    for w in (3.0, 1.0, 0.0, 1.7):
+        r = torch.rand(4, generator=g).tolist()
+        mean_c, var_c, mean_u, var_u = 1 + 2 * r[0], 0.5 + r[1], -r[2], 4 + 2 * r[3]
+        got, want = answer(mean_c, var_c, mean_u, var_u, w), _on_a_grid(mean_c, var_c, mean_u, var_u, w)
+        if not isinstance(got, (tuple, list)) or len(got) != 2:
+            raise Wrong("two numbers were expected: (mean, variance).")
+        got = [float(v) for v in got]
+        precision = w / var_c + (1 - w) / var_u
+        line = (1 - w) * mean_u + w * mean_c
+        paper = _on_a_grid(mean_c, var_c, mean_u, var_u, w + 1)
+        close = lambda a, b: abs(a - b) < 1e-4 * (1 + abs(b))
+        if all(map(close, got, paper)) and w != 0:
+            raise Wrong(
+                "these are mean and variance at w + 1: the exponents are w and 1 - w, so that w = 1 gives "
+                "the class as it is.")
+        if close(got[1], var_c ** w * var_u ** (1 - w)) and not close(got[1], want[1]):
+            raise Wrong(
+                "this is the variance of the samples, as in 6.1. The guided density has another: multiply the two "
+                "densities.")
+        if close(got[1], (1 - w) * var_u + w * var_c) and not close(got[1], want[1]):
+            raise Wrong(
+                f"variances were added in the proportion 1-w to w, which gives {got[1]:.3g} at w = {w}: "
+                "when densities are multiplied, it is 1/variance that adds up.")
+        if close(got[1], precision) and not close(got[1], want[1]):
+            raise Wrong("the second number is the precision, 1/variance.")
+        if close(got[1], want[1] ** 0.5) and not close(got[1], want[1]):
+            raise Wrong("the second number is the standard deviation; the variance is its square.")
+        if close(got[0], line) and not close(got[0], want[0]):
+            raise Wrong(
+                "the means were weighed by w and 1-w alone: each counts in proportion to its precision as well.")
+        same(got, list(want), f"(mean, variance) at w = {w}", atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c009
 class _Network: # answers from (image, timestep, label) alone, and counts
@@ -51,153 +270,6 @@ def _question(null=10, n=5): # (x_t, t, y), all images at their own timestep
 def _guided_by(net, x_t, t, y, null, w): # brute force: image by image
     one = lambda i, label: net.of(x_t[i:i + 1], t[i:i + 1], torch.tensor([int(label)]))
     return torch.cat([one(i, null) + w * (one(i, y[i]) - one(i, null)) for i in range(len(y))])
-
-# %% ../../../nbs/workshop/checks/06_guide.ipynb #c010
-@exercise("6.2", "Two answers, one call", minutes=10, level=2)
-def _one_call(answer):
-    (x_t, t, y), null, w, net = _question(), 10, 3.0, _Network()
-    n, got = len(y), answer(net, x_t, t, y, null, w)
-    if len(net.asked) != 1:
-        raise Wrong(
-            f"your function called the network {len(net.asked)} times: put both halves into one batch of 2·B images.")
-    if len(net.asked[0]) != 2 * n:
-        raise Wrong(f"the network was asked about {len(net.asked[0])} images, where 2·B = {2 * n} were expected.")
-    want, nulls = _guided_by(net, x_t, t, y, null, w), torch.full_like(y, null)
-    x2, t2 = (v.repeat_interleave(2, 0) for v in (x_t, t))
-    mixed = torch.stack([nulls, y], 1).flatten()
-    u, c = net.of(x2, t2, mixed).chunk(2)
-    u2, c2 = net.of(x2, t2, torch.cat([nulls, y])).chunk(2)
-    same(
-        got, want, "the guided answer",
-        {
-            "the halves have changed places: the one called uncond holds the answers for y.": _guided_by(
-                net, x_t, t, y, null, 1 - w),
-            "the withheld half carries class 0, which is a class like any other: use null.": net.of(x_t, t, 0 * y)
-            + w * (net.of(x_t, t, y) - net.of(x_t, t, 0 * y)),
-            "repeat_interleave gives image 0, 0, 1, 1, … but chunk(2) expects 0, 1, … and again 0, 1, …: "
-            "halves of different images are compared.": u + w * (c - u),
-            "images and labels of the batch are in different orders: repeat gives 0, 1, …, 0, 1, …, "
-            "repeat_interleave 0, 0, 1, 1, …": u2 + w * (c2 - u2)})
-
-# %% ../../../nbs/workshop/checks/06_guide.ipynb #c012
-@exercise("6.3", "Hide labels, image by image", minutes=10, level=2)
-def _hide(answer):
-    g, null, n, batches = fresh(), 7, 64, 300
-    p = 0.15 + 0.2 * torch.rand(1, generator=g).item()
-    y = torch.randint(null, (n,), generator=g)
-    before, hidden = y.clone(), []
-    a, b = (answer(y.clone(), p, null, torch.Generator().manual_seed(5)) for _ in range(2))
-    for _ in range(batches):
-        got = answer(y, p, null, g)
-        if not y.equal(before):
-            raise Wrong(
-                "the labels you were given have changed: work on a copy (torch.where makes one), or they "
-                "stay hidden for good.")
-        if not torch.is_tensor(got) or got.shape != y.shape:
-            raise Wrong(
-                f"labels of shape {tuple(y.shape)} were expected, and "
-                f"{getattr(got, 'shape', type(got).__name__)} came back.")
-        if got.dtype != y.dtype:
-            raise Wrong(
-                f"the labels came back as {got.dtype}; the rows of a table are counted in int64.".replace("torch.", ""))
-        changed = got != y
-        if (got[changed] != null).any():
-            raise Wrong(
-                f"a hidden label became {int(got[changed & (got != null)][0])}: it should become the null "
-                f"class, {null}, which no real class shares.")
-        hidden.append(changed)
-    h = torch.stack(hidden).double()
-    counts, share, off = h.sum(1), h.mean().item(), 5 * (p * (1 - p) / (n * batches)) ** 0.5
-    if counts.unique().tolist() in ([0, n], [n]):
-        raise Wrong("each batch was hidden whole or not at all: draw one number for each image, not one for the batch.")
-    if abs(share - (1 - p)) < off:
-        raise Wrong(
-            f"you hid {share:.0%} of the labels where {p:.0%} was expected: is the comparison the wrong way round?")
-    if counts.unique().numel() == 1:
-        raise Wrong(
-            f"every batch hides exactly {int(counts[0])} of {n}: give each label its own chance, or the "
-            "images of a batch depend on each other.")
-    if abs(share - p) > off:
-        raise Wrong(f"you hid {share:.1%} of the labels where {p:.1%} was expected.")
-    if h.mean(0).max() > 0.9:
-        raise Wrong("it is always the same images that are hidden: draw anew in each call.")
-    if not a.equal(b):
-        raise Wrong(
-            "two generators with the same seed gave different labels: draw with generator=generator, so "
-            "that a run can be repeated.")
-    ratio = counts.var().item() / (n * p * (1 - p))
-    if not 0.6 < ratio < 1.6:
-        raise Wrong(
-            f"the number of hidden labels varies {ratio:.1f} times as much as independent draws would: "
-            "give each label its own chance.")
-
-# %% ../../../nbs/workshop/checks/06_guide.ipynb #c014
-@exercise("6.4", "Guidance between two timesteps", minutes=10, level=2)
-def _between(answer):
-    g = fresh()
-    w, low, high = 2.5, int(torch.randint(150, 250, (), generator=g)), int(torch.randint(600, 800, (), generator=g))
-    u, c = torch.randn(2, 4, 2, 4, 4, generator=g)
-    t = torch.tensor([low, low - 1, high, high + 1])
-    mix = lambda weights: (1 - weights) * u + weights * c
-    per = lambda values: torch.tensor(values).view(-1, 1, 1, 1)
-    call = lambda t: answer(u.clone(), c.clone(), t, w, low, high)
-    same(
-        call(t), mix(per([w, 1, w, 1])), "the guided answer",
-        {
-            "the weights, of shape (B,), were spread along the width of the images, which happens to be B "
-            "here: view them as (B, 1, 1, 1).": mix(torch.tensor([w, 1, w, 1])),
-            "outside the interval you return uncond; there the plain conditional answer is wanted, which is w "
-            "= 1.": mix(per([w, 0, w, 0])),
-            "one decision was taken for the whole batch: each image has its own timestep.": mix(torch.tensor(w)),
-            "no image was guided: timesteps low and high themselves belong to the interval.": c,
-            "the last timestep, high, belongs to the interval as well.": mix(per([w, 1, 1, 1])),
-            "the first timestep, low, belongs to the interval as well.": mix(per([1, 1, w, 1])),
-            "inside and outside have changed places.": mix(per([1, w, 1, w]))})
-    t = torch.full((4,), 450)
-    same(call(t), mix(torch.tensor(w)), "the guided answer, with all timesteps inside,")
-    same(
-        call(torch.tensor([10, 450, 990, 500])), mix(per([1, w, 1, w])),
-        "the guided answer, well inside and well outside,")
-
-# %% ../../../nbs/workshop/checks/06_guide.ipynb #c016
-def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
-    x = np.linspace(-60, 60, 120_001)
-    log_p = -w * (x - mean_c) ** 2 / (2 * var_c) - (1 - w) * (x - mean_u) ** 2 / (2 * var_u)
-    p = np.exp(log_p - log_p.max())
-    p /= p.sum()
-    mean = (p * x).sum()
-    return mean, (p * (x - mean) ** 2).sum()
-
-@exercise("6.5", "What guidance does to a Gaussian", minutes=15, level=3)
-def _gaussian(answer):
-    g = fresh()
-    for w in (3.0, 1.0, 0.0, 1.7):
-        r = torch.rand(4, generator=g).tolist()
-        mean_c, var_c, mean_u, var_u = 1 + 2 * r[0], 0.5 + r[1], -r[2], 4 + 2 * r[3]
-        got, want = answer(mean_c, var_c, mean_u, var_u, w), _on_a_grid(mean_c, var_c, mean_u, var_u, w)
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
-            raise Wrong("two numbers were expected: (mean, variance).")
-        got = [float(v) for v in got]
-        precision = w / var_c + (1 - w) / var_u
-        line = (1 - w) * mean_u + w * mean_c
-        paper = _on_a_grid(mean_c, var_c, mean_u, var_u, w + 1)
-        close = lambda a, b: abs(a - b) < 1e-4 * (1 + abs(b))
-        if all(map(close, got, paper)) and w != 0:
-            raise Wrong(
-                "these are mean and variance at w + 1: the exponents are w and 1 - w, so that w = 1 gives "
-                "the class as it is.")
-        if close(got[1], (1 - w) * var_u + w * var_c) and not close(got[1], want[1]):
-            raise Wrong(
-                f"variances were added in the proportion 1-w to w, which gives {got[1]:.3g} at w = {w}: "
-                "when densities are multiplied, it is 1/variance that adds up.")
-        if close(got[1], precision) and not close(got[1], want[1]):
-            raise Wrong("the second number is the precision, 1/variance.")
-        if close(got[1], want[1] ** 0.5) and not close(got[1], want[1]):
-            raise Wrong("the second number is the standard deviation; the variance is its square.")
-        if close(got[0], line) and not close(got[0], want[0]):
-            raise Wrong(
-                "the means were weighed by w and 1-w alone: each counts in proportion to its precision as well.")
-        same(got, list(want), f"(mean, variance) at w = {w}", atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c018
 @exercise("6.6", "Debug this: the louder, the less it listens", minutes=10, level=2)
