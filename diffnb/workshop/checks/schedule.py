@@ -119,12 +119,14 @@ def check_denoiser(answer):
         "it is close to the best answer for data without repetition: points that occur twice are twice as likely.":
             _weights(x_t, data.unique(dim=0), a, s) @ data.unique(dim=0)}
     message, distance = min(((m, _squared(got - o)) for m, o in others.items()), key=lambda pair: pair[1])
-    if distance < 0.6 * away:
+    if distance < 0.1 * away:
         raise Wrong("your function is not E[x0 | x_t]; " + message)
     if (got - clean).abs().mean() < 0.99 * (best - clean).abs().mean():
         raise Wrong(
             "your function's absolute error is smaller than that of E[x0 | x_t], and its squared error larger: the "
             "absolute error (L1) asks for the median of what the points may have been, the squared error for the mean.")
+    if distance < 0.6 * away:
+        raise Wrong("your function is not E[x0 | x_t]; " + message)
     raise Wrong(
         f"your function is off by {away:.3f} (squared distance from the best answer), {away / spread:.0%} of what "
         "there is to know; below 1% is expected. New noise in every step, more steps, a falling learning rate?")
