@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffnb.workshop.check import exercises
+
 root = Path(__file__).resolve().parent.parent
 paths = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 names = [str(p.relative_to(root / "nbs").with_suffix("")) for p in paths]
@@ -220,6 +222,7 @@ def test_readme():
     assert not list(dead(readme, root)) and not list(spelled(readme))
     for dotted in re.findall(r"`(diffnb(?:\.\w+)+)[`(]", readme):
         assert exists(dotted), dotted
+    assert f"There are {len(exercises())} exercises" in readme
 
 def test_docstrings_name_lessons_that_are_there():
     for path in (root / "diffnb").rglob("*.py"):

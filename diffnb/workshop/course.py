@@ -72,9 +72,9 @@ def _panel(ax): # everything drawn in one pair of axes
         if len(line.get_ydata()) > 1 and any(v == v for v in line.get_ydata(orig=False))]
     words += curves[:5] + [f"{len(curves) - 5} more curve" + "s" * (len(curves) > 6)] * (len(curves) > 5)
     words += [
-        "bars " + ", ".join(_number(bar.get_height()) for bar in bars[:12])
+        "bars " + ", ".join(map(_number, bars.datavalues[:12]))
         for bars in ax.containers
-        if bars and hasattr(bars[0], "get_height")]
+        if getattr(bars, "datavalues", None) is not None]
     words += [f"{len(c.get_offsets())} points" for c in ax.collections if len(c.get_offsets()) > 1]
     words += ["an image"] * bool(ax.images)
     return "; ".join(words + [t.get_text().replace("\n", " ") for t in ax.texts if t.get_text()][:12])
