@@ -472,7 +472,7 @@ def _mirrors(f):
                        else f.images.labels[::max(1, len(f.images) // 3000)])
 @looks_for(
     "flip-harmful", "critical", "Images are mirrored although mirroring changes what they show",
-    "01_data: Augmentation, on the device, per image", "images")
+    "01_data: Augmentation, per image", "images")
 def _flip_harmful(f):
     if not f.config.images.flip or not (m := _mirrors(f)) or m[0] is None:
         return None
@@ -485,7 +485,7 @@ def _flip_harmful(f):
         text, "flip=False, in a new run",
         "Half of what the model learns to draw is mirrored; no sampler can undo that.", "samples")
 @looks_for(
-    "flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, on the device, per image", "images")
+    "flip-absent", "minor", "Mirror images are not used", "01_data: Augmentation, per image", "images")
 def _flip_absent(f):
     if (
         f.config.images.flip
@@ -499,7 +499,7 @@ def _flip_absent(f):
         "50%): they are as good as new ones.", "flip=True, in a new run",
         "Ho et al. (2020, appendix B) saw sample quality improve slightly on CIFAR-10; it also delays overfitting.",
         "samples")
-@looks_for("imbalance", "moderate", "Classes of very different size", "01_data: The digits", "config")
+@looks_for("imbalance", "moderate", "Classes of very different size", "01_data: Two data sets", "config")
 def _imbalance(f):
     counts = f.data.get("class_counts")
     if not counts or len(counts) < 2:
@@ -543,7 +543,7 @@ def _size_mismatch(f):
         "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
 @looks_for(
     "upscaled", "moderate", "The images are enlarged: more pixels, no more detail",
-    "01_data: Resizing, and what it does not add", "config")
+    "01_data: To another size", "config")
 def _upscaled(f):
     scale = f.size / f.native
     if scale <= 1:
@@ -598,7 +598,7 @@ def _noise_never_pure(f):
         "schedule")
 @looks_for(
     "no-label-dropout", "moderate", "Labels are never hidden, so guidance is impossible",
-    "06_guide: What the network sees", "config")
+    "04_train: Forgetting the label, now and then", "config")
 def _no_label_dropout(f):
     if not f.config.images.conditional:
         return None
@@ -648,7 +648,9 @@ def copies(made,   # uint8 (N, C, H, W)
     usual = usual.nan_to_num(posinf=0)                                              # nothing differs from anything
     grey = math.sqrt(some.shape[1]) / 127.5
     return near.median().item(), usual.item(), (near < usual.mul(COPY).clamp(min=grey)).double().mean().item()
-@looks_for("samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits", "metrics grid")
+@looks_for(
+    "samples-off", "moderate", "The samples do not look like the data", "05_sample: Real digits, real clothes",
+    "metrics grid")
 def _samples_off(f):
     if f.done < LATE:
         return None
@@ -674,7 +676,8 @@ def _copies(f):
     return Problem(
         text, "More data, fewer epochs, dropout; do not publish these samples as new.",
         "None that a score would show: Fréchet distance rewards copies.", "samples")
-@looks_for("no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits", "metrics saved")
+@looks_for(
+    "no-samples", "minor", "Nobody has looked at samples", "05_sample: Real digits, real clothes", "metrics saved")
 def _no_samples(f):
     if f.grid is not None or f.metrics["epoch"][-1] < min(2 * f.config.run.sample_every, f.config.training.epochs):
         return None

@@ -566,7 +566,9 @@ def test_every_check_points_to_a_page_that_exists():
     nbs = Path(__file__).parent.parent / "nbs"
     for c in CHECKS.values():
         page, _, section = c.lesson.partition(": ")
-        assert section in (nbs / f"{page}.ipynb").read_text(), c.lesson
+        cells = json.loads((nbs / f"{page}.ipynb").read_text())["cells"]
+        lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"]]
+        assert any(line.startswith("#") and line.lstrip("# ").startswith(section) for line in lines), c.lesson
 
 
 # --- half-written and wrong folders --------------------------------------------------------------------------------

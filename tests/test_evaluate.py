@@ -591,7 +591,7 @@ def test_files_that_cannot_be_scored(tmp_path, run):
     with pytest.raises(DiffnbError, match="reference="):
         evaluate_run(tmp_path / "mixed", device="cpu")
     np.savez(tmp_path / "few.npz", np.zeros((20, 8, 8, 1), np.uint8))
-    with pytest.raises(DiffnbError, match="has 20 images, and n=21"):
+    with pytest.raises(DiffnbError, match="has 20 images, but n=21"):
         evaluate_run(tmp_path / "few.npz", n=21, reference="digits", device="cpu")
     with pytest.raises(DiffnbError):
         evaluate_run(tmp_path / "nothing here", device="cpu")
