@@ -320,6 +320,45 @@ def test_stored_outputs_match_their_code(name, tmp_path):
 
 # ---- faults, planted ----
 
+# ---- the glossary
+
+chapters = [path for path in paths if path.parent.name == "nbs" and path.stem != "index"]
+
+def prose(path):
+    "Markdown cells of a page, without code, links, headings and tables."
+    drop = f"{formulas}|{code}|" + r"\[[^\]\n]*\]\([^)\n]*\)|^#.*$|^\|.*$"
+    return [(c.source, without(drop, c.source)) for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+
+def too_early(term, page, texts):
+    "Where a term is used before its page has it in bold; texts: {page: (source, prose) of each cell}."
+    word = re.compile(rf"(?<![\w-]){re.escape(term)}(?![\w-])", re.I if term == term.lower() else 0)
+    for name, cells in texts.items():
+        for source, text in cells:
+            if name == page and re.search(rf"\*\*{re.escape(term)}\*\*", source, re.I):
+                return
+            if word.search(text) and page not in source: # a link to that page is a promise, and no use
+                yield f"{term}, introduced in {page}, is used before in {name}: {text[:80]!r}"
+    yield f"{term} is not introduced in {page}: nowhere in bold"
+
+def test_glossary():
+    rows = [
+        re.findall(r"^\| (.+?) \| .+ \| \[(\w+)\]\(\w+\.ipynb\) \|$", c.source, re.M)
+        for c in nbformat.read(root / "nbs/index.ipynb", 4).cells
+        if c.source.startswith("## Glossary")]
+    texts = {path.stem: prose(path) for path in chapters}
+    assert len(rows) == 1 and len(rows[0]) > 40
+    assert [page for _, page in rows[0]] == sorted(page for _, page in rows[0])
+    assert not [wrong for term, page in rows[0] for wrong in too_early(term, page, texts)]
+
+def test_a_term_used_too_early_is_seen():
+    def early(*cells):
+        return list(too_early("simple loss", "02_b", {"01_a": [(cells[0],) * 2], "02_b": [(c, c) for c in cells[1:]]}))
+    assert early("the simple loss", "The **simple loss** is") and early("", "a simple loss", "The **Simple loss** is")
+    assert early("", "a simple loss") and early("simple loss", "")
+    assert not early("simple loss, see 02_b", "The **simple loss** is")
+    assert not early("simple losses", "**simple loss**")
+
+
 def notebook(source="1", cell="code", **output):
     make = (
         nbformat.v4.new_code_cell
