@@ -40,21 +40,17 @@ def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
                 cols=8,      # images in a row
                 size=1.0,    # side of one image, inches
                 title=None,  # one line above all
-                smooth=None, # draw pixels as a smooth surface, not as squares; None: below 16 pixels, to help the eye
                ) -> "plt.Figure":
-    "Draw images as a grid. Values outside [-1, 1] are clamped, as a viewer would."
+    "Draw images as a grid, each pixel as a square. Values outside [-1, 1] are clamped, as a viewer would."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     cols = min(cols, len(images))
     rows = -(-len(images) // cols)
     fig, axes = plt.subplots(rows, cols, squeeze=False, layout="compressed",
                              figsize=(cols * size, rows * (size + 0.25 * (titles is not None)) + 0.3 * bool(title)))
-    smooth = images.shape[-1] < 16 if smooth is None else smooth
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images.cpu())):
-        ax.imshow(
-            rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255,
-            interpolation="bicubic" if smooth else "nearest")
+        ax.imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         if titles is not None:
             ax.set_title(titles[i], fontsize=8)
     if title:

@@ -516,7 +516,7 @@ def of_data(w):
     yield "to_uint8", Case(D.to_uint8, x0=V(x0, -x0))
     yield "addressed", Case(D.addressed, key=V((0, "a"), (0, "b")), device=refused("cpu", "cuda"))
     yield "show_images", Case(D.show_images, images=V(images, 255 - images), titles=V(None, ["a", "b"]), cols=V(8, 1),
-        size=V(1.0, 2.0), title=V(None, "above"), smooth=V(None, False))
+        size=V(1.0, 2.0), title=V(None, "above"))
     yield "sync_folder", Case(D.sync_folder, folder=refused(w, w / "nowhere"))
     yield "write_whole", Case(D.write_whole, path=V("a", "b"), data=V("one", b"two"))
     yield "resize", Case(D.resize, images=V(images, 255 - images), size=V(4, 5), filter=V("bicubic", "nearest"))
