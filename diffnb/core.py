@@ -288,9 +288,9 @@ def _checked(path, tensors, meta, model):
         _same_model(_whole(meta["model"]), model, path)
     return tensors, meta
 
-def _same_model(written, asked, run):
+def _same_model(written, expected, run):
     "Weights may fit by shape alone and still belong to another image size, so compare the descriptions."
-    for k, v in asked.items():
+    for k, v in expected.items():
         if written.get(k) != v:
             raise DiffnbError(
                 f"{run}: the checkpoint belongs to a model with {k}={written.get(k)!r:.100}, but config.json "

@@ -93,14 +93,14 @@ def findings(facts # Facts
     for c in CHECKS.values():
         if any(getattr(facts, need) is None for need in c.needs):
             continue
-        said = c.look(facts)
-        if isinstance(said, str):
-            found.append(Finding(c.id, "good", c.title, c.lesson, said))
-        elif said:
+        result = c.look(facts)
+        if isinstance(result, str):
+            found.append(Finding(c.id, "good", c.title, c.lesson, result))
+        elif result:
             found.append(
                 Finding(
-                    c.id, said.severity or c.severity, c.title, c.lesson, said.evidence, said.advice, said.effect,
-                    said.figure))
+                    c.id, result.severity or c.severity, c.title, c.lesson, result.evidence, result.advice,
+                    result.effect, result.figure))
     return sorted(found, key=lambda x: order.index(x.severity))
 
 # %% ../nbs/08_doctor.ipynb #c037
@@ -459,12 +459,12 @@ def mirror_test(images,      # uint8 (N, C, H, W)
         warnings.simplefilter("ignore", ConvergenceWarning)
         odd = flat(x - x.flip(-1))
         sides = lambda v: (np.concatenate([v, -v]), np.repeat([1, 0], len(v)))
-        told = read().fit(*sides(odd[:half])).score(*sides(odd[half:]))
+        recognised = read().fit(*sides(odd[:half])).score(*sides(odd[half:]))
         if labels is None or len(labels[index[:half]].unique()) < 2:
-            return None, None, told
+            return None, None, recognised
         y = labels[index].numpy()
         model = read().fit(flat(x[:half]), y[:half])
-    return model.score(flat(x[half:]), y[half:]), model.score(flat(x[half:].flip(-1)), y[half:]), told
+    return model.score(flat(x[half:]), y[half:]), model.score(flat(x[half:].flip(-1)), y[half:]), recognised
 
 # %% ../nbs/08_doctor.ipynb #c054
 def _mirrors(f):
@@ -535,11 +535,11 @@ def _size_mismatch(f):
         sizes["checkpoint"] = f.saved[1]["model"]["image_size"]
     if f.scores:
         sizes["scores"] = f.scores["score"].get("size")
-    told = ", ".join(f"{k} {v}" for k, v in sizes.items() if v)
+    listed = ", ".join(f"{k} {v}" for k, v in sizes.items() if v)
     if len({v for v in sizes.values() if v}) == 1:
-        return f"All agree: {told}."
+        return f"All agree: {listed}."
     return Problem(
-        f"In pixels: {told}.", "Find out which is meant, and make the others anew.",
+        f"In pixels: {listed}.", "Find out which is meant, and make the others anew.",
         "Weights for one size make no good pictures in another; scores cannot be compared.", "samples")
 @looks_for(
     "upscaled", "moderate", "The images are enlarged: more pixels, no more detail",
@@ -880,12 +880,12 @@ def verdict(facts, # Facts
         return [
             f"Nothing can be said about the loss: {_no_metrics(facts)}.",
             *[x.title + "." for x in found if x.severity == "critical"]]
-    said = [_good(facts), _falling(facts), _stop(facts, found)]
+    sentences = [_good(facts), _falling(facts), _stop(facts, found)]
     if facts.scores:
-        said.append(
+        sentences.append(
             "How good the pictures are is another question, and was measured: "
             f"{facts.scores['score'].get('text', facts.scores['score']['value'])}; real images get "
             f"{facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}.")
     else:
-        said.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
-    return said
+        sentences.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
+    return sentences

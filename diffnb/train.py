@@ -109,14 +109,14 @@ def draw_batch(data,   # ImageData
                device, # where to
               ) -> Batch: # x0 (B, C, H, W) in [-1, 1], t (B,), noise like x0, y (B,) or None
     "All that step `step` needs: a function of its arguments alone."
-    seed, asked = config.training.seed, config.images
+    seed, images = config.training.seed, config.images
     g = addressed(seed, "batch", step, device=device)
     index = to_device(batch_indices(len(data), config.training.batch_size, seed, step), data.images.device)
-    x0 = augment(to_float(to_device(data.take(index), device)), g, asked.flip, asked.jitter)
+    x0 = augment(to_float(to_device(data.take(index), device)), g, images.flip, images.jitter)
     t = draw_timesteps(len(x0), config.noise.T, g, config.noise.logit_normal)
     noise = torch.randn(x0.shape, device=device, generator=g)
-    y = to_device(data.labels[index], device) if asked.conditional and data.labels is not None else None
-    return Batch(x0, t, noise, drop_labels(y, asked.label_dropout, len(data.classes), g))
+    y = to_device(data.labels[index], device) if images.conditional and data.labels is not None else None
+    return Batch(x0, t, noise, drop_labels(y, images.label_dropout, len(data.classes), g))
 
 # %% ../nbs/04_train.ipynb #c019
 def lr_at(step,   # 0, 1, …, total-1
@@ -230,10 +230,10 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, config) -> torch.optim.Optimizer: # config: TrainConfig
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
-    asked, fused = config.training, config.run.fused and next(model.parameters()).device.type != "mps"
+    training, fused = config.training, config.run.fused and next(model.parameters()).device.type != "mps"
     how = dict(
-        lr=asked.lr, weight_decay=asked.weight_decay, fused=fused, foreach=None if config.run.fused else False)
-    if asked.optimizer == "adamw":
+        lr=training.lr, weight_decay=training.weight_decay, fused=fused, foreach=None if config.run.fused else False)
+    if training.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **how)
     hidden = hidden_matrices(model)
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
@@ -248,13 +248,13 @@ def moments_of(optimizer, p) -> tuple: # names
 
 def make_averages(model, config) -> dict: # TrainConfig -> EMA by name: "ema", "ema2", …
     "One average, or one for each of `ema_half_lives`, in their order."
-    asked, fused = config.training, config.run.fused
-    if asked.ema_half_lives is None:
-        return {"ema": EMA(model, asked.ema_decay, fused)}
+    training, fused = config.training, config.run.fused
+    if training.ema_half_lives is None:
+        return {"ema": EMA(model, training.ema_decay, fused)}
     return {
         f"ema{i or ''}": EMA(
-            model, fused=fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (asked.batch_size / h))))
-        for i, h in zip((0, *range(2, 100)), asked.ema_half_lives)}
+            model, fused=fused, **(dict(share=h) if h < 1 else dict(decay=0.5 ** (training.batch_size / h))))
+        for i, h in zip((0, *range(2, 100)), training.ema_half_lives)}
 
 # %% ../nbs/04_train.ipynb #c046
 BINS = 10
@@ -310,11 +310,11 @@ class TrainState:
 
     def prepare(self, total, address=()) -> None: # steps of the run; of this rank
         "Set the learning rate of this step, and seed what dropout draws in it."
-        asked = self.config.training
+        training = self.config.training
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.step, total, asked.lr, asked.warmup, asked.decay_share)
+            group["lr"] = lr_at(self.step, total, training.lr, training.warmup, training.decay_share)
         if self.config.network.dropout:
-            torch.manual_seed(addressed(asked.seed, "dropout", self.step, *address).initial_seed())
+            torch.manual_seed(addressed(training.seed, "dropout", self.step, *address).initial_seed())
 
     def average(self) -> None:
         "Move every average towards the weights."

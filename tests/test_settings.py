@@ -555,7 +555,8 @@ def of_reader(w):
     listing = new(lambda: D.Listing(pathlib.Path("d"), [a, b]))
     said = lambda _, args: (args.self.taken, str(args.self))
     yield "Listing.leave", Case(D.Listing.leave, said, self=listing, path=V(a, b), reason=V("old", "new"))
-    yield "Listing.keep", Case(D.Listing.keep, said, self=listing, wanted=V(a.__eq__, b.__eq__), reason=V("old", "new"))
+    yield "Listing.keep", Case(
+        D.Listing.keep, said, self=listing, keep_if=V(a.__eq__, b.__eq__), reason=V("old", "new"))
     yield "our_own", Case(D.our_own, folder=V(w / "u", w / "flat"))
     D.save_grid(load_data("digits").images[:4], w / "grid.png")
     yield "is_grid", Case(D.is_grid, path=V(w / "grid.png", w / "flat/0.png"))

@@ -100,11 +100,11 @@ def _difference(got, want, what, atol): # the message for values that differ
         return f"{what} is {got.item():.5g} where {want.item():.5g} was expected."
     bad = ~torch.isclose(got, want, rtol=1e-5, atol=atol, equal_nan=True)
     where = tuple(bad.nonzero()[0].tolist())
-    said = (f"{what} is wrong in {bad.sum()} of {bad.numel()} places, first{_place(where)}: "
+    message = (f"{what} is wrong in {bad.sum()} of {bad.numel()} places, first{_place(where)}: "
             f"{got[where]:.5g} where {want[where]:.5g} was expected.")
     if want.numel() < 8 or not want.isfinite().all():
-        return said
-    return said + (f" Its mean is {got.mean():.3g} and its standard deviation {got.std():.3g}; "
+        return message
+    return message + (f" Its mean is {got.mean():.3g} and its standard deviation {got.std():.3g}; "
                    f"{want.mean():.3g} and {want.std():.3g} were expected.")
 
 def same(got,       # what the learner's function returned
@@ -182,10 +182,10 @@ def _own_line(e, check_code): # " in line 3 of your code, `y = x @ z`", or "" wi
     return f" in line {own[-1][1]} of your code" + (f", `{text}`" if text else "")
 
 def _explain(e, check_code): # the message for an exception other than `Wrong`
-    said, line = (str(e).splitlines() or [""])[0][:300], _own_line(e, check_code)
+    message, line = (str(e).splitlines() or [""])[0][:300], _own_line(e, check_code)
     if line:
-        return f"{type(e).__name__}{line}: {said}"
-    return (f"the check could not use your answer ({type(e).__name__}: {said}). "
+        return f"{type(e).__name__}{line}: {message}"
+    return (f"the check could not use your answer ({type(e).__name__}: {message}). "
             "Does it take the arguments and return the kind of result that the task asks for?")
 
 # %% ../../nbs/workshop/check.ipynb #c026
@@ -196,8 +196,8 @@ def _progress_file(folder=None): # the progress.json of the workbook around `fol
 def read_progress(path) -> dict: # with "solved": {id: date} and "files": {name: hash}
     "The content of a progress.json. Raises DiffnbError if it cannot be read."
     try:
-        said = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {**said, "solved": dict(said.get("solved", {})), "files": dict(said.get("files", {}))}
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {**stored, "solved": dict(stored.get("solved", {})), "files": dict(stored.get("files", {}))}
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise DiffnbError(f"{path} cannot be read ({e}): repair it, or write {{}} into it to start again") from e
 
@@ -205,11 +205,11 @@ def _record(id):
     path = _progress_file()
     if path is None:
         return
-    said = read_progress(path)
-    if id in said["solved"]:
+    stored = read_progress(path)
+    if id in stored["solved"]:
         return                        # keep the first date
-    said["solved"][id] = datetime.date.today().isoformat()
-    write_whole(path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    stored["solved"][id] = datetime.date.today().isoformat()
+    write_whole(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/workshop/check.ipynb #c027
 def _verdict(exercise, answer): # "right", "not yet" or "wrong", and a sentence
@@ -236,8 +236,8 @@ def check(id,     # of the exercise, e.g. "2.1"
          ) -> bool: # True if it is right
     "Try an answer and print one line about it. Raises DiffnbError for an unknown id, and nothing for a wrong answer."
     exercise = _find(id)
-    word, said = _verdict(exercise, answer)
-    print(f"{ {'right': '✓', 'wrong': '✗', 'not yet': '○'}[word]} {exercise.id} {exercise.title}: {said}")
+    word, message = _verdict(exercise, answer)
+    print(f"{ {'right': '✓', 'wrong': '✗', 'not yet': '○'}[word]} {exercise.id} {exercise.title}: {message}")
     if word == "right":
         try:
             _record(exercise.id)

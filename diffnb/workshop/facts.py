@@ -149,11 +149,11 @@ def _cut_grid(path, size, channels):
 def _evaluation(path):
     # evaluation.json as a dict with at least the score and its floor; None if it is missing or has other content
     try:
-        told = json.loads(path.read_text())
-        float(told["score"]["value"])
-        float(told["floor"]["value"])
-        int(told["score"]["n"])
-        return told
+        stored = json.loads(path.read_text())
+        float(stored["score"]["value"])
+        float(stored["floor"]["value"])
+        int(stored["score"]["n"])
+        return stored
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -37,17 +37,17 @@ def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
     check_sampling(batch_size=batch_size, seed=seed)
     compiled = getattr(denoiser.model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
-        asked = numbers[start:start + batch_size]
+        chunk = numbers[start:start + batch_size]
         # pad the last batch: another batch size would be compiled again
-        ks = asked + asked[-1:] * (batch_size - len(asked)) if compiled and start else asked
+        ks = chunk + chunk[-1:] * (batch_size - len(chunk)) if compiled and start else chunk
         x_T = draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device)
         dice = [addressed(seed, "sample", k) for k in ks]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             x0 = sampler(denoiser.take(ks), x_T, generator=dice, **settings)
-        yield asked, to_uint8(x0[:len(asked)]).cpu()
+        yield chunk, to_uint8(x0[:len(chunk)]).cpu()
 
 # %% ../../nbs/workshop/generate.ipynb #c082
-def _told(f): # a name that is the same in every process
+def _stable_name(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
 def _name_of(y):
@@ -81,9 +81,9 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
         raise DiffnbError(f"{len(y)} labels for {n} images: give one for each")
     packed = out.suffix.lower() == ".npz"
     folder = out.with_name(out.name + ".parts") if packed else out
-    facts, told = folder / "samples.json", _made_with(denoiser, shape, n, seed, settings)
+    facts, details = folder / "samples.json", _made_with(denoiser, shape, n, seed, settings)
     with ExitStack() as held:
-        ranks.first(lambda: ranks.rank or _open_samples(folder, facts, told, held, out if packed else None))
+        ranks.first(lambda: ranks.rank or _open_samples(folder, facts, details, held, out if packed else None))
         missing = [k for k in range(ranks.rank, n, ranks.world_size) if not (folder / f"{k:06d}.png").exists()]
         for ks, images in sample_batches(denoiser, shape, missing, seed=seed, **settings):
             for k, image in zip(ks, images):
@@ -133,13 +133,14 @@ _options = {
     "clip": "", "rescale": "", "interval": ""}
 
 def _made_with(denoiser, shape, n, seed, settings): # dict of strings for samples.json
-    asked = {k: getattr(denoiser, k) for k in ("prediction", "clip", "rescale", "interval") if hasattr(denoiser, k)}
-    asked |= {"guidance_scale": float(denoiser.guidance_scale)}
-    asked |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress")}
+    details = {k: getattr(denoiser, k) for k in ("prediction", "clip", "rescale", "interval") if hasattr(denoiser, k)}
+    details |= {"guidance_scale": float(denoiser.guidance_scale)}
+    details |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress")}
     return {"seed": seed, "shape": list(shape), "model": fingerprint(denoiser.model, denoiser.schedule),
-            **{k: _told(v) for k, v in asked.items()}, "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
+            **{k: _stable_name(v) for k, v in details.items()},
+            "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
 
-def _open_samples(folder, facts, told, held, packed=None):
+def _open_samples(folder, facts, details, held, packed=None):
     "Lock the folder, check that it holds nothing else, and record the settings of its images."
     strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
     if strange and folder.exists() and not facts.exists():
@@ -151,12 +152,12 @@ def _open_samples(folder, facts, told, held, packed=None):
         left.unlink()                    # left by a killed process
     if facts.exists():
         before = _facts(facts)
-        if changes := _changes(before, told):
+        if changes := _changes(before, details):
             raise DiffnbError(f"{folder} holds samples of another model or with other settings: {'; '.join(changes)}. "
                               "Choose another place (command line: --out), or the old settings")
-        if len(before["labels"]) > len(told["labels"]):
-            told = before
-    write_whole(facts, json.dumps(told))
+        if len(before["labels"]) > len(details["labels"]):
+            details = before
+    write_whole(facts, json.dumps(details))
 
 def _refuse_existing(path):
     if path and path.exists():

@@ -161,12 +161,12 @@ class Listing:
         "Record a path as left out for this reason."
         self.left.setdefault(reason, []).append(path)
 
-    def keep(self, wanted, reason) -> None:
-        "Keep the images for which `wanted(path)` is true; leave out the others for `reason`."
+    def keep(self, keep_if, reason) -> None:
+        "Keep the images for which `keep_if(path)` is true; leave out the others for `reason`."
         for path in self.taken:
-            if not wanted(path):
+            if not keep_if(path):
                 self.leave(path, reason)
-        self.taken = [path for path in self.taken if wanted(path)]
+        self.taken = [path for path in self.taken if keep_if(path)]
 
     def __str__(self):
         text = f"{shown(self.folder)}: {len(self.taken)} image{'s' * (len(self.taken) != 1)}"
@@ -271,14 +271,14 @@ def _reason(entry, formats):
         return "grid or chart of diffnb"
     if suffix in _suffixes(formats):
         return ""
-    wanted = "image" if len(formats) == len(image_formats) else " or ".join(formats)
+    expected = "image" if len(formats) == len(image_formats) else " or ".join(formats)
     if suffix:
-        return f"image, but no {wanted}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
+        return f"image, but no {expected}" if suffix in _suffixes(tuple(image_formats)) else "other suffix"
     try:
         with _open(entry.path, formats):
             return ""
     except Exception:
-        return f"no suffix, and no {wanted} inside"
+        return f"no suffix, and no {expected} inside"
 
 # %% ../../nbs/workshop/reader.ipynb #c041b
 def match_classes(labels, # int64 (N,), positions in `have`

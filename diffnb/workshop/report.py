@@ -29,17 +29,17 @@ plt = late_import("matplotlib.pyplot")
 def _fig_loss(f, ax):
     m = f.metrics
     ax.semilogy(m["images"], m["loss"], lw=1, label="loss")
-    said = f"Loss against images seen, from {m['loss'][0]:.3g} to {m['loss'][-1]:.3g}"
+    text = f"Loss against images seen, from {m['loss'][0]:.3g} to {m['loss'][-1]:.3g}"
     if f.floor is not None:
         ax.axhline(f.floor_mean, ls="--", color="black", lw=1, label=f"best Gaussian: {f.floor_mean:.4f}")
-        said += f", with the Gaussian floor at {f.floor_mean:.4f}"
+        text += f", with the Gaussian floor at {f.floor_mean:.4f}"
     at = spikes(m["loss"])
     if len(at):
         ax.plot(m["images"][at], m["loss"][at], "rx", label="spikes")
     ax.axvspan(f.late()["images"][0], m["images"][-1], alpha=0.1, label="last third of the rows")
     ax.set(xlabel="images seen", ylabel="loss (MSE)")
     ax.legend(fontsize=7)
-    return said + "."
+    return text + "."
 
 def _fig_bins(f, ax):
     late, x = f.late(), np.arange(BINS)
@@ -64,13 +64,13 @@ def _curve(f, ax, column, label, reference=None, name=""):
     m = f.metrics
     ax.plot(m["step"], m[column], lw=1, label="logged")
     ax.set(xlabel="step", ylabel=label, ylim=(0, None))
-    said = f"{label.capitalize()} against steps: {m[column][0]:.3g} in the first row, "
-    said += f"{np.median(f.late()[column]):.3g} in the last third (median)"
+    text = f"{label.capitalize()} against steps: {m[column][0]:.3g} in the first row, "
+    text += f"{np.median(f.late()[column]):.3g} in the last third (median)"
     if reference:
         ax.plot(*reference, "k--", lw=1, label=name)
         ax.legend(fontsize=7)
-        said += f"; dashed, {name}"
-    return said + "."
+        text += f"; dashed, {name}"
+    return text + "."
 
 def _fig_lr(f, ax):
     steps = np.arange(0, f.total, max(1, f.total // 300))
@@ -325,14 +325,14 @@ def watch(run,        # the run folder that train will fill
           say=print,  # called with each warning
          ) -> Callable: # a function for train(on_log=...)
     "Run the cheap checks during training; `say` gets each warning once."
-    said = set()
+    announced = set()
     def on_log(_):
         facts = gather(run, live=True)
         facts.floor = floor
         for x in findings(facts):
-            if x.severity == "good" or x.id in said:
+            if x.severity == "good" or x.id in announced:
                 continue
-            said.add(x.id)
+            announced.add(x.id)
             say(f"[doctor, step {facts.step}] {x.severity}: {x.title}. {x.evidence} Do: {x.advice}")
     return on_log
 

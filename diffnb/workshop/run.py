@@ -224,13 +224,13 @@ class Recorder:
 
     def after_step(self, interrupted) -> bool:
         "Log, save and draw what is due after a step; True if the run should end here."
-        asked, done = self.state.config.run, self.state.step == self.total
-        ended = (self.state.step % asked.log_every == 0 or done) and self.log()
+        settings, done = self.state.config.run, self.state.step == self.total
+        ended = (self.state.step % settings.log_every == 0 or done) and self.log()
         ended = self.ranks.any(ended or interrupted)
-        if ended or done or self.due(asked.checkpoint_every):
+        if ended or done or self.due(settings.checkpoint_every):
             self.save()    # before the picture, because sampling may fail
         # a signal that arrives from here on takes effect after the next step
-        if (done or self.due(asked.sample_every) and not ended) and self.grid():
+        if (done or self.due(settings.sample_every) and not ended) and self.grid():
             self.save()
             return True
         return ended
@@ -312,8 +312,8 @@ def _change_of_plan(config, data, meta, step, total, run="RUN"):
     before = total_steps(config.change(epochs=epochs), len(data))
     if before == total:
         return ""
-    asked = config.training
-    def rate(step, total): return lr_at(min(step, total - 1), total, asked.lr, asked.warmup, asked.decay_share)
+    training = config.training
+    def rate(step, total): return lr_at(min(step, total - 1), total, training.lr, training.warmup, training.decay_share)
     old, new = rate(step, before), rate(step, total)
     same = all(math.isclose(rate(s, before), rate(s, total)) for s in (*range(0, step, max(1, step // 100)), step))
     return (

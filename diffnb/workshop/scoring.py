@@ -210,11 +210,12 @@ def _config_of(source, trained): # TrainConfig; for a run, with the current plac
     return config.change(data=read_config(source)["config"].images.data) if _kind(source) == "run" else config
 
 def _sampled(out, trained, denoiser, n, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
-    told, w = getattr(sampler, "__name__", "sampler"), denoiser.guidance_scale
-    name = f"step_{trained.step:09d}_{told}{steps}" + (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "")
+    sampler_name, w = getattr(sampler, "__name__", "sampler"), denoiser.guidance_scale
+    name = f"step_{trained.step:09d}_{sampler_name}{steps}"
+    name += (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "")
     folder = sample_to(
         out / "evaluation" / name, denoiser, trained.shape, n, sampler=sampler, steps=steps, seed=seed, **settings)
-    return read_images(folder, n)[0], {"step": trained.step, "sampler": told, "steps": steps, "seed": seed,
+    return read_images(folder, n)[0], {"step": trained.step, "sampler": sampler_name, "steps": steps, "seed": seed,
                                        "guidance": w if trained.classes else None}
 
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz

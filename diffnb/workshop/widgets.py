@@ -157,9 +157,9 @@ class Interactive:
     def html(self, **values) -> str:
         "One picture with its caption, as HTML."
         image, caption = self.draw(**values)
-        told = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace(
+        html = picture(image, f"{self.alt}: {caption}", self.width, self.smooth).replace(
             "<img ", f'<img onload="{escape(" ".join(_names.split()))}" ', 1)
-        return told + f'<div aria-live="polite">{escape(caption)}</div>'
+        return html + f'<div aria-live="polite">{escape(caption)}</div>'
 
     def frames(self) -> str:
         "The pictures of `stored`, as HTML that works without a kernel."

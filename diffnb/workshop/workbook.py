@@ -113,13 +113,13 @@ def make_workbook(out,            # folder: new, empty, or a workbook made earli
     if out.exists() and any(out.iterdir()) and not progress.exists():
         raise DiffnbError(
             f"{out} is not empty and is not a workbook (it has no progress.json): choose a new folder, or an empty one")
-    said = read_progress(progress) if progress.exists() else {"diffnb": "", "solved": {}, "files": {}}
+    stored = read_progress(progress) if progress.exists() else {"diffnb": "", "solved": {}, "files": {}}
     nbformat = _jupyter("nbformat")
     texts = {name: nbformat.writes(learners_page(nbformat.read(path, 4), solutions)) + "\n" for name, path in pages}
     texts["progress.ipynb"] = nbformat.writes(_progress_page()) + "\n"
     save = lambda: write_whole(
-        progress, json.dumps({**said, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")
+        progress, json.dumps({**stored, "diffnb": diffnb.__version__}, indent=1, ensure_ascii=False) + "\n")
     save()                                           # first, so that an interrupted workbook is recognised as one
-    done = [_put(out, name, text, said["files"]) for name, text in texts.items()]
+    done = [_put(out, name, text, stored["files"]) for name, text in texts.items()]
     save()
     return done

@@ -351,8 +351,8 @@ bug(
     "generator=generator) >= p, null, y)")
 bug(
     "null-off-by-one", "hidden labels become the last class",
-    "drop_labels(y, asked.label_dropout, len(data.classes), g)",
-    "drop_labels(y, asked.label_dropout, len(data.classes) - 1, g)")
+    "drop_labels(y, images.label_dropout, len(data.classes), g)",
+    "drop_labels(y, images.label_dropout, len(data.classes) - 1, g)")
 bug(
     "last-timestep-untrained", "the last timestep is never drawn", "return torch.randint(T, (n,),",
     "return torch.randint(T - 1, (n,),")
@@ -420,7 +420,7 @@ bug(
     "        if self.share is None:\n            return ema_decay_at(step, self.decay)",
     "        return self.share or ema_decay_at(step, self.decay)")
 bug(
-    "half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (asked.batch_size / h)",
+    "half-life-in-steps", "half-lives in images are counted in steps", "0.5 ** (training.batch_size / h)",
     "0.5 ** (1 / h)")
 bug(
     "one-average-moves", "only the first of several averages is updated",
@@ -475,16 +475,16 @@ bug(
     "ema-of-last-step-only", "the average counts its updates from the end, so that its warm-up never ends",
     "ema.update(self.model, self.step)", "ema.update(self.model, 0)")
 bug(
-    "ema-decay-ignored", "the average decays by its default", "EMA(model, asked.ema_decay, fused)",
+    "ema-decay-ignored", "the average decays by its default", "EMA(model, training.ema_decay, fused)",
     "EMA(model, fused=fused)")
 bug(
-    "weight-decay-ignored", "weight decay is ignored", "weight_decay=asked.weight_decay, fused=fused",
+    "weight-decay-ignored", "weight decay is ignored", "weight_decay=training.weight_decay, fused=fused",
     "weight_decay=0.0, fused=fused")
-bug("jitter-ignored", "colour jitter is ignored", "g, asked.flip, asked.jitter)", "g, asked.flip)")
-bug("flip-ignored", "images are never mirrored", "g, asked.flip, asked.jitter)", "g, False, asked.jitter)")
+bug("jitter-ignored", "colour jitter is ignored", "g, images.flip, images.jitter)", "g, images.flip)")
+bug("flip-ignored", "images are never mirrored", "g, images.flip, images.jitter)", "g, False, images.jitter)")
 bug(
     "dropout-same-units", "dropout drops the same units at every step",
-    'addressed(asked.seed, "dropout", self.step, *address)', 'addressed(asked.seed, "dropout", *address)',
+    'addressed(training.seed, "dropout", self.step, *address)', 'addressed(training.seed, "dropout", *address)',
     tests="test_train.py -k dropout_has_an_address", page=False)
 bug(
     "dropout-asleep", "the network trains in eval mode, in which nothing is dropped",
@@ -495,16 +495,16 @@ bug(
     'group["lr"] = lr_at(self.step,', 'group["lr"] = lr_at(0,')
 bug(
     "warmup-ignored", "the loop warms up for 500 steps, whatever was asked for",
-    "lr_at(self.step, total, asked.lr, asked.warmup,", "lr_at(self.step, total, asked.lr, 500,")
+    "lr_at(self.step, total, training.lr, training.warmup,", "lr_at(self.step, total, training.lr, 500,")
 bug(
     "accumulate-ignored", "a batch goes through the network in one piece, whatever memory there is",
     "b.chunk(k) for b in batch", "[b] for b in batch")
 bug(
-    "label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, asked.label_dropout,",
+    "label-dropout-ignored", "labels are hidden as often as by default", "drop_labels(y, images.label_dropout,",
     "drop_labels(y, 0.1,")
 bug(
     "conditional-ignored", "the network is told the class although it should not be",
-    "if asked.conditional and data.labels is not None else None", "if data.labels is not None else None")
+    "if images.conditional and data.labels is not None else None", "if data.labels is not None else None")
 bug(
     "noise-ignores-seed", "runs with different seeds draw the same noise", 'addressed(seed, "batch", step,',
     'addressed(0, "batch", step,')
@@ -1021,7 +1021,7 @@ bug(
 # ---------------------------------------------------------------- workshop report
 bug = lesson("workshop/report", tests="")
 bug(
-    "watch-repeats", "each warning is repeated at every row", 'if x.severity == "good" or x.id in said:',
+    "watch-repeats", "each warning is repeated at every row", 'if x.severity == "good" or x.id in announced:',
     'if x.severity == "good" :', tests="test_doctor.py")
 
 
