@@ -42,8 +42,8 @@ def main(argv=None):
     config = make_config(m.settings)
     features = make_features(a.features, config.images.data, device, a.inception)
     real = load_data(
-        config.images.data, config.images.image_size, split="test", filter=config.images.interpolation, root=a.data_root
-    )
+        config.images.data, config.images.image_size, split="test", interpolation=config.images.interpolation,
+        root=a.data_root)
     reference, made, rows = Moments(features.batches(real)), {}, {}
     for name, how in VARIANTS.items():
         denoiser = m.denoiser(torch.arange(a.n) % len(m.classes) if m.classes else None)

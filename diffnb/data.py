@@ -68,7 +68,7 @@ class ImageData:
     classes: tuple = ()          # class names, in the order of the labels
     native_size: int = 0         # side of the original images in pixels (of a mixed folder: the median shorter side)
     size: int = 0                # side of what `take` returns
-    filter: str = "bicubic"      # how one became the other
+    interpolation: str = "bicubic"      # how one became the other
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
     digest: str = ""             # of a folder: sha256 of names and contents, wherever it is; else name and split
     split: str = ""              # "train" or "test", where the set has splits
@@ -81,7 +81,7 @@ class ImageData:
         images = self.images[index]
         if images.shape[-1] == self.size and images.shape[-2] == self.size:
             return images
-        return resize(images, self.size, self.filter)
+        return resize(images, self.size, self.interpolation)
 
     def to(self, device) -> "ImageData":
         "The same data with images and labels on another device."
@@ -109,11 +109,12 @@ def augment(x0,           # (B, C, H, W), in [-1, 1]
 # %% ../nbs/01_data.ipynb #c023
 def resize(images, # uint8 or float (…, C, H, W)
            size,   # of a square's side, or [height, width]
-           filter="bicubic", # or "bilinear", "nearest"
+           interpolation="bicubic", # or "bilinear", "nearest"
           ) -> torch.Tensor: # of the same dtype
     "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."
     batch = images.reshape(-1, *images.shape[-3:]).float()
-    batch = F.interpolate(batch, size, mode=filter, **({} if filter == "nearest" else {"antialias": True}))
+    batch = F.interpolate(
+        batch, size, mode=interpolation, **({} if interpolation == "nearest" else {"antialias": True}))
     if images.dtype == torch.uint8:
         batch = batch.round().clamp(0, 255)
     return batch.to(images.dtype).reshape(*images.shape[:-2], *batch.shape[-2:])

@@ -199,7 +199,7 @@ class Score:
     n_reference: int
     size: int                # side of the images, pixels
     native_size: int         # of the reference, before resizing
-    filter: str              # how it was resized
+    interpolation: str       # how it was resized
     error: float | None = None # standard error
 
     def deviations(self) -> list: # of str, empty for the standard protocol
@@ -226,7 +226,7 @@ class Score:
         size = (
             f"{self.size} px, native"
             if self.size == self.native_size
-            else f"{self.size} px, {self.filter} from {self.native_size}")
+            else f"{self.size} px, {self.interpolation} from {self.native_size}")
         note = (
             f"; not FID: {'; '.join(self.deviations())}"
             if deviations and self.metric == "Fréchet distance" and self.deviations()
@@ -393,7 +393,7 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
     f, f_real = features(images, batch_size), features(reference, batch_size)
     f_new = None if held_out is None else features(held_out, batch_size)
     about = partial(Score, network=features.name, dim=features.dim, reference=reference.name or "the reference",
-                    size=reference.size, native_size=reference.native_size, filter=reference.filter)
+                    size=reference.size, native_size=reference.native_size, interpolation=reference.interpolation)
     return Evaluation(**_distance_scores(about, f, f_real, f_new, split, features.dim, seed),
                       **_sample_scores(about, f, f_real, split, seed),
                       **_copying(images, reference, f, f_real, f_new, seed))

@@ -367,10 +367,10 @@ def write_statistics(data, # ImageData
     images = torch.cat([data.take(slice(i, i + 1000)).cpu() for i in range(0, len(data), 1000)])
     facts = {
         "name": data.name, "images": len(data), "size": data.size, "native_size": data.native_size,
-        "filter": data.filter}
+        "filter": data.interpolation}
     packed = io.BytesIO()
     np.savez(packed, spectrum=image_spectrum(images, chunk=1000).float().numpy(), facts=json.dumps(facts))
-    suffix = "" if data.size == data.native_size else f"_{data.filter}"
+    suffix = "" if data.size == data.native_size else f"_{data.interpolation}"
     return write_whole(Path(out) / f"{data.name}_{data.size}{suffix}.npz", packed.getvalue())
 
 def load_statistics(source, # a file from write_statistics, or a shipped one by name: "cifar10_32", "cifar10_64_bicubic"

@@ -328,15 +328,16 @@ def test_cifar10_keeps_its_axes(monkeypatch):
         and loaded.labels.tolist() == [3, 5])
 
 
-@pytest.mark.parametrize("filter", filters)
+@pytest.mark.parametrize("interpolation", filters)
 @pytest.mark.parametrize("size", [8, 20, 64])
-def test_resize_is_torchvisions(filter, size):
+def test_resize_is_torchvisions(interpolation, size):
     from torchvision.transforms.v2 import InterpolationMode, functional as TF
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=addressed(size))
-    theirs = functools.partial(TF.resize, size=[size, size], interpolation=InterpolationMode(filter), antialias=True)
-    assert torch.equal(resize(images.float(), size, filter), theirs(images.float()))
+    theirs = functools.partial(
+        TF.resize, size=[size, size], interpolation=InterpolationMode(interpolation), antialias=True)
+    assert torch.equal(resize(images.float(), size, interpolation), theirs(images.float()))
     # bytes too go through floats: on a CPU theirs clips in between
-    assert torch.equal(resize(images, size, filter), theirs(images.float()).round().clamp(0, 255).byte())
+    assert torch.equal(resize(images, size, interpolation), theirs(images.float()).round().clamp(0, 255).byte())
 
 
 def test_the_command_starts_without_what_it_seldom_needs():

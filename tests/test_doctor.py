@@ -525,7 +525,8 @@ def test_flips_that_would_help(patient, tmp_path):
 
 SCORE = dict(
     metric="Fréchet distance", value=5.0, network="digits classifier", dim=64, n=10_000, reference="digits",
-    split="train", n_reference=1498, size=8, native_size=8, filter="bicubic", error=0.05, text="Fréchet distance 5")
+    split="train", n_reference=1498, size=8, native_size=8, interpolation="bicubic", error=0.05,
+    text="Fréchet distance 5")
 EVALUATION = dict(
     step=281, steps=50, score=SCORE, floor={**SCORE, "value": 1.0, "n": 749}, precision={"value": 0.8},
     recall={"value": 0.7}, real_precision=0.9, real_recall=0.9, extrapolated=4.8, copied=0.06, held_out=None,

@@ -286,11 +286,12 @@ def test_loss_by_timestep_sees_the_same_noise_every_time_and_passes_labels(digit
     assert torch.cat([y for _, y in seen[:2]]).equal(digits.labels[:70])
 
 def test_statistics_survive_the_file(tmp_path, digits):
-    spectrum, facts = load_statistics(write_statistics(replace(digits, size=12, filter="bilinear"), tmp_path))
+    spectrum, facts = load_statistics(write_statistics(replace(digits, size=12, interpolation="bilinear"), tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["digits_12_bilinear.npz"]
     assert facts == {"name": "digits", "images": 1498, "size": 12, "native_size": 8, "filter": "bilinear"}
     assert torch.allclose(
-        spectrum, image_spectrum(replace(digits, size=12, filter="bilinear").take(slice(None))), rtol=1e-5, atol=1e-6)
+        spectrum, image_spectrum(replace(digits, size=12, interpolation="bilinear").take(slice(None))), rtol=1e-5,
+        atol=1e-6)
 
 def test_shipped_statistics_are_of_cifar10():
     names = {"cifar10_32": 3072, "cifar10_64_bicubic": 12288, "cifar10_64_bilinear": 12288}

@@ -519,7 +519,7 @@ def of_data(w):
         size=V(1.0, 2.0), title=V(None, "above"))
     yield "sync_folder", Case(D.sync_folder, folder=refused(w, w / "nowhere"))
     yield "write_whole", Case(D.write_whole, path=V("a", "b"), data=V("one", b"two"))
-    yield "resize", Case(D.resize, images=V(images, 255 - images), size=V(4, 5), filter=V("bicubic", "nearest"))
+    yield "resize", Case(D.resize, images=V(images, 255 - images), size=V(4, 5), interpolation=V("bicubic", "nearest"))
     yield "tile", Case(D.tile, images=V(images, 255 - images), cols=V(10, 1), padding=V(1, 2))
     yield "save_grid", Case(D.save_grid, images=V(images, 255 - images), path=V("a.png", "b.png"), cols=V(10, 1),
         scale=V(1, 2))
@@ -528,10 +528,10 @@ def of_data(w):
     yield "open_image", Case(D.open_image, lambda im, args: np.asarray(im),
         path=V(w / "flat/0.png", w / "flat/1.png"), formats=formats)
     yield "decode", Case(D.decode, path=V(w / "flat/0.png", w / "flat/1.png"), size=V(8, 9),
-        filter=V("bicubic", "nearest"), channels=V(3, 1), formats=formats)
+        interpolation=V("bicubic", "nearest"), channels=V(3, 1), formats=formats)
     yield from of_reader(w)
     yield "load_data", Case(D.load_data, name=V("digits", "fashion"), size=V(None, 12), split=V("train", "test"),
-        filter=V("bicubic", "nearest"))
+        interpolation=V("bicubic", "nearest"))
     yield "load_data", Case(D.load_data, lambda data, args: (len(data), data.images.shape,
         sorted(p.name for p in pathlib.Path().rglob("*.npy"))), # the cache of a folder
                             name=w / "pics", size=8, root=V("one", "two"), channels=V(3, 1), progress=V(True, False))

@@ -84,15 +84,16 @@ def _fashion_mnist(split, root, url, **_):
 # %% ../../nbs/workshop/datasets.ipynb #c043
 _reader = 2 # raised by each change of `decode` that changes bytes, so that older caches are not used
 
-def _folder(folder, split, size, filter, channels, on_broken, cache, progress, generated):
+def _folder(folder, split, size, interpolation, channels, on_broken, cache, progress, generated):
     "(images, labels, classes, native size, digest, split) of a folder."
     listing = list_images(folder, generated=generated, on_broken=on_broken)
     if not listing.taken:
         raise DiffnbError(f"no images in {listing}")
     labels, listing.classes, root = _read_split(listing, split)
     paths, digest = listing.taken, _digest(listing.taken, root, cache, progress)
-    key = hashlib.sha256(json.dumps([digest, size, filter, channels, on_broken, _reader]).encode()).hexdigest()[:16]
-    settings = size, filter, channels, on_broken, progress
+    made_with = json.dumps([digest, size, interpolation, channels, on_broken, _reader])
+    key = hashlib.sha256(made_with.encode()).hexdigest()[:16]
+    settings = size, interpolation, channels, on_broken, progress
     images, kept, native = _cached(cache / key) or _fill_cache(paths, cache / key, *settings)
     whole = {paths[i] for i in kept}
     listing.keep(whole.__contains__, "cannot be read")
@@ -167,7 +168,7 @@ def _fill_cache(paths, path, *settings): # as `_cached`
         raise DiffnbError(f"cannot write the cache of decoded images in {shown(path.parent)}: {e}. "
                           "Choose another place with root=... (command line: --data-root)") from e
 
-def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as `_cached`
+def _decode_all(paths, path, size, interpolation, channels, on_broken, progress): # as `_cached`
     "Writes the JSON file last, so its presence means that the array is complete."
     partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
@@ -175,7 +176,7 @@ def _decode_all(paths, path, size, filter, channels, on_broken, progress): # as 
         raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     def read(path):
         try:
-            image = decode(path, size, filter, channels)
+            image = decode(path, size, interpolation, channels)
             with Image.open(path) as im:
                 return image, min(im.size)
         except (DiffnbError, OSError) as e:
@@ -210,7 +211,7 @@ named_sets = {"digits": _digits, "fashion": _fashion, "cifar10": _cifar10, "fash
 def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnist", or a folder of images
               size=None,         # side of the images in pixels; None: their own size
               split="train",     # "train" or "test"
-              filter="bicubic",  # how to resize: "bicubic", "bilinear" or "nearest"
+              interpolation="bicubic",  # how to resize: "bicubic", "bilinear" or "nearest"
               root=None,         # where downloads are kept; None: $DIFFNB_DATA, or ./data
               url=None,          # another address for CIFAR-10's archive or Fashion-MNIST's files
               on_broken="stop",  # an unreadable image in a folder: "stop" or "skip"
@@ -218,8 +219,9 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
               progress=True,     # show progress, and say what was taken from a folder and what was left out
              generated=False,   # allow a folder of images that a model made
              ) -> ImageData:
-    "Images of a named set or a folder. Raises DiffnbError for an unknown name, filter or split, or unreadable data."
-    for value, allowed, what in ((split, ("train", "test"), "split"), (filter, filters, "filter"),
+    """Images of a named set or a folder. Raises DiffnbError for an unknown name, interpolation or split, or unreadable
+    data."""
+    for value, allowed, what in ((split, ("train", "test"), "split"), (interpolation, filters, "interpolation"),
                                  (on_broken, ("stop", "skip"), "on_broken"), (channels, (1, 3), "channels")):
         if value not in allowed:
             raise DiffnbError(f"{what} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
@@ -235,9 +237,9 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
         if size is None:
             raise DiffnbError("the images of a folder may differ in size: choose one, e.g. size=64 "
                               "(--image-size 64)")
-        images, labels, classes, native, digest, split = _folder(Path(name), split, size, filter, channels, on_broken,
-                                                                 root / "cache", progress, generated)
+        images, labels, classes, native, digest, split = _folder(
+            Path(name), split, size, interpolation, channels, on_broken, root / "cache", progress, generated)
     else:
         raise DiffnbError(f"data {shown(name)!r} is neither a known set ({', '.join(named_sets)}) "
                           "nor a folder that exists")
-    return ImageData(images, labels, classes, native, size or native, filter, str(name), digest, split)
+    return ImageData(images, labels, classes, native, size or native, interpolation, str(name), digest, split)

@@ -164,7 +164,7 @@ def _load(f, split, size): # ImageData, or None; `f.missing` gets the reason
     c = f.config
     try:
         data = load_data(
-            c.images.data, size, split, filter=c.images.interpolation, root=c.images.data_root,
+            c.images.data, size, split, interpolation=c.images.interpolation, root=c.images.data_root,
             url="file:///offline/cifar-10-python.tar.gz", on_broken="skip", channels=f.data["channels"], progress=False)
         if data.labels is None or not c.images.conditional:
             return data

@@ -311,7 +311,7 @@ def _describe(data): # ImageData -> its entry in config.json
     return {
         "name": data.name, "folder": None if data.name in SIDES else os.path.realpath(data.name), "images": len(data),
         "classes": list(data.classes), "class_counts": counts, "digest": data.digest, "native_size": data.native_size,
-        "image_size": data.size, "filter": data.filter, "channels": data.images.shape[1]}
+        "image_size": data.size, "filter": data.interpolation, "channels": data.images.shape[1]}
 
 def reached(run: str | Path, # a run folder
            ) -> tuple[int, float | None]: # step of the newest checkpoint and epochs planned then; (0, None) without one

@@ -40,7 +40,7 @@ def open_image(path,                   # an image file
 
 def decode(path,                  # an image file
            size=None,             # side of the square to return; None: keep size and shape
-           filter="bicubic",
+           interpolation="bicubic",
            channels=None,         # 3 colour, 1 grey; None: as in the file
            formats=image_formats, # formats that are allowed; Pillow's names
           ) -> np.ndarray: # uint8 (channels, size, size)
@@ -48,7 +48,7 @@ def decode(path,                  # an image file
     im = open_image(path, formats)
     im = im.convert({1: "L", 3: "RGB", None: im.mode}[channels])
     if size:
-        im = ImageOps.fit(im, (size, size), getattr(Image.Resampling, filter.upper()))
+        im = ImageOps.fit(im, (size, size), getattr(Image.Resampling, interpolation.upper()))
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
 # %% ../../nbs/workshop/reader.ipynb #c038a

@@ -137,7 +137,7 @@ def read_images(source, # a folder of PNGs of one size, or an .npz: arr_0 uint8 
     return torch.from_numpy(images[:n]).permute(0, 3, 1, 2).contiguous(), labels, names
 
 # %% ../../nbs/workshop/scoring.ipynb #c097
-def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
+def _real(reference, like, interpolation="bicubic", root=None, on_broken="stop"):
     """(ImageData, held-out ImageData or None, split) from a data set's name, a folder, an .npz or ImageData, in the
     size of `like`."""
     if isinstance(reference, ImageData):
@@ -146,7 +146,7 @@ def _real(reference, like, filter="bicubic", root=None, on_broken="stop"):
         images, labels, names = read_images(reference)
         size = images.shape[-1]
         return ImageData(images, labels, names, size, size, name=Path(reference).name), None, ""
-    load = partial(load_data, reference, like.shape[-1], filter=filter, root=root, channels=like.shape[1],
+    load = partial(load_data, reference, like.shape[-1], interpolation=interpolation, root=root, channels=like.shape[1],
                    on_broken=on_broken, generated=True)
     train = load()
     try:
@@ -239,7 +239,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     read = ([source] if kind == "files" else []) + ([reference] if isinstance(reference, (str, Path)) else [])
     pictures = [p for p in map(Path, read) if p.is_dir() and _kind(p) == "files"]
     out = _place_of(source, out, pictures)
-    facts, filter = {"source": str(source)}, "bicubic"
+    facts, interpolation = {"source": str(source)}, "bicubic"
     if kind == "files":
         if reference is None:
             raise DiffnbError(
@@ -255,13 +255,13 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         trained, n = load_model(source, device), n or 10_000
         check_sampling(trained.schedule, steps=steps)
         like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
-        reference, filter, data_root = (
+        reference, interpolation, data_root = (
             reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)
         # a longer list allows a larger n later
         y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
         denoiser = trained.denoiser(y, guidance_scale)
     real, held_out, split = _real(
-        reference, like, filter, data_root, "stop" if kind == "files" else config.images.on_broken)
+        reference, like, interpolation, data_root, "stop" if kind == "files" else config.images.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files":
         real = _in_order_of(trained.classes, real)

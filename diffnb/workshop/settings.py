@@ -278,7 +278,7 @@ def resolve(config: TrainConfig, # as the user gave it
         with torch.device("meta"):
             UNet(image_size=size, **shape)
     data = load_data(
-        images.data, images.image_size, filter=images.interpolation, root=images.data_root, url=images.data_url,
+        images.data, images.image_size, interpolation=images.interpolation, root=images.data_root, url=images.data_url,
         on_broken=images.on_broken, channels=images.channels)
     _check_names(data.classes)
     _check_half_lives(config, len(data))

@@ -42,8 +42,8 @@ bug(
     "resize-truncates", "resized bytes are cut instead of rounded", "batch = batch.round().clamp(0, 255)",
     "batch = batch.clamp(0, 255)")
 bug(
-    "filter-ignored", "the filter asked for is ignored: always bicubic", "resize(images, self.size, self.filter)",
-    "resize(images, self.size)")
+    "filter-ignored", "the filter asked for is ignored: always bicubic",
+    "resize(images, self.size, self.interpolation)", "resize(images, self.size)")
 bug("flip-per-batch", "one coin decides for the whole batch", "draw(len(x0), 1, 1, 1) < 0.5", "draw(1, 1, 1, 1) < 0.5")
 bug("flip-upside-down", "flips turn images upside down", "x0.flip(-1), x0)", "x0.flip(-2), x0)")
 bug("jitter-per-batch", "one colour factor for the whole batch", "draw(3, len(x0), 1, 1, 1)", "draw(3, 1, 1, 1, 1)")
@@ -910,7 +910,8 @@ bug(
     tests="test_data.py")
 bug(
     "cache-stale", "the cache of decoded images does not depend on size and filter",
-    "json.dumps([digest, size, filter, channels, on_broken, _reader])", "json.dumps([digest])", tests="test_data.py")
+    "json.dumps([digest, size, interpolation, channels, on_broken, _reader])", "json.dumps([digest])",
+    tests="test_data.py")
 
 
 # ---------------------------------------------------------------- workshop facts
