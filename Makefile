@@ -21,7 +21,7 @@ test: .venv/ready  ## before a commit: names, generated code, every notebook, an
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m "not slow" $(TWO)
 
 test-all: .venv/ready  ## what `make test` left out: a browser, kills, ranks, damaged files, long parities, each bug of tests/mutants/catalogue.py put into its page
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m slow $(TWO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m slow -n 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python tests/mutants/run.py
 
 bench: .venv/ready  ## speed beside diffusers and denoising-diffusion-pytorch (15 minutes on two idle cores): bench/results, images/scaling.png

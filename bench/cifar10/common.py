@@ -64,7 +64,8 @@ def planned(config, total_minutes, reserve=RESERVE):
 def plan_of(asked, out, total_minutes): # -> TrainConfig
     """The plan in `out`, made at the first start and kept ever after, so that the learning rate ends at zero however
     often a run is interrupted."""
-    path, told = Path(out) / "plan.json", json.loads(json.dumps({**asdict(asked), "total_minutes": total_minutes}))
+    path, told = Path(out) / "plan.json", json.loads(
+        json.dumps({**flattened(asked), "total_minutes": total_minutes}))
     if not path.exists():
         config, facts = planned(asked, total_minutes)
         save_json(path, {"asked": told, **facts, "config": flattened(config), **machine(config.run.device)})
@@ -74,7 +75,7 @@ def plan_of(asked, out, total_minutes): # -> TrainConfig
             raise DiffnbError(
                 f"{out} was begun with {k}={plan['asked'].get(k)!r}, and now {k}={v!r} is asked for: "
                 "repeat the first command, or choose another --out")
-    return make_config(plan["config"]).change(device=asked.device, data_root=asked.data_root)
+    return make_config(plan["config"]).change(device=asked.run.device, data_root=asked.images.data_root)
 
 def train_for(asked, out, total_minutes, end, # end: time.perf_counter() at which this process must be done
               progress=True):                 # -> TrainState
