@@ -257,7 +257,7 @@ def sampling(trained,     # from load_model, a model with classes
         return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
     return Interactive(
-        draw, live, stored, "a sampled digit of each class", 546, eager=False,
+        draw, live, stored, "a sampled image of each class", 546, eager=False,
         start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
 
 # %% ../../nbs/workshop/widgets.ipynb #c038
