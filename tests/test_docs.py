@@ -65,3 +65,34 @@ def test_what_is_lacking_is_said():
         "f: a docstring", "f: a return annotation", "A.g: a return annotation",
         "A.g: a word on the DiffnbError it raises"]
     assert not list(lacking("def f(x) -> int:\n    'One. Raises DiffnbError for none.'\n    raise DiffnbError('no')"))
+
+
+def ends(node):
+    "The last characters of a string that is written down, of each of its branches; nothing for what is computed."
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr) and node.values:
+        yield from ends(node.values[-1])
+    elif isinstance(node, ast.BinOp):
+        yield from ends(node.right)
+    elif isinstance(node, ast.IfExp):
+        yield from (*ends(node.body), *ends(node.orelse))
+
+
+def stopped(source):
+    "Messages of DiffnbError that end with a full stop: none should, an ellipsis may."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("DiffnbError", "TrainingStopped", "NoSplit"):
+            for text in ends(node.args[0]) if node.args else ():
+                if text.endswith(".") and not text.endswith("..."):
+                    yield text
+
+
+@pytest.mark.parametrize("module", modules)
+def test_messages_end_without_a_full_stop(module):
+    assert not list(stopped(modules[module].read_text(encoding="utf-8")))
+
+
+def test_a_full_stop_is_seen():
+    assert len(list(stopped("raise DiffnbError(f'no {x}: ' + ('give a.' if a else f'{b}.'))"))) == 2
+    assert not list(stopped("raise DiffnbError(f'no {x}, use y')\nraise DiffnbError(f'got {x} ...')\nprint('Yes.')"))
