@@ -19,7 +19,7 @@ from diffnb.workshop.folder import read_config, read_metrics
 def curve(run, statistics, out):
     config, m = read_config(run)["config"], read_metrics(run)
     schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr)
-    spectrum, _ = load_statistics(statistics)
+    spectrum, _ = load_statistics(statistics, within=config.images.conditional)         # told what the network is
     by_timestep = gaussian_loss_floor(spectrum, schedule, config.noise.prediction)
     floor = (by_timestep * timestep_probabilities(config.noise.T, config.noise.logit_normal)).sum().item()
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")

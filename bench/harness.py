@@ -1,9 +1,9 @@
 """What the benchmarks share: the model shape in three libraries, interleaved timing, memory, the device's ceiling.
 
 A variant is written LIBRARY or LIBRARY:OPTION,OPTION. Without options a library runs as it comes. Libraries: ours,
-diffusers, ddpm-pytorch. Options: float32, bf16 (autocast), channels_last,
-compile, graphs (compile with CUDA graphs), fused (fused AdamW, EMA by foreach), recompute (activation checkpointing,
-ours alone). """
+diffusers, ddpm-pytorch. Options: float32, bf16 (autocast), channels_last, compile, graphs (compile with CUDA
+graphs), fused (fused AdamW, EMA by foreach), recompute (activation checkpointing, ours alone).
+"""
 import os
 os.environ.setdefault("TQDM_DISABLE", "1")                     # before anything imports tqdm: progress bars cost time
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")                 # the profiler is talkative

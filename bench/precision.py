@@ -1,10 +1,11 @@
 """What bf16 does to the pictures: the same model and noise, sampled in float32 and in bf16, and both scored.
 
-    python bench/precision.py RUN --features inception-768 --inception weights.pth     # a run folder of `diffnb train`,
-    or digits
+    # a run folder of `diffnb train`, or digits
+    python bench/precision.py RUN --features inception-768 --inception weights.pth
 
-The yardstick is float32 with other noise: what chance alone does to the score. Beside it how far the pictures with the
-same noise are apart. """
+The yardstick is float32 with other noise: what chance alone does to the score. Beside it how far the pictures with
+the same noise are apart.
+"""
 import argparse, warnings
 from pathlib import Path
 

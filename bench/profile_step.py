@@ -5,8 +5,9 @@ optimiser, EMA.
     python bench/profile_step.py --device cuda --batch 256 --variant ours:bf16,channels_last,compile
 
 The step is the one that bench/train.py times, under torch.profiler. On a CPU the time of every operation itself is
-added up; on a GPU that of the kernels it launched. What is left of the wall time is Python and waiting. Profiling makes
-a step on the CPU a few per cent slower. """
+added up; on a GPU that of the kernels it launched. What is left of the wall time is Python and waiting. Profiling
+makes a step on the CPU a few per cent slower.
+"""
 import argparse, re
 from collections import Counter
 

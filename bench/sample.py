@@ -7,15 +7,14 @@ network shape.
     python bench/sample.py --quick                       # a tiny network, few steps: does it run?
 
 What is timed, noise to pictures on the CPU
-- ours: `diffnb.workshop.generate.sample_batches` with `ddim`, which addresses every image's noise and gives bytes; as
-it comes in the precision that
-  the command `diffnb sample` picks, not compiled.
-- diffusers: `DDIMPipeline(num_inference_steps=50, output_type="np")`, progress bar off. bf16 is autocast, as with the
-others: moved
-  to bfloat16 whole, the pipeline cannot make its pictures (NumPy knows no bfloat16).
+- ours: `diffnb.workshop.generate.sample_batches` with `ddim`, which addresses every image's noise and gives bytes;
+  as it comes in the precision that the command `diffnb sample` picks, not compiled.
+- diffusers: `DDIMPipeline(num_inference_steps=50, output_type="np")`, progress bar off. bf16 is autocast, as with
+  the others: moved to bfloat16 whole, the pipeline cannot make its pictures (NumPy knows no bfloat16).
 - ddpm-pytorch: `GaussianDiffusion.ddim_sample` with sampling_timesteps=50.
 First of all ours and diffusers, given the same weights and noise, must make the same pictures in float32; the
-difference is in the results. """
+difference is in the results.
+"""
 import argparse, contextlib, io
 from functools import partial
 

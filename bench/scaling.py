@@ -1,8 +1,9 @@
 """How cost grows: time per image of a training step against batch, resolution and width, of DDIM against its steps,
 with attention's share.
 
-    python bench/scaling.py                              # on two CPU cores about three minutes; draws
-    images/scaling.png python bench/scaling.py --device cuda
+    # on two CPU cores about three minutes; draws images/scaling.png
+    python bench/scaling.py
+    python bench/scaling.py --device cuda
     python bench/scaling.py --plot-only                  # the picture again, from the numbers
 
 Ours alone: on a CPU as it comes, on a GPU in bf16 and channels_last without torch.compile, which would compile every

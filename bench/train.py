@@ -2,20 +2,21 @@
 
     python bench/train.py                                # on what there is; on two CPU cores about six minutes
     python bench/train.py --device cuda --batch 64 256 512 1024
-    python bench/train.py --compile                      # on a CPU: with torch.compile too, a minute more for each
-    variant python bench/train.py --variants ours diffusers:bf16,fused --batch 32
+    # on a CPU: with torch.compile too, a minute more for each variant
+    python bench/train.py --compile
+    python bench/train.py --variants ours diffusers:bf16,fused --batch 32
     python bench/train.py --quick                        # a tiny network: does it run?
 
 What is timed
-- ours: `diffnb.train.train_steps` with a TrainConfig: batches drawn from resident bytes, flips, loss, clipping, AdamW,
-EMA, meter.
+- ours: `diffnb.train.train_steps` with a TrainConfig: batches drawn from resident bytes, flips, loss, clipping,
+  AdamW, EMA, meter.
 - diffusers as it comes: the loop of its example train_unconditional.py without accelerate, in float32: add_noise,
-UNet2DModel, mse_loss,
-  backward, clipping, AdamW, the learning rate's step, EMAModel's step, loss.item(). Its data come as ours do, resident
-  bytes, which is faster than the example's own images from disk. With options: without loss.item().
-- ddpm-pytorch as it comes: its own Trainer with a folder of PNGs of the same size. With options (its Trainer takes none
-of them): its
-  Unet, GaussianDiffusion and EMA in a loop that repeats the Trainer's step, on resident bytes, without loss.item().
+  UNet2DModel, mse_loss, backward, clipping, AdamW, the learning rate's step, EMAModel's step, loss.item(). Its data
+  come as ours do, resident bytes, which is faster than the example's own images from disk. With options: without
+  loss.item().
+- ddpm-pytorch as it comes: its own Trainer with a folder of PNGs of the same size. With options (its Trainer takes
+  none of them): its Unet, GaussianDiffusion and EMA in a loop that repeats the Trainer's step, on resident bytes,
+  without loss.item().
 """
 import argparse, contextlib, io, tempfile
 

@@ -24,10 +24,10 @@ from .core import addressed, late_import, write_whole
 plt = late_import("matplotlib.pyplot")
 
 # %% ../nbs/01_data.ipynb #c013
-def to_float(images, # uint8, any shape
+def to_float(images, # uint8, any shape; floats stay as they are
             ) -> torch.Tensor: # float32 in [-1, 1], same shape
     "Bytes to the range of `x0`: 0 becomes -1, 255 becomes 1."
-    return images.float() / 127.5 - 1
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 def to_uint8(x0, # floats, [-1, 1] nominally; what lies outside is clamped
             ) -> torch.Tensor: # uint8, same shape
@@ -35,24 +35,28 @@ def to_uint8(x0, # floats, [-1, 1] nominally; what lies outside is clamped
     return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/01_data.ipynb #c019
-def show_images(images,      # (N, C, H, W): uint8, or float in [-1, 1]
-                titles=None, # N strings, one above each image
-                cols=8,      # images in a row
-                size=1.0,    # side of one image, inches
-                title=None,  # one line above all
+def show_images(images,          # (N, C, H, W): uint8, or float in [-1, 1]
+                titles=None,     # N strings, one above each image
+                cols=8,          # images in a row
+                size=1.0,        # side of one image, inches
+                title=None,      # one line above all
+                row_titles=None, # a string at the left of each row
                ) -> "plt.Figure":
     "Draw images as a grid, each pixel as a square. Values outside [-1, 1] are clamped, as a viewer would."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     cols = min(cols, len(images))
     rows = -(-len(images) // cols)
-    fig, axes = plt.subplots(rows, cols, squeeze=False, layout="compressed",
-                             figsize=(cols * size, rows * (size + 0.25 * (titles is not None)) + 0.3 * bool(title)))
+    width, height = cols * size + 0.07 * max(map(len, row_titles or [""])), rows * (size + 0.25 * (titles is not None))
+    fig, axes = plt.subplots(
+        rows, cols, squeeze=False, layout="compressed", figsize=(width, height + 0.3 * bool(title)))
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images.cpu())):
         ax.imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         if titles is not None:
             ax.set_title(titles[i], fontsize=8)
+    for ax, name in zip(axes[:, 0], row_titles or ()):
+        ax.text(-0.06, 0.5, name, fontsize=8, ha="right", va="center", transform=ax.transAxes)
     if title:
         fig.suptitle(title, fontsize=9)
     return fig
@@ -64,11 +68,11 @@ filters = ("bicubic", "bilinear", "nearest")
 class ImageData:
     "Images as bytes, with what is known about them. `take` gives them in the size asked for."
     images: torch.Tensor         # uint8 (N, C, h, w), as stored; a memory map for a folder
-    labels: torch.Tensor | None  # int64 (N,), each in 0 … len(classes)-1; None for a set without classes
-    classes: tuple = ()          # class names, in the order of the labels
+    labels: torch.Tensor | None  # int64 (N,), each in 0 … len(classes)-1; (N, L) for sentences (lesson 14); or None
+    classes: tuple = ()          # class names, in the order of the labels; or the words of sentences
     native_size: int = 0         # side of the original images in pixels (of a mixed folder: the median shorter side)
     size: int = 0                # side of what `take` returns
-    interpolation: str = "bicubic"      # how one became the other
+    interpolation: str = "bicubic"      # used for resizing
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
     digest: str = ""             # of a folder: sha256 of names and contents, wherever it is; else name and split
     split: str = ""              # "train" or "test", where the set has splits
@@ -108,7 +112,7 @@ def augment(x0,           # (B, C, H, W), in [-1, 1]
 
 # %% ../nbs/01_data.ipynb #c023
 def resize(images, # uint8 or float (…, C, H, W)
-           size,   # of a square's side, or [height, width]
+           size,   # a square's side, or [height, width]
            interpolation="bicubic", # or "bilinear", "nearest"
           ) -> torch.Tensor: # of the same dtype
     "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."

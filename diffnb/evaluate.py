@@ -9,11 +9,9 @@ import math, warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-# %% ../nbs/07_evaluate.ipynb #i1
 import numpy as np
 import torch
 
-# %% ../nbs/07_evaluate.ipynb #i2
 from .core import addressed, DiffnbError
 from .data import to_float
 from .sample import check_sampling
@@ -329,25 +327,6 @@ def _check_comparable(images, real, n=LEAST_IMAGES): # one of them at least, and
         raise DiffnbError(
             f"{n} images against {len(real)}: too few for any of these numbers, at least {LEAST_IMAGES} are needed")
 
-def _distance_scores(about, f, f_real, f_new, split, dim, seed):
-    "The Fréchet distances of an Evaluation: model, floor, held-out images, and how all of them depend on n."
-    n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
-    new = None if f_new is None else Moments(f_new.split(4096))
-    distance = lambda a, b, ref, error=None, split=split: about(
-        "Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
-    n_floor = min(n, total // 2)
-    sizes = sorted({max(2, n // 8), n // 4, n // 2, n_floor, n})
-    curve = score_against_n(f, real, sizes, seed=seed)
-    floor_curve = score_against_n(f_real, real, [k for k in sizes if k <= n_floor], seed=seed, apart=True)
-    return dict(
-        score=distance(f, total, real, jackknife_error(f, real, seed=seed)),
-        floor=about("Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(),
-                    n_reference=total - n_floor),
-        held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
-        unseen=None if new is None else distance(f_new, total, real),
-        curve=curve, floor_curve=floor_curve,
-        extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], dim))
-
 def _some(x, seed, what, k): return x[torch.randperm(len(x), generator=addressed(seed, what))[:k].to(x.device)]
 
 def _sample_scores(about, f, f_real, split, seed):
@@ -378,6 +357,32 @@ def _copying(images, reference, f, f_real, f_new, seed):
                 distances={"generated": d.cpu().numpy(), "real": d_real.cpu().numpy()},
                 closest=torch.stack([mine.cpu(), theirs.cpu()]))
 
+def _at_infinity(curve, dim): # (n, score) pairs
+    "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
+    if curve[0][0] <= dim:
+        return None
+    return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])
+
+# %% ../nbs/07_evaluate.ipynb #c086a
+def _distance_scores(about, f, f_real, f_new, split, dim, seed):
+    "The Fréchet distances of an Evaluation: model, floor, held-out images, and how all of them depend on n."
+    n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
+    new = None if f_new is None else Moments(f_new.split(4096))
+    distance = lambda a, b, ref, error=None, split=split: about(
+        "Fréchet distance", _frechet(Moments(a.split(4096)), ref), n=len(a), split=split, n_reference=b, error=error)
+    n_floor = min(n, total // 2)
+    sizes = sorted({max(2, n // 8), n // 4, n // 2, n_floor, n})
+    curve = score_against_n(f, real, sizes, seed=seed)
+    floor_curve = score_against_n(f_real, real, [k for k in sizes if k <= n_floor], seed=seed, apart=True)
+    return dict(
+        score=distance(f, total, real, jackknife_error(f, real, seed=seed)),
+        floor=about("Fréchet distance", floor_curve[-1][1], n=n_floor, split=f"{split} (the rest)".strip(),
+                    n_reference=total - n_floor),
+        held_out=None if new is None else distance(f, new.n, new, jackknife_error(f, new, seed=seed), "test"),
+        unseen=None if new is None else distance(f_new, total, real),
+        curve=curve, floor_curve=floor_curve,
+        extrapolated=_at_infinity([(k, v) for k, v in curve if k >= n // 4], dim))
+
 def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
              reference,     # ImageData: the images the model was trained on
              features,      # float32 (N, dim) of images: a Features, e.g. diffnb.workshop.features.digits_features()
@@ -397,10 +402,3 @@ def evaluate(images,        # uint8 (N, C, H, W): what is to be scored
     return Evaluation(**_distance_scores(about, f, f_real, f_new, split, features.dim, seed),
                       **_sample_scores(about, f, f_real, split, seed),
                       **_copying(images, reference, f, f_real, f_new, seed))
-
-
-def _at_infinity(curve, dim): # (n, score) pairs
-    "Where a line in 1/n meets 1/n = 0 (Chong & Forsyth 2020); below n = dim the curve is not a line yet."
-    if curve[0][0] <= dim:
-        return None
-    return float(np.polyfit([1 / n for n, _ in curve], [v for _, v in curve], 1)[1])

@@ -73,16 +73,17 @@ def micro_batches(batch, # Batch of B images
     return [Batch(*part) for part in zip(*[[None] * k if b is None else b.chunk(k) for b in batch])]
 
 # %% ../nbs/04_train.ipynb #c031
-def drop_labels(y,         # int64 (B,), or None
+def drop_labels(y,         # int64 (B,), sentences (B, L), or None
                 p,         # probability of forgetting each label
                 null,      # the number of the null class: num_classes
                 generator, # on the device of y
-               ) -> torch.Tensor | None: # int64 (B,)
+               ) -> torch.Tensor | None: # like y
     """Replace each label by the null class with probability `p`, independently (Ho & Salimans 2022, arXiv:2207.12598,
-    algorithm 1)."""
+    algorithm 1). A sentence is dropped whole."""
     if y is None or p == 0:
         return y
-    return torch.where(torch.rand(y.shape, device=y.device, generator=generator) < p, null, y)
+    dropped = torch.rand(len(y), device=y.device, generator=generator) < p
+    return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
 
 # %% ../nbs/04_train.ipynb #c042
 def draw_timesteps(n, T, generator,   # how many, of how many there are; a torch.Generator
@@ -178,7 +179,7 @@ class EMA:
 # %% ../nbs/04_train.ipynb #c057b
 def orthogonalize(m,      # matrices, (..., rows, columns)
                   steps=5 # of the iteration
-                 ) -> torch.Tensor: # same shape: singular values about 1 (0.7 to 1.2), singular vectors as before
+                 ) -> torch.Tensor: # same shape: singular values, unless tiny, about 1; singular vectors as before
     "Newton-Schulz iteration for the nearest semi-orthogonal matrix, with the coefficients of Jordan et al. 2024."
     tall = m.shape[-2] > m.shape[-1]
     x = (m.mT if tall else m).reshape(-1, *sorted(m.shape[-2:]))
@@ -193,7 +194,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 def hidden_matrices(model) -> list: # of parameters
     "The weights between the first and the last layer that have two dimensions or more; no embeddings of time or class."
-    outside = ("conv_in.", "conv_out.", "time.", "classes.")
+    outside = ("conv_in.", "conv_out.", "proj_in.", "proj_out.", "time.", "classes.")
     return [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith(outside)]
 
 class Muon(torch.optim.AdamW):
@@ -228,6 +229,7 @@ class Muon(torch.optim.AdamW):
             for (p, _), w in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
                 p.add_(w.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
+# %% ../nbs/04_train.ipynb #c057i
 def make_optimizer(model, config) -> torch.optim.Optimizer: # config: TrainConfig
     "AdamW, or Muon with AdamW, as configured; fused, the whole step of AdamW is one operation."
     training, fused = config.training, config.run.fused and next(model.parameters()).device.type != "mps"
@@ -297,6 +299,7 @@ class TrainState:
         self.optimizer, self.meter = make_optimizer(model, config), Meter(self.device)
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
         self.stopped_by = None                                  # name of the signal that ended the run
+        self.autoencoder = None                                 # of a run in latents: what makes images of them
 
     @property
     def ema(self) -> EMA:
@@ -323,12 +326,14 @@ class TrainState:
 
     def tensors(self, ranks=SingleProcess()) -> dict: # name -> tensor
         """The state as named tensors, whole on every rank: model.*, ema.* (and ema2.*, …), the optimiser's exp_avg.*,
-        exp_avg_sq.*, momentum_buffer.*, and meter."""
+        exp_avg_sq.*, momentum_buffer.*, meter, and autoencoder.* if there is one."""
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for name, ema in self.averages.items():
             found |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
         for name, p in self.model.named_parameters():
             found |= {f"{m}.{name}": v for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
+        if self.autoencoder is not None:
+            found |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
         return {k: unsharded(v) for k, v in found.items()} | {"meter": self.meter.total(ranks)}
 
     def restore(self, tensors, step, seconds, processor_seconds=0.0) -> None:
@@ -336,6 +341,8 @@ class TrainState:
         load_weights(self.model, tensors, "model.")
         for name, ema in self.averages.items():
             load_weights(ema.model, tensors, f"{name}.")
+        if self.autoencoder is not None:
+            load_weights(self.autoencoder, tensors, "autoencoder.")
         moments, on_device = self._moments_among(tensors), self.optimizer.defaults["fused"]
         for name, p in self.model.named_parameters():
             if name not in moments:
@@ -351,6 +358,7 @@ class TrainState:
     def _moments_among(self, tensors):
         "Parameter -> names of its moments in a checkpoint; none for a parameter that has never had a gradient."
         params, known = dict(self.model.named_parameters()), {"model", "meter", *self.averages, *MOMENTS}
+        known |= {"autoencoder"} if self.autoencoder is not None else set()
         given = {k for k in tensors if k.split(".")[0] in (*MOMENTS, "meter")}
         moments = {name: moments_of(self.optimizer, p) for name, p in params.items()
                    if any(f"{m}.{name}" in given for m in MOMENTS)}
@@ -363,6 +371,7 @@ class TrainState:
             raise DiffnbError(f"the checkpoint holds {unknown[0]!r}, which this configuration does not have")
         return moments
 
+# %% ../nbs/04_train.ipynb #c059a
 def load_weights(model, tensors, prefix="") -> None:
     """Copy tensors named prefix + parameter into `model`.
     Raises DiffnbError naming what is missing, left over or of another shape."""

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'TimeEmbedding', 'zero_init', 'ResBlock', 'dot_product_attention', 'Attention', 'Downsample',
-           'Upsample', 'Stage', 'fold', 'unfold', 'UNet', 'count_parameters']
+           'Upsample', 'Stage', 'fold', 'unfold', 'UNet', 'count_parameters', 'make_network']
 
 # %% ../nbs/03_unet.ipynb #i0
 import math
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/03_unet.ipynb #i2
-from .core import DiffnbError
+from .core import DiffnbError, late_import
 
 # %% ../nbs/03_unet.ipynb #c017
 def timestep_embedding(t,             # timesteps, (B,), any integer type, float32 or float64
@@ -131,119 +131,6 @@ class Stage(nn.Module):
             keep.append(x)
         return x
 
-# %% ../nbs/03_unet.ipynb #c050
-def _number(name, value, low, high, kind=int, none=False):
-    "`value` if it is a `kind` in [low, high] (or None, where that is allowed); DiffnbError otherwise."
-    if value is None and none:
-        return value
-    types = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
-        raise DiffnbError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number from {low} to {high}"
-                          + (", or None" if none else ""))
-    return kind(value)
-
-def _numbers(name, value, low, high, kind):
-    "`value`, a list, tuple or set of numbers, as a list."
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise DiffnbError(f"{name}={value!r}: expected a list or tuple of numbers, such as (1, 2, 2), or None")
-    return [_number(f"{name}: element", v, low, high, kind) for v in value]
-
-def _choice(name, value, choices):
-    if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
-        raise DiffnbError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-    return value
-
-def _shape(c):
-    "Fills in channel_mult and checks it with sizes and norm_groups. Returns widths, resolutions, outermost first."
-    if c["image_size"] % c["patch_size"]:
-        raise DiffnbError(
-            f"patch_size={c['patch_size']} does not divide image_size={c['image_size']}: patches must tile the image")
-    size = c["image_size"] // c["patch_size"]  # the network works on patches
-    if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32: the inner ones stay the same
-        c["channel_mult"] = [1] * max(0, int(math.log2(size / 32))) + [1, 2.5, 3.5]
-    c["channel_mult"] = _numbers("channel_mult", c["channel_mult"], 0.01, 64, float)
-    levels, groups = len(c["channel_mult"]), c["norm_groups"]
-    if not 1 <= levels <= 8:
-        raise DiffnbError(f"channel_mult has {levels} levels: expected 1 to 8")
-    widths = [c["base_channels"] * m for m in c["channel_mult"]]
-    if any(w != int(w) or int(w) % groups or int(w) < 2 for w in widths) or widths[0] % 2:
-        raise DiffnbError(
-            f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times "
-            f"channel_mult): each must be a whole number divisible by norm_groups={groups}, the first one "
-            "even. Change base_channels, channel_mult or norm_groups")
-    if size % 2**(levels - 1):
-        of_patches = f" ({size} patches of {c['patch_size']})" if c["patch_size"] > 1 else ""
-        raise DiffnbError(
-            f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level "
-            "of channel_mult "
-            f"after the first: it must be divisible by {2 ** (levels - 1)}. Resize the images or use fewer "
-            "levels")
-    if widths[0] // 2 <= c["freq_shift"]:
-        raise DiffnbError("freq_shift=1 needs a first width above 2")
-    return [int(w) for w in widths], [size // 2**i for i in range(levels)]
-
-def _checked(c):
-    "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
-    c = dict(c)
-    for name, low, high in [
-        ("image_size", 1, 4096), ("patch_size", 1, 64), ("in_channels", 1, 1024), ("base_channels", 1, 4096),
-        ("blocks", 1, 16), ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]:
-        c[name] = _number(name, c[name], low, high)
-    for name in ("head_dim", "num_classes"):
-        c[name] = _number(name, c[name], 1, 100_000, none=True)
-    c["dropout"] = _number("dropout", c["dropout"], 0, 0.99, float)
-    c["norm_eps"] = _number("norm_eps", c["norm_eps"], 1e-12, 0.1, float)
-    for name in ("film", "mid_norm"):
-        _choice(name, c[name], (True, False))
-    _choice("mid_attention", c["mid_attention"], (True, False, None))
-    _choice("down_padding", c["down_padding"], ("both", "end"))
-    widths, sizes = _shape(c)
-    if c["attention"] is None:
-        c["attention"] = [s for s in sizes[1:] if s <= 16][:1]
-    c["attention"] = sorted(set(_numbers("attention", c["attention"], 1, 4096, int)))
-    if missing := [r for r in c["attention"] if r not in sizes]:
-        raise DiffnbError(f"attention at resolution {missing[0]}, which does not occur: this UNet works at "
-                          f"{', '.join(map(str, sizes))}")
-    if c["mid_attention"] is None:
-        c["mid_attention"] = bool(c["attention"])
-    used = [w for w, s in zip(widths, sizes) if s in c["attention"]] + widths[-1:] * c["mid_attention"]
-    if c["head_dim"] and any(w % c["head_dim"] for w in used):
-        raise DiffnbError(f"head_dim={c['head_dim']} does not divide every width that has attention "
-                          f"({', '.join(map(str, used))})")
-    size = 18 * (2 * c["blocks"] + 1) * sum(w * w for w in widths)  # roughly: two 3x3 convolutions a block
-    if size > 2e9:
-        raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2. Reduce base_channels")
-    return c
-
-# %% ../nbs/03_unet.ipynb #c064
-def _check_inputs(c, x_t, t, y):
-    "Raises if x_t, t or y do not suit configuration `c`; returns t and y as (B,) tensors, y None without classes."
-    factor = c["patch_size"] * 2**(len(c["channel_mult"]) - 1)
-    if x_t.ndim != 4 or x_t.shape[1] != c["in_channels"] or x_t.shape[2] % factor or x_t.shape[3] % factor:
-        raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), "
-                          f"height and width divisible by {factor}. Other sizes or channels need another UNet")
-    if not x_t.is_floating_point():
-        raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them of bytes")
-    b, t = x_t.shape[0], torch.as_tensor(t, device=x_t.device)
-    if t.dtype in (torch.bfloat16, torch.float16, torch.bool) or t.shape not in ((), (b,)):
-        raise DiffnbError(f"t is {t.dtype} of shape {tuple(t.shape)}: expected integers, shape ({b},) or one number. "
-                          "Half precision cannot hold timesteps: 750 becomes 752 or worse")
-    if c["num_classes"] is None:
-        if y is not None:
-            raise DiffnbError("this model was trained without classes: leave y out, or train a UNet(num_classes=...)")
-        return t.expand(b), None
-    if y is None:
-        y = torch.full((b,), c["num_classes"], device=x_t.device)
-    if not torch.is_tensor(y) or y.shape != (b,) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        what = f"{y.dtype} of shape {tuple(y.shape)}" if torch.is_tensor(y) else repr(y)
-        raise DiffnbError(f"y is {what}: expected class numbers, an integer tensor of shape ({b},)")
-    # on an accelerator, looking at the values would make every step wait for the device
-    look = y.device.type == "cpu" and b > 0 and not torch.compiler.is_compiling()
-    if look and not 0 <= y.min() <= y.max() <= c["num_classes"]:
-        raise DiffnbError(f"y runs from {y.min()} to {y.max()}: expected classes 0 to {c['num_classes'] - 1}, or "
-                          f"{c['num_classes']}, the null class")
-    return t.expand(b), y.long().to(x_t.device)
-
 # %% ../nbs/03_unet.ipynb #c061
 def _stages(c, widths, sizes):
     "The stages on the way down, in the middle and on the way up, as configuration `c` asks."
@@ -324,3 +211,131 @@ class UNet(nn.Module):
 def count_parameters(model) -> int:
     "The number of weights in `model`."
     return sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/03_unet.ipynb #c050
+def _number(name, value, low, high, kind=int, none=False):
+    "`value` if it is a `kind` in [low, high] (or None, where that is allowed); DiffnbError otherwise."
+    if value is None and none:
+        return value
+    types = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+        raise DiffnbError(f"{name}={value!r}: expected {'a whole' if kind is int else 'a'} number from {low} to {high}"
+                          + (", or None" if none else ""))
+    return kind(value)
+
+def _numbers(name, value, low, high, kind):
+    "`value`, a list, tuple or set of numbers, as a list."
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise DiffnbError(f"{name}={value!r}: expected a list or tuple of numbers, such as (1, 2, 2), or None")
+    return [_number(f"{name}: element", v, low, high, kind) for v in value]
+
+def _choice(name, value, choices):
+    if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+        raise DiffnbError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+    return value
+
+# %% ../nbs/03_unet.ipynb #c050a
+def _shape(c):
+    "Fills in channel_mult and checks it with sizes and norm_groups. Returns widths, resolutions, outermost first."
+    if c["image_size"] % c["patch_size"]:
+        raise DiffnbError(
+            f"patch_size={c['patch_size']} does not divide image_size={c['image_size']}: patches must tile the image")
+    size = c["image_size"] // c["patch_size"]  # the network works on patches
+    if c["channel_mult"] is None:  # one more outer level for each doubling beyond 32: the inner ones stay the same
+        c["channel_mult"] = [1] * max(0, int(math.log2(size / 32))) + [1, 2.5, 3.5]
+    c["channel_mult"] = _numbers("channel_mult", c["channel_mult"], 0.01, 64, float)
+    levels, groups = len(c["channel_mult"]), c["norm_groups"]
+    if not 1 <= levels <= 8:
+        raise DiffnbError(f"channel_mult has {levels} levels: expected 1 to 8")
+    widths = [c["base_channels"] * m for m in c["channel_mult"]]
+    if any(w != int(w) or int(w) % groups or int(w) < 2 for w in widths) or widths[0] % 2:
+        raise DiffnbError(
+            f"widths {', '.join(f'{w:g}' for w in widths)} (base_channels={c['base_channels']} times "
+            f"channel_mult): each must be a whole number divisible by norm_groups={groups}, the first one "
+            "even. Change base_channels, channel_mult or norm_groups")
+    if size % 2**(levels - 1):
+        of_patches = f" ({size} patches of {c['patch_size']})" if c["patch_size"] > 1 else ""
+        raise DiffnbError(
+            f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level "
+            "of channel_mult "
+            f"after the first: it must be divisible by {2 ** (levels - 1)}. Resize the images or use fewer "
+            "levels")
+    if widths[0] // 2 <= c["freq_shift"]:
+        raise DiffnbError("freq_shift=1 needs a first width above 2")
+    return [int(w) for w in widths], [size // 2**i for i in range(levels)]
+
+def _checked(c):
+    "A copy of the constructor arguments `c`, checked, every None that stands for a rule filled in, ready for JSON."
+    c = dict(c)
+    for name, low, high in [
+        ("image_size", 1, 4096), ("patch_size", 1, 64), ("in_channels", 1, 1024), ("base_channels", 1, 4096),
+        ("blocks", 1, 16), ("norm_groups", 1, 1024), ("freq_shift", 0, 1)]:
+        c[name] = _number(name, c[name], low, high)
+    for name in ("head_dim", "num_classes"):
+        c[name] = _number(name, c[name], 1, 100_000, none=True)
+    c["dropout"] = _number("dropout", c["dropout"], 0, 0.99, float)
+    c["norm_eps"] = _number("norm_eps", c["norm_eps"], 1e-12, 0.1, float)
+    for name in ("film", "mid_norm"):
+        _choice(name, c[name], (True, False))
+    _choice("mid_attention", c["mid_attention"], (True, False, None))
+    _choice("down_padding", c["down_padding"], ("both", "end"))
+    widths, sizes = _shape(c)
+    if c["attention"] is None:
+        c["attention"] = [s for s in sizes[1:] if s <= 16][:1]
+    c["attention"] = sorted(set(_numbers("attention", c["attention"], 1, 4096, int)))
+    if missing := [r for r in c["attention"] if r not in sizes]:
+        raise DiffnbError(f"attention at resolution {missing[0]}, which does not occur: this UNet works at "
+                          f"{', '.join(map(str, sizes))}")
+    if c["mid_attention"] is None:
+        c["mid_attention"] = bool(c["attention"])
+    used = [w for w, s in zip(widths, sizes) if s in c["attention"]] + widths[-1:] * c["mid_attention"]
+    if c["head_dim"] and any(w % c["head_dim"] for w in used):
+        raise DiffnbError(f"head_dim={c['head_dim']} does not divide every width that has attention "
+                          f"({', '.join(map(str, used))})")
+    size = 18 * (2 * c["blocks"] + 1) * sum(w * w for w in widths)  # roughly: two 3x3 convolutions a block
+    if size > 2e9:
+        raise DiffnbError(f"about {size / 1e9:.0f} billion parameters: expected at most 2. Reduce base_channels")
+    return c
+
+# %% ../nbs/03_unet.ipynb #c064
+def _check_inputs(c, x_t, t, y):
+    """Raises if x_t, t or y do not suit configuration `c`; returns t, (B,), and y: None without classes, (B,), or for a
+    network that reads sentences (B, text_length)."""
+    factor = c["patch_size"] * 2**(len(c.get("channel_mult", [1])) - 1)
+    if x_t.ndim != 4 or x_t.shape[1] != c["in_channels"] or x_t.shape[2] % factor or x_t.shape[3] % factor:
+        raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), "
+                          f"height and width divisible by {factor}. Other sizes or channels need another network")
+    if not x_t.is_floating_point():
+        raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them of bytes")
+    b, t = x_t.shape[0], torch.as_tensor(t, device=x_t.device)
+    if t.dtype in (torch.bfloat16, torch.float16, torch.bool) or t.shape not in ((), (b,)):
+        raise DiffnbError(f"t is {t.dtype} of shape {tuple(t.shape)}: expected integers, shape ({b},) or one number. "
+                          "Half precision cannot hold timesteps: 750 becomes 752 or worse")
+    if c["num_classes"] is None:
+        if y is not None:
+            raise DiffnbError("this model was trained without classes: leave y out, or train one with num_classes")
+        return t.expand(b), None
+    shape, kind = ((b, c["text_length"]), "word") if "text_length" in c else ((b,), "class")
+    if y is None:
+        y = torch.full(shape, c["num_classes"], device=x_t.device)
+    if not torch.is_tensor(y) or y.shape != shape or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        what = f"{y.dtype} of shape {tuple(y.shape)}" if torch.is_tensor(y) else repr(y)
+        raise DiffnbError(f"y is {what}: expected {kind} numbers, an integer tensor of shape {shape}")
+    # on an accelerator, looking at the values would make every step wait for the device
+    look = y.device.type == "cpu" and b > 0 and not torch.compiler.is_compiling()
+    if look and not 0 <= y.min() <= y.max() <= c["num_classes"]:
+        raise DiffnbError(f"y runs from {y.min()} to {y.max()}: expected {kind} numbers 0 to {c['num_classes'] - 1}, "
+                          f"or {c['num_classes']}, the null {kind}")
+    return t.expand(b), y.long().to(x_t.device)
+
+def make_network(settings # its arguments, as its `config` holds them
+                ) -> nn.Module: # untrained
+    """The network that these arguments describe; without the key "network", a UNet.
+    Raises DiffnbError for an unknown network, or for arguments that cannot work."""
+    settings = dict(settings)
+    name = _choice("network", settings.pop("network", "unet"), ("unet", "transformer", "text_transformer"))
+    if name == "unet":
+        return UNet(**settings)
+    if name == "transformer":
+        return late_import("diffnb.transformer").Transformer(**settings)      # lesson 10
+    return late_import("diffnb.text").TextTransformer(**settings)             # lesson 14

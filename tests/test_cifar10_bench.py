@@ -404,6 +404,24 @@ def test_a_lost_long_run_begins_again_from_its_averages(long, common, tmp_path):
         long.module.planned_config(a)
 
 
+def test_a_long_run_is_shipped_with_an_account_of_how_it_was_trained(long, common, tmp_path):
+    out = tmp_path / "long"
+    with pytest.raises(common.DiffnbError, match="no checkpoint"):
+        long.module.ship(out, "toy", "ema", tmp_path)
+    long.go(out, "--config", long.settings, until=20)
+    path = long.module.ship(out, "toy", "ema2", tmp_path)
+    tensors, meta = common.read_tensors(path)
+    origin, saved = meta["origin"], common.last_checkpoint(out / "run")
+    assert path.name == "toy.safetensors" and common.load_model(path, "cpu").step == 20
+    assert torch.equal(tensors["ema.conv_in.weight"], saved[0]["ema2.conv_in.weight"].half())
+    assert origin["images"] == 20 * meta["config"]["batch_size"] and origin["weights"] == "ema2"
+    assert origin["rate"].startswith("constant")
+    assert origin["core_hours"] == round(saved[1]["processor_seconds"] / 3600, 2)
+    assert meta["config"]["data_root"] is None and str(tmp_path) not in json.dumps(meta)
+    with pytest.raises(common.DiffnbError, match="no 'ema9'"):
+        long.module.ship(out, "toy", "ema9", tmp_path)
+
+
 def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_path, monkeypatch, capsys):
     module, out, computed = long.module, tmp_path / "long", []
     def network(x):
@@ -490,3 +508,67 @@ def test_the_long_run_uses_a_copy_of_the_sources(long, tmp_path, ranks):
     assert [e["event"] for e in events(out)] == ["started", "stopped"] and events(out)[0]["ranks"] == ranks
     assert events(out)[0]["commit"] == (out / "source" / "COMMIT").read_text() == git("rev-parse", "HEAD")
     assert (out / "source" / "bench" / "cifar10" / "long.py").exists() and long.module.steps_done(out / "run") > 0
+
+
+# ---- few steps
+
+def distilled(few, out, *more): # -> exit code of bench/cifar10/distill.py, with the digits for CIFAR-10
+    usual = ["--out", str(out), "--model", "digits", "--steps", "1", "--teacher-steps", "4", "--guidance-scale", "2",
+             "--train-steps", "4", "--batch-size", "4", "--log-every", "1", "--device", "cpu"]
+    before, sys.argv = sys.argv, ["distill.py", *usual, *more]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        few.main()
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = before
+        for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(s, handler)
+    return 0
+
+
+def test_a_stopped_distillation_goes_on_bit_for_bit(script, tmp_path, monkeypatch):
+    few, whole, parts = script("distill"), tmp_path / "whole", tmp_path / "parts"
+    assert distilled(few, whole) == 0
+    one_step, done = few.Round.one_step, []
+    def stopping(self):
+        loss = one_step(self)
+        done.append((self.steps, self.step))
+        if len(done) in (2, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+    monkeypatch.setattr(few.Round, "one_step", stopping)
+    assert [distilled(few, parts) for _ in range(4)] == [143, 143, 0, 0]
+    assert done == [(2, 1), (2, 2), (2, 3), (2, 4), (1, 1), (1, 2), (1, 3), (1, 4)]
+    for name in ("steps_2", "steps_1"):
+        (a, meta), (b, again) = (few.read_tensors(x / f"{name}.safetensors") for x in (whole, parts))
+        assert meta == again and all(torch.equal(a[k], b[k]) for k in a)
+    lines = [(x / "log.jsonl").read_text().split("\n")[:-1] for x in (whole, parts)]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == 8 and not (parts / "state.safetensors").exists()
+
+    test = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(few, "open_features", lambda a: (lambda x: x.flatten(1)[:, :8].float(), 50))
+    monkeypatch.setitem(sys.modules, "pilots", SimpleNamespace(
+        bf16=lambda f: f, real=lambda *_: {"test.features": test},
+        namer=lambda _: (lambda f: torch.arange(len(f)) % 5, 0.9)))
+    assert distilled(few, whole, "--score", "--n", "20") == 0
+    scores = json.loads((whole / "scores.json").read_text())
+    assert {name: (row["network_calls"], row["guidance_scale"]) for name, row in scores.items()} == {
+        "student, 2 steps": (2, 1), "student, 1 steps": (1, 1), "teacher, ddim, 2 steps": (4, 2),
+        "teacher, ddim, 1 steps": (2, 2), "teacher, ddim, 4 steps": (8, 2), "teacher, dpmpp_2m, 2 steps": (4, 2),
+        "teacher, dpmpp_2m, 1 steps": (2, 2)}
+    assert {row["named_right"] for row in scores.values()} == {0.5} and len({
+        row["frechet"] for row in scores.values()}) > 4 and (whole / "student_2_steps.png").exists()
+    assert distilled(few, whole, "--ship", "digits-1", "--folder", str(tmp_path)) == 0
+    student = few.load_model(tmp_path / "digits-1.safetensors", "cpu")
+    assert student.student_steps == 1 and student.prediction == "v"
+    assert few.read_tensors(tmp_path / "digits-1.safetensors")[1]["origin"]["guidance_scale"] == 2.0
+    for words, more in (("was begun with lr", ["--lr", "1e-3"]), ("was begun with seed", ["--seed", "1"])):
+        with pytest.raises(few.DiffnbError, match=words):
+            distilled(few, whole, *more)
+    with pytest.raises(few.DiffnbError, match="by halving"):
+        distilled(few, tmp_path / "new", "--steps", "3")
+    with pytest.raises(few.DiffnbError, match="the last round is not done"):
+        distilled(few, tmp_path / "new", "--ship", "digits-1")

@@ -1,16 +1,18 @@
 """What the page of the command line leaves to a machine: presets, averages by name, what is refused before work starts,
 and the shell around it."""
-import errno, functools, inspect, io, os, re, shlex, signal, subprocess, sys, time
+import errno, functools, inspect, io, json, os, re, shlex, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest, torch
+from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffnb import __version__
 from diffnb.sample import load_model
 from diffnb.workshop.cli import _without_preset, commands, main
+from diffnb.workshop.facts import gather
 from diffnb.workshop.folder import read_config
 from diffnb.workshop.settings import check_config, flattened, PRESETS, TrainConfig
 
@@ -122,7 +124,7 @@ def test_every_option_is_explained(command, capsys, monkeypatch):
     entries = dict(
         re.findall(r"^[│ ]{1,4}(--[a-zA-Z][\w-]+|--[nT]|PATH)(.*?)(?=^[│ ]{1,4}[-\w]|^ *$|^╰|\Z)", out, re.S | re.M))
     expected = set(inspect.signature(commands[command]).parameters) - {"config"}
-    if command == "train":
+    if command in ("train", "check"):
         expected |= flattened(TrainConfig()).keys()
     options = {*entries, *re.findall(r"--[a-zA-Z][\w-]+", " ".join(entries.values()))}          # aliases stand beside
     first = "PATH" if "PATH" in entries else None
@@ -144,6 +146,39 @@ def test_version(capsys):
     code, out, _ = said(capsys, "--version")
     assert code == 0 and out.startswith(
         f"diffnb {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+
+def test_a_run_folder_goes_before_the_model_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "digits", *TINY, "--epochs", "0.1", "--run", "digits"]) == 0
+    assert main(["info", "digits"]) == 0 and "progress     step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how, ranks", [(["--dry-run"], "1"), ([], "2")])
+def test_a_check_before_training_is_made_by_one_process_and_is_no_dry_run(how, ranks, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(["train", "--data", "digits", "--check", *how]) == 1
+    assert "run `diffnb check` first" in capsys.readouterr().err
+
+
+def test_evaluate_shows_the_loss_of_a_run_beside_its_floor(tmp_path, capsys):
+    run = tmp_path / "r"
+    assert main(["train", "--data", "digits", *TINY, "--epochs", "0.2", "--log-every", "5", "--run",
+                 str(run)]) == 0
+    assert main(["evaluate", str(run), "--n", "20", "--steps", "2", "--device", "cpu"]) == 0
+    said, stored = capsys.readouterr().out, json.loads((run / "evaluation.json").read_text())["training_loss"]
+    floor = gather(run, deep=False)
+    assert stored["gaussian_floor"] == floor.floor_mean and stored["value"] == floor.loss()[0]
+    assert stored["told"] == "class means and one covariance"
+    assert f"against {floor.floor_mean:.4f} for the best Gaussian denoiser that is told the class" in said
+
+
+def test_info_says_what_a_model_is_and_where_it_comes_from(capsys):
+    assert main(["info", "cifar10"]) == 0
+    said = capsys.readouterr().out
+    assert "7.26M parameters, 32x32x3" in said and "horse" in said and "core hours" in said and "long_run.json" in said
+    assert main(["info", "digits"]) == 0 and "core hours" not in capsys.readouterr().out
+    assert main(["info", "nothing"]) == 1 and "not a run folder" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     "typed, meant", [("trian", "train"), ("sampel", "sample"), ("Info", "info"), ("eval", "evaluate"), ("zzz", None)])
@@ -199,7 +234,7 @@ def test_numbers_that_no_option_can_mean(option, value, monkeypatch, capsys):
 def options_of(command):
     parameters = list(inspect.signature(commands[command]).parameters.values())
     names = [p.name for p in parameters if p.name not in ("config", "run", "source")]
-    if command == "train":
+    if command in ("train", "check"):
         names += ["run", *flattened(TrainConfig())]
     return [f"--{n.removesuffix('_').replace('_', '-')}" for n in names if n not in ("dry_run", "data_url")]
 
@@ -219,11 +254,12 @@ def test_whatever_options_say_is_done_or_refused(data):
     command = data.draw(st.sampled_from([c for c in commands if c not in ("info", "workbook")]))
     options = data.draw(st.lists(st.tuples(st.sampled_from(options_of(command)), words, st.booleans()), max_size=3))
     args = [
-        command, *([] if command == "train" else ["no-such-run"]),
+        command, *([] if command in ("train", "check") else ["no-such-run"]),
         *(part for o, v, one in options for part in ([f"{o}={v}"] if one else [o, v]))]
     begun, out, err = [], io.StringIO(), io.StringIO()
     with (
         mock.patch("diffnb.workshop.cli._train", lambda config, *rest: begun.append(check_config(config)) or 0),
+        mock.patch("diffnb.workshop.cli._look", lambda config, *rest: begun.append(config) or mock.Mock()),
         redirect_stdout(out), redirect_stderr(err)):
         try:
             code = main(args)
@@ -257,6 +293,12 @@ def every_command(run, out):
         ["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", out / "new"],
         out / "new/checkpoints/step_000000010.safetensors")
     yield ["resume", out / "new", "--epochs", "0.06"], out / "new/checkpoints/step_000000012.safetensors"
+    (out / "pictures").mkdir(exist_ok=True)
+    for i in range(4):
+        Image.effect_noise((8, 8), 99).save(out / f"pictures/{i}.png")
+    yield (
+        ["check", "--data", out / "pictures", *TINY, "--out", out / "check.png", "--data-root", out / "cached"],
+        out / "check.png")
     yield ["info", run], run
     yield ["sample", run, *small, "--out", out / "grid.png"], out / "grid.png"
     yield ["sample", run, *small, "--out", out / "all.npz"], out / "all.npz"
@@ -331,7 +373,8 @@ print("CODE", code, "LOADED", *sys.modules)
 @pytest.mark.parametrize(
     "args, code",
     [
-        (["--help"], 0), (["train", "--help"], 0), (["sample", "--help"], 0), (["info", "{run}"], 0),
+        (["--help"], 0), (["train", "--help"], 0), (["check", "--help"], 0), (["check", "--lr", "-1"], 1),
+        (["sample", "--help"], 0), (["info", "{run}"], 0),
         (["info", "{v01}"], 0), (["sampel", "x"], 2), (["train", "--epoch", "3"], 2),
         (["train", "--lr", "-1"], 1), (["info", "nowhere"], 1)],
     ids=str)

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, torchvision
 from PIL import Image
 
 from diffnb.core import DiffnbError, addressed, write_whole
-from diffnb.data import batch_indices, filters, ImageData, resize, save_grid, to_float
+from diffnb.data import batch_indices, filters, ImageData, resize, save_grid, show_images, to_float
 from diffnb.workshop.datasets import load_data
 
 
@@ -52,6 +52,16 @@ def mirror(fake_cifar):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/{fake_cifar[1].name}"
     server.shutdown()
+
+
+def test_titles_of_rows_stand_beside_the_first_image_of_each_row():
+    fig = show_images(torch.zeros(4, 1, 2, 2), cols=2, row_titles=["above", "below"])
+    written = [(i, t.get_text(), t.get_ha()) for i, ax in enumerate(fig.axes) for t in ax.texts]
+    assert written == [(0, "above", "right"), (2, "below", "right")]
+    fig.draw_without_rendering()
+    for ax in (fig.axes[0], fig.axes[2]):
+        text = ax.texts[0].get_window_extent()
+        assert 0 <= text.x0 and text.x1 <= ax.bbox.x0
 
 
 def test_cifar10_from_another_address(mirror, tmp_path):

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-lessons = {path.stem[3:]: int(path.stem[:2]) for path in (root / "nbs").glob("[0-9][0-9]_*.ipynb")}
+exported = re.compile(r"#\|\s*default_exp\s+(\w+)")                    # a lesson's module; the first page has none
+lessons = {
+    m[1]: int(path.stem[:2])
+    for path in (root / "nbs").glob("[0-9][0-9]_*.ipynb")
+    if (m := exported.search(path.read_text(encoding="utf-8")))}
 free = {"__init__", "__main__"}                                    # the command, which is the workshop's
 
 

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffnb.core import DiffnbError
-from diffnb.workshop.interchange import (from_diffusers, key_map, save_diffusers, to_diffusers, unet_from_diffusers,
+from diffnb.workshop.interchange import (from_diffusers, key_map, save_diffusers, to_diffusers,
+                                         transformer_from_diffusers, transformer_to_diffusers, unet_from_diffusers,
                                          unet_to_diffusers)
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule, sigmoid_schedule
+from diffnb.transformer import Transformer
 from diffnb.unet import UNet
 
 SMALL = dict(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8)
@@ -774,3 +776,89 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path, monkeypatch, there, re
     assert not list(tmp_path.rglob("*.partial"))
     if not there:
         assert DDIMPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 8
+
+
+# ---- the transformer
+
+def dit(**change):
+    from diffusers import DiTTransformer2DModel
+    usual = dict(num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=2, sample_size=8, patch_size=2,
+                 num_embeds_ada_norm=5)
+    return DiTTransformer2DModel(**usual | change)
+
+def transformer(**change):
+    usual = dict(image_size=8, base_channels=16, depth=2, head_dim=8, patch_size=2, num_classes=5)
+    return randomise(Transformer(**usual | change))
+
+@pytest.mark.parametrize("change", [
+    {}, dict(head_dim=None), dict(patch_size=4), dict(patch_size=1), dict(in_channels=1), dict(norm_eps=1e-5),
+    dict(depth=1, base_channels=32)], ids=str)
+def test_transformer_there_and_back(change):
+    ours = transformer(**change)
+    theirs, (x, t) = transformer_to_diffusers(ours), batch(channels=change.get("in_channels", 3))
+    for y in (torch.tensor([0, 4]), torch.tensor([5, 2])):                                  # 5 is the null class
+        out = ours(x, t, y)
+        assert out.std() > 0.1 and (theirs(x, t, y).sample - out).abs().max() < 1e-5
+    back = transformer_from_diffusers(theirs)
+    assert torch.equal(back(x, t, y), out) and {**back.config, "head_dim": None} == {**ours.config, "head_dim": None}
+
+def test_transformer_made_by_diffusers():
+    theirs = randomise(dit(patch_size=4))
+    for block in theirs.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    ours, (x, t), y = transformer_from_diffusers(theirs), batch(), torch.tensor([3, 5])
+    assert (theirs(x, t, y).sample - ours(x, t, y)).abs().max() < 1e-5
+    assert ours.config["norm_eps"] == 1e-5 and not ours.training
+    assert transformer_from_diffusers(theirs.train()).training
+
+@pytest.mark.parametrize("schedule, prediction", [(linear_schedule(), "eps"), (flow_schedule(), "velocity")], ids=str)
+def test_transformer_folder(tmp_path, monkeypatch, capsys, schedule, prediction):
+    ours, (x, t), y = transformer(), batch(), torch.tensor([1, 5])
+    folder, said = save_diffusers(ours, schedule, tmp_path / "model", prediction), capsys.readouterr().out
+    assert "no pipeline" in said and (folder / "transformer/config.json").exists()
+    monkeypatch.setitem(sys.modules, "diffusers", None)                              # reading needs none of it
+    back, its_schedule, its_prediction = from_diffusers(folder)
+    assert torch.equal(back(x, t, y), ours(x, t, y)) and its_prediction == prediction
+    assert torch.allclose(its_schedule.a, schedule.a, atol=1e-6)
+    part, _, _ = from_diffusers(folder / "transformer")
+    assert torch.equal(part(x, t, y), ours(x, t, y))
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    space = {}
+    exec((folder / "README.md").read_text().split("```python")[1].split("```")[0], space)
+    assert space["images"].shape == (4, 3, 8, 8) and space["images"].isfinite().all()
+
+@pytest.mark.parametrize("change, words", [
+    (dict(out_channels=6), "out_channels=6: must be in_channels"), (dict(attention_bias=False), "attention_bias=False"),
+    (dict(activation_fn="geglu"), "activation_fn='geglu'"), (dict(norm_type="ada_norm"), "norm_type='ada_norm'"),
+    (dict(norm_elementwise_affine=True), "norm_elementwise_affine=True"), (dict(new=1), "DiTTransformer2DModel that"),
+    (dict(num_embeds_ada_norm=None), "num_embeds_ada_norm=None"),
+    (dict(num_attention_heads=0), "num_attention_heads=0"),
+    (dict(sample_size=9), "does not divide"), (dict(num_layers=3), "no tensor transformer_blocks.2")])
+def test_transformers_of_theirs_that_we_lack(tmp_path, change, words):
+    folder = save_diffusers(transformer(), linear_schedule(), tmp_path / "model", say=str)
+    edit(folder / "transformer/config.json", **change)
+    with pytest.raises(DiffnbError, match=words):
+        from_diffusers(folder)
+
+def test_transformers_of_ours_that_they_lack():
+    with pytest.raises(DiffnbError, match="always has classes"):
+        transformer_to_diffusers(transformer(num_classes=None))
+
+def test_embeddings_that_differ_between_blocks_are_refused():
+    theirs = transformer_to_diffusers(transformer())
+    theirs.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.data[0, 0] += 1
+    with pytest.raises(DiffnbError, match="blocks.1.norm1.emb.class_embedder.* differs from"):
+        transformer_from_diffusers(theirs)
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda w: w | {"proj_out_2.weight": w["proj_out_2.weight"][:-1]}, "proj_out_2.weight is .* of shape"),
+    (lambda w: {k: v for k, v in w.items() if k != "proj_out_1.bias"}, "no tensor proj_out_1.bias"),
+    (lambda w: w | {"other": w["proj_out_1.bias"] + 1}, "unexpected tensor other"),
+    (lambda w: w | {"proj_out_1.bias": w["proj_out_1.bias"] / 0}, "expected finite")])
+def test_damaged_transformers(tmp_path, damage, words):
+    folder = save_diffusers(transformer(), linear_schedule(), tmp_path / "model", say=str)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({k: v.contiguous() for k, v in damage(load_file(file)).items()}, file)
+    with pytest.raises(DiffnbError, match=words):
+        from_diffusers(folder)

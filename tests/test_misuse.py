@@ -12,7 +12,7 @@ from PIL import Image
 from diffnb.workshop.cli import _labels, main
 from diffnb.core import DiffnbError, addressed, write_whole
 from diffnb.workshop.datasets import load_data
-from diffnb.doctor import copies, mirror_test, picture_facts
+from diffnb.workshop.findings import copies, mirror_test, picture_facts
 from diffnb.workshop.report import examine
 from diffnb.workshop.check import check
 from diffnb.evaluate import (Moments, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep, nearest,
@@ -532,6 +532,7 @@ def test_of_processes_that_start_together_each_finishes_or_is_refused(out, tmp_p
     for k in range(6):
         if (pid := os.fork()) == 0:
             code = 9
+            torch.set_num_threads(1)    # the threads of the parent do not survive the fork, and would be waited for
             try:
                 sample_to(tmp_path / out, m.denoiser(), m.shape, seed=k % 3, **args)
                 code = 0
@@ -634,7 +635,7 @@ def test_options_of_sampling_are_refused_where_the_images_exist(here, digits, op
 
 @pytest.mark.parametrize("name", ["nowhere", "/dev/null", "../weights", "digits_features"])
 def test_what_is_no_model_is_told_which_come_along(name):
-    with pytest.raises(DiffnbError, match="embedded model: clothes, digits$"):
+    with pytest.raises(DiffnbError, match="embedded model: cifar10, cifar10-4, clothes, digits$"):
         load_model(name)
 
 

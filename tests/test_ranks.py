@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slow
 
 tiny = helpers.tiny.change(epochs=0.85, lr=2e-3, sample_every=0.35, checkpoint_every=0.4)        # 20 steps
 timed = {"seconds", "processor_seconds", "images_per_s"}
+tokens = tiny.change(
+    network="transformer", channel_mult=None, norm_groups=16, attention=None, depth=2, head_dim=8, patch_size=2)
 muon = tiny.change(optimizer="muon", weight_decay=0.01, ema_half_lives=(0.1, 320.0))
 settings = ("--data digits --base-channels 16 --channel-mult 1 2 --norm-groups 8 --attention 4 --lr 2e-3 --log-every 5 "
             "--sample-steps 3 --device cpu").split()
@@ -57,6 +59,7 @@ def script(folder):
     load_data("digits")                                            # read once, for all that are forked
     train(tiny, folder / "alone", sampler=ddim, progress=False)
     train(muon, folder / "muon_alone", sampler=ddim, progress=False)
+    train(tokens, folder / "tokens_alone", sampler=ddim, progress=False)
     def go(run, shard=False, on_log=None, config=tiny, **change):
         ranks = Ranks(shard, "cpu")
         with ranks.guard():
@@ -65,6 +68,7 @@ def script(folder):
         ("two", 2, False, {}), ("four", 4, False, dict(grad_accum_steps=2)), ("divided", 2, True, {}),
         ("divided_last", 2, True, dict(channels_last=True))):
         done[name] = fork(world, lambda rank: go(folder / name, shard, **change))[0]
+    done["tokens"] = fork(2, lambda rank: go(folder / "tokens", True, config=tokens))[0]
     def stop_early(run): return read_metrics(run)["step"][-1] == 10
     # by two ranks, ended by two divided ones
     done["begun"] = fork(2, lambda rank: go(folder / "resumed", on_log=stop_early))[0]
@@ -120,18 +124,19 @@ def ranks(tmp_path_factory):
 def files(run): return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("name", ["two", "four", "divided", "divided_last"])
+@pytest.mark.parametrize("name", ["two", "four", "divided", "divided_last", "tokens"])
 def test_any_number_of_ranks_gives_the_same_run(ranks, name):
     folder, done, said = ranks
+    alone = {"tokens": "tokens_alone"}.get(name, "alone")
     assert set(done[name]) == {0}, said[-2000:]
-    a, b = read_metrics(folder / "alone"), read_metrics(folder / name)
+    a, b = read_metrics(folder / alone), read_metrics(folder / name)
     assert (a["step"] == b["step"]).all() and len(a["step"]) == 4
     for column in a.keys() - timed:
         assert np.allclose(a[column], b[column], atol=1e-5, rtol=1e-4, equal_nan=True), column
-    (x, meta), (y, meta_b) = (read_tensors(checkpoints(folder / run)[-1]) for run in ("alone", name))
+    (x, meta), (y, meta_b) = (read_tensors(checkpoints(folder / run)[-1]) for run in (alone, name))
     assert x.keys() == y.keys() and meta["step"] == meta_b["step"] == 20
     assert max(float((x[k] - y[k]).abs().max()) for k in x if k.startswith("ema.")) < 1e-4
-    assert files(folder / "alone") == files(folder / name)  # one writer: the same files, none of them twice
+    assert files(folder / alone) == files(folder / name)  # one writer: the same files, none of them twice
 
 
 def test_a_run_may_change_its_ranks(ranks):

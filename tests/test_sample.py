@@ -1,11 +1,13 @@
 "Samplers against diffusers' schedulers, and what users can get wrong."
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest, torch
 
-from diffnb.core import DiffnbError, addressed
+import diffnb
+from diffnb.core import DiffnbError, addressed, read_tensors
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
@@ -178,6 +180,13 @@ def test_samples_on_disk_resume_after_a_crash(tmp_path):
     calls.clear()
     sample_to(tmp_path / "s.npz", Denoiser(model, schedule), **args)
     assert sum(calls) == 2 * (10 - done) and not (tmp_path / "s.npz.parts").exists()
+
+
+def test_each_image_may_have_its_own_timestep():
+    d = load_model("digits", "cpu").denoiser(torch.tensor([1, 2, 3]), guidance_scale=2.0)
+    x, t = draw_noise((3, 1, 8, 8), addressed("own")), torch.tensor([200, 500, 800])
+    for together, alone in zip(d(x, t), zip(*(d.take([i])(x[i:i + 1], int(t[i])) for i in range(3)))):
+        assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
 def test_inversion_is_exact_in_the_limit():
@@ -423,6 +432,31 @@ def test_the_embedded_clothes_are_those_asked_for():
     made = dpmpp_2m(m.denoiser(y), draw_noise((100, *m.shape), addressed("clothes")), steps=8)
     named = torch.cdist(made.flatten(1), means).argmin(1)
     assert (named == y).float().mean() > 0.55 and made.std() > 0.5
+
+
+def test_the_embedded_cifar10_model_draws_what_is_asked_for_and_says_where_it_comes_from():
+    m, y = load_model("cifar10", device="cpu"), torch.arange(40) % 10
+    assert m.shape == (3, 32, 32) and m.classes[7:] == ("horse", "ship", "truck") and m.prediction == "velocity"
+    made = dpmpp_2m(m.denoiser(y, guidance_scale=2.0), draw_noise((40, *m.shape), addressed("cifar10")), steps=8)
+    assert 0.3 < made.std() < 0.7
+    blue = (made[:, 2] - made[:, 0]).flatten(1).mean(1).unflatten(0, (4, 10)).mean(0)       # more blue than red
+    water, land = blue[[0, 8]], blue[[4, 5, 6, 7]]    # aeroplanes and ships; deer, dogs, frogs and horses
+    assert water.min() > land.max() + 0.05
+    meta = read_tensors(Path(diffnb.__file__).parent / "weights/cifar10.safetensors")[1]
+    assert meta["config"]["data_root"] is None and meta["origin"]["images"] == 64 * m.step > 400_000
+    assert meta["origin"]["core_hours"] > 2 and len(meta["origin"]["commit"]) == 40
+
+
+def test_the_embedded_student_ends_where_its_teacher_does():
+    teacher, student = (load_model(name, device="cpu") for name in ("cifar10", "cifar10-4"))
+    assert student.student_steps == 4 and student.classes == teacher.classes and teacher.student_steps is None
+    x_T, y = draw_noise((10, *teacher.shape), addressed("student")), torch.arange(10)
+    many, few = (ddim(teacher.denoiser(y, guidance_scale=2.0), x_T, n) for n in (16, 4))
+    made = ddim(student.denoiser(y), x_T, 4)
+    assert (made - many).square().mean() < 0.3 * (few - many).square().mean()
+    meta = read_tensors(Path(diffnb.__file__).parent / "weights/cifar10-4.safetensors")[1]
+    assert meta["config"]["data_root"] is None and meta["origin"]["teacher"] == "cifar10"
+    assert meta["step"] == teacher.step + 2 * meta["origin"]["train_steps"]
 
 
 # ---- the Gaussian ruler

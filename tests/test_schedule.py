@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from diffnb.core import DiffnbError
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
-from diffnb.schedule import (PREDICTIONS, NoiseSchedule, cosine_schedule, flow_schedule, gaussian_loss_floor,
-                             image_spectrum, linear_schedule, make_schedule, sigmoid_schedule)
+from diffnb.schedule import (COVARIANCE_IMAGES, PREDICTIONS, NoiseSchedule, cosine_schedule, flow_schedule,
+                             gaussian_loss_floor, image_spectrum, linear_schedule, load_statistics, make_schedule,
+                             sigmoid_schedule, write_statistics, x0_to_loss)
 
 BUILDERS = dict(linear=linear_schedule, cosine=cosine_schedule, sigmoid=sigmoid_schedule)
 SPACINGS = ("trailing", "leading", "linspace", "quadratic")
@@ -504,6 +505,98 @@ def test_floor_limits(name):
 def test_wrong_spectrum(wrong):
     with pytest.raises(DiffnbError, match="spectrum"):
         gaussian_loss_floor(wrong, linear_schedule())
+
+
+# ---- the floor of a denoiser that is told the class
+
+def classes(n, far=0.0, d=(1, 2, 2)): # two Gaussian classes, their means `far` apart in every pixel -> images, labels
+    y = torch.arange(n) % 2
+    sizes = torch.tensor([0.2, 0.5])[y].view(-1, 1, 1, 1)
+    return sizes * randn(n, *d) + far * (y.view(-1, 1, 1, 1) - 0.5), y
+
+def test_two_far_classes_have_the_mean_of_their_floors():
+    images, y = classes(40_000, far=20.0)
+    s = linear_schedule()
+    for prediction in ("eps", "x0", "v"):
+        told = gaussian_loss_floor(images, s, prediction, y)
+        one = [gaussian_loss_floor(torch.full((4,), v, dtype=torch.float64), s, prediction) for v in (0.04, 0.25)]
+        assert torch.allclose(told, sum(one) / 2, rtol=0.02)                 # known in closed form, however far apart
+        assert (gaussian_loss_floor(images, s, prediction)[10:] > told[10:]).all()
+    share = torch.cat([torch.arange(0, 40_000, 2), torch.arange(1, 10_000, 2)])  # 4 of 5 are of the first class
+    want = 0.8 * gaussian_loss_floor(images[y == 0], s) + 0.2 * gaussian_loss_floor(images[1:10_000:2], s)
+    assert torch.allclose(gaussian_loss_floor(images[share], s, y=y[share]), want)
+
+def test_labels_that_mean_nothing_change_only_the_estimate():
+    x, s = randn(4000, 1, 2, 2), linear_schedule()
+    y = torch.randint(4, (4000,), generator=torch.Generator().manual_seed(0))
+    plain, told = (gaussian_loss_floor(x, s, y=labels).mean().item() for labels in (None, y))
+    assert 0.99 < told / plain < 1 and torch.equal(gaussian_loss_floor(x, s, y=torch.full((4000,), 7)),
+                                                   gaussian_loss_floor(x, s))
+
+def test_few_images_share_one_covariance():
+    images, y = classes(2 * COVARIANCE_IMAGES * 4 - 2, far=1.0)                 # one short of enough, in each class
+    means = torch.stack([images[y == k].double().mean(0) for k in (0, 1)])
+    pooled = image_spectrum(images.double() - means[y])
+    assert torch.allclose(image_spectrum(images, y=y), pooled, atol=1e-9)
+    assert torch.allclose(image_spectrum(images, 7, y + 5), pooled, atol=1e-9)   # any labels, any chunks
+    assert torch.allclose(gaussian_loss_floor(images, linear_schedule(), y=y), gaussian_loss_floor(
+        pooled, linear_schedule()))
+    images, y = classes(2 * COVARIANCE_IMAGES * 4, far=1.0)
+    assert not torch.allclose(gaussian_loss_floor(images, linear_schedule(), y=y), gaussian_loss_floor(
+        image_spectrum(images, y=y), linear_schedule()), rtol=1e-3)
+
+def test_the_told_floor_is_what_a_filter_for_each_class_gets():
+    images, y = classes(20_000, far=1.0)
+    s, noise = linear_schedule(), randn(20_000, 4, seed=5)
+    a, sigma = s.signal_noise(300)
+    x, error = images.flatten(1), []
+    for k in (0, 1):
+        own = x[y == k]
+        C, m = own.T.cov(correction=0), own.mean(0)
+        W = a * C @ torch.linalg.inv(a ** 2 * C + sigma ** 2 * torch.eye(4))
+        guess = m + (a * own + sigma * noise[y == k] - a * m) @ W.T
+        error.append(((a * own + sigma * noise[y == k] - a * guess) / sigma - noise[y == k]).square().mean())
+    assert abs(sum(error) / 2 / gaussian_loss_floor(images, s, "eps", y)[300] - 1) < 0.02
+
+@pytest.mark.parametrize("y, said", [
+    (torch.zeros(9, dtype=torch.long), "10 images"), (torch.zeros(10), "float32"), (torch.zeros(10, 1).long(), "10, 1"),
+    (torch.tensor([0] * 9 + [-1]), "-1"), (torch.tensor([0] * 9 + [1]), "one image"), (torch.zeros(10).bool(), "bool")])
+def test_wrong_labels(y, said):
+    with pytest.raises(DiffnbError, match=said):
+        gaussian_loss_floor(randn(10, 1, 2, 2), linear_schedule(), y=y)
+
+def test_a_spectrum_has_no_labels():
+    with pytest.raises(DiffnbError, match="within the classes"):
+        gaussian_loss_floor(torch.ones(4), linear_schedule(), y=torch.zeros(4, dtype=torch.long))
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_x0_to_loss_is_what_an_error_of_x0_costs(name):
+    s = make_schedule(name)
+    x0, noise = randn(64, 1, 2, 2), randn(64, 1, 2, 2, seed=1)
+    for prediction in PREDICTIONS if s.straight else PREDICTIONS[:3]:
+        for t in (5, 400, 900):
+            x_t = s.add_noise(x0, noise, t)
+            wrong = s.target(x0 + 0.1, s.to_eps(x0 + 0.1, x_t, t), t, prediction) - s.target(x0, noise, t, prediction)
+            assert abs(wrong.square().mean() / 0.01 / x0_to_loss(s, prediction)[t] - 1) < 1e-3
+
+@pytest.mark.parametrize("name", ["cifar10_32", "cifar10_64_bicubic", "cifar10_64_bilinear"])
+def test_shipped_statistics_hold_the_spectrum_within_the_classes(name):
+    whole, within = (load_statistics(name, told)[0] for told in (False, True))
+    # ten means span nine directions: the eigenvalues interlace (Weyl)
+    assert (within <= whole * (1 + 1e-6) + 1e-9).all() and (within[:-9] >= whole[9:] * (1 - 1e-6) - 1e-9).all()
+    assert 0.92 < within.sum() / whole.sum() < 0.94
+    floors = [gaussian_loss_floor(x, linear_schedule()).mean() for x in (whole, within)]
+    assert 0.998 < floors[1] / floors[0] < 1
+
+def test_statistics_with_and_without_labels(tmp_path):
+    digits = load_data("digits")
+    path, unlabelled = write_statistics(digits, tmp_path), dataclasses.replace(digits, labels=None, name="plain")
+    assert torch.allclose(load_statistics(path, within=True)[0], image_spectrum(digits.images, y=digits.labels),
+                          rtol=1e-5, atol=1e-6)
+    plain = write_statistics(unlabelled, tmp_path)                               # as files of earlier versions
+    assert torch.equal(load_statistics(plain)[0], load_statistics(path)[0])
+    with pytest.raises(DiffnbError, match="within"):
+        load_statistics(plain, within=True)
 
 
 # ---- what stood on the page and teaches little

@@ -102,10 +102,13 @@ def differs(a, b):
 
 cifar10 = dict(data="cifar10", data_root="{work}/none")
 long, v, folder = dict(epochs=20 * step), dict(prediction="v"), dict(data="{work}/pics")
+plain = dict(channel_mult=None, blocks=2, attention=None, norm_groups=16)   # what only a UNet has, as it comes
 SETTINGS = { # name: (value A, value B, what must differ, other settings it needs)
     "data": ("digits", "fashion", "weights"),
     "image_size": (8, 12, "grid"),
     "interpolation": ("bicubic", "nearest", "weights", dict(image_size=12)),
+    "latent": (None, 2, "names"),
+    "latent_steps": (3, 4, "weights", dict(latent=2)),
     "flip": (False, True, "weights"),
     "jitter": (0.0, 0.5, "weights"),
     "conditional": (True, False, "names"),
@@ -116,7 +119,9 @@ SETTINGS = { # name: (value A, value B, what must differ, other settings it need
     "zero_terminal_snr": (False, True, "weights", v),
     "prediction": ("eps", "v", "weights"),
     "logit_normal": (None, (0.0, 1.0), "weights"),
+    "network": ("unet", "transformer", "names", plain | dict(base_channels=32)),
     "base_channels": (16, 32, "weights"),
+    "depth": (1, 2, "names", plain | dict(network="transformer")),
     "channel_mult": ((1,), (1, 2), "names"),
     "blocks": (1, 2, "names"),
     "patch_size": (1, 2, "weights"),
@@ -233,7 +238,11 @@ def test_every_draw_depends_on_the_seed(work):
 OPTIONS = {
     "train": ("train", {
         "config": ("--lr 1e-3", "--lr 2e-3"), "run": ("--run a", "--run b"), "preset": ("", "--preset clothes"),
-        "dry_run": ("", "--dry-run"), "tensorboard": ("", "--tensorboard"), "shard": ("", "--shard")}),
+        "dry_run": ("", "--dry-run"), "check": ("", "--check"), "tensorboard": ("", "--tensorboard"),
+        "shard": ("", "--shard")}),
+    "check": ("check", {
+        "config": ("--lr 1e-3", "--lr 2e-3"), "run": ("--run a", "--run b"), "preset": ("", "--preset clothes"),
+        "out": ("", "--out b.png"), "json": ("", "--json b.json")}),
     "resume": ("resume {u}", {
         "run": ("", "{v}"), "epochs": ("", "--epochs 1"), "device": ("", "--device meta"),
         "data": ("", "--data fashion"), "data_root": ("", "--data-root there"),
@@ -244,6 +253,12 @@ OPTIONS = {
         "sampler": ("", "--sampler ddpm"), "eta": ("", "--eta 1"), "spacing": ("", "--spacing leading"),
         "weights": ("", "--weights model"), "precision": ("--precision float32", "--precision bf16"),
         "device": ("", "--device cuda:99"), "batch_size": ("", "--batch-size 1"), "compile": ("", "--compile")}),
+    "distill": ("distill {u} --run a --steps 1 --teacher-steps 2 --train-steps 1 --batch-size 8 --device cpu", {
+        "source": ("", "{v}"), "run": ("", "--run b"), "steps": ("", "--steps 2 --teacher-steps 4"),
+        "teacher_steps": ("", "--teacher-steps 4"), "guidance_scale": ("", "--guidance 9"),
+        "train_steps": ("", "--train-steps 2"), "batch_size": ("", "--batch-size 9"), "lr": ("", "--lr 2e-3"),
+        "seed": ("", "--seed 1"), "weights": ("", "--weights model"), "data": ("", "--data fashion"),
+        "data_root": ("", "--data-root there"), "device": ("", "--device cuda:99")}),
     "info": ("info {u}", {"run": ("", "{v}")}),
     # recorders stand for evaluate_run, examine, save_diffusers and make_workbook: CASES has what their parameters do
     "evaluate": ("evaluate {u}", {
@@ -251,7 +266,8 @@ OPTIONS = {
         "features": ("", "--features digits"), "inception": ("", "--inception file.pth"), "steps": ("", "--steps 3"),
         "guidance_scale": ("", "--guidance-scale 2"), "seed": ("", "--seed 1"), "device": ("", "--device cpu"),
         "data_root": ("", "--data-root there")}),
-    "doctor": ("doctor {u}", {"run": ("", "{v}"), "deep": ("", "--no-deep"), "out": ("", "--out here")}),
+    "doctor": ("doctor {u}", {"run": ("", "{v}"), "deep": ("", "--no-deep"), "out": ("", "--out here"),
+                             "json": ("", "--json")}),
     "export": ("export {u} --out a", {"run": ("", "{v}"), "out": ("", "--out b"), "to": ("", "--to onnx")}),
     "workbook": ("workbook a", {"out": ("", "b"), "solutions": ("", "--solutions")})}
 SPEED_OPTIONS = {("sample", "batch_size"), ("sample", "compile")}
@@ -271,13 +287,19 @@ def recorded(monkeypatch):
             said.append((name, [in_words(a) for a in args], {k: in_words(a) for k, a in kwargs.items()}))
             return answer
         return note
-    report = types.SimpleNamespace(summary="well", write=recorder("write", "report"))
+    report = types.SimpleNamespace(summary="well", write=recorder("write", "report"), json=recorder("json", "{}"))
     state = types.SimpleNamespace(stopped_by=None, step=1, seconds=0.0)
+    look = types.SimpleNamespace(go=True, verdict="go", seconds=0.0, picture="a.png", write=recorder("write", "look"))
     for owner, name, answer in (
-        ("run", "train", state), ("planning", "plan", None), ("curves", "to_tensorboard", print),
+        ("run", "train", state), ("planning", "plan", None), ("preflight", "preflight", look),
+        ("curves", "to_tensorboard", print),
         ("scoring", "evaluate_run", "scores"), ("report", "examine", report), ("interchange", "save_diffusers", None),
         ("workbook", "make_workbook", [])):
         monkeypatch.setattr(f"diffnb.workshop.{owner}.{name}", recorder(name, answer))
+    def digits(*args, real=load_data, **kwargs):  # whatever images are asked for
+        recorder("load_data", None)(*args, **kwargs)
+        return real("digits")
+    monkeypatch.setattr(diffnb.workshop.datasets, "load_data", digits)
     monkeypatch.setattr(nn.Module, "compile", recorder("compile", None))
     class Two(diffnb.core.SingleProcess):
         def __init__(self, shard, device):
@@ -293,14 +315,17 @@ def command(line, folder, said, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setenv("WORLD_SIZE", "2" if line[0] in ("train", "resume") else "1")
+    ranks = "2" if line[0] in ("train", "resume") and "--check" not in line else "1"   # a check is for one process
+    monkeypatch.setenv("WORLD_SIZE", ranks)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = cli.main(line)
         except SystemExit as e:
             code = e.code
     errors = re.sub(r"[^\n]*(batch|it)(/s|\]| )[^\n]*", "", err.getvalue())   # no progress bars: they tell the time
-    files = {str(p): p.read_bytes() for p in sorted(pathlib.Path().rglob("*.*"))}
+    def content(p): # the header of a safetensors file has its entries in any order
+        return frozen(diffnb.core.read_tensors(p)) if p.suffix == ".safetensors" else p.read_bytes()
+    files = {str(p): content(p) for p in sorted(pathlib.Path().rglob("*.*"))}
     return code, out.getvalue(), errors, files, repr(said)
 
 def test_every_option_has_an_entry():
@@ -335,12 +360,13 @@ def test_every_setting_is_an_option_of_train(monkeypatch, recorded, tmp_path):
     usual = TrainConfig()
     def said(value): return [str(x) for x in value] if isinstance(value, tuple) else [str(value)]
     for name, (a, b, *_) in {**SETTINGS, **SPEED_SETTINGS}.items():
-        company = v if name == "zero_terminal_snr" else {}                 # refused without
+        company = {"zero_terminal_snr": v, "depth": dict(network="transformer"),
+                   "latent_steps": dict(latent=2)}.get(name, {})                                  # refused without
         value = next(x for x in (a, b) if x is not None and x != flattened(usual)[name])
         if name in ("channel_mult", "ema_half_lives"):
             value = tuple(map(float, value))
         line = ["train", f"--{name.replace('_', '-')}", *said(value)]
-        line += [word for k, x in company.items() for word in (f"--{k}", x)]
+        line += [word for k, x in company.items() for word in (f"--{k}", str(x))]
         got = []
         monkeypatch.setattr(cli, "_train", lambda config, *rest: got.append(config) or 0)
         assert cli.main(line) == 0 and got == [usual.change(**company, **{name: value})], name
@@ -460,8 +486,8 @@ class Case: # one function with its arguments; `see(result, arguments)`: what is
 # What is made of them is what they are given
 RECORDS = {"Exercise", "Progress", "ImageData", "Listing", "Trained", "Features", "Score", "Evaluation", "Facts",
            "Report", "TrainConfig", "ImageSettings", "NoiseSettings", "NetworkSettings", "TrainingSettings",
-           "RunSettings", "NoiseSchedule", "Batch", "Problem", "Check", "Finding", "DiffnbError", "Wrong",
-           "TrainingStopped", "Run"}
+           "RunSettings", "NoiseSchedule", "Batch", "Problem", "Check", "Item", "Scan", "Preflight", "Finding",
+           "DiffnbError", "Wrong", "TrainingStopped", "Run"}
 
 def public(module):
     "{name: its parameters} of the functions of __all__, and of constructors and methods of its classes."
@@ -504,7 +530,8 @@ def of_course(w):
         return fig
     yield "describe", Case(diffnb.workshop.course.describe, fig=V(drawn(1), drawn(2)))
     yield "you_are_here", Case(diffnb.workshop.course.you_are_here, name=V(None, "03_unet"))
-    facts = {"title": "a", "subtitle": "b", "sections": [], "picture": None, "summary": "c", "lessons": []}
+    facts = {"title": "a", "subtitle": "b", "first": [], "folded": [], "others": [], "picture": None, "summary": "c",
+             "lessons": []}
     yield "render", Case(diffnb.workshop.pages.render, template=V("report.html", "progress.html"),
         facts=V(facts, {**facts, "title": "<d>"}))
 
@@ -516,7 +543,7 @@ def of_data(w):
     yield "to_uint8", Case(D.to_uint8, x0=V(x0, -x0))
     yield "addressed", Case(D.addressed, key=V((0, "a"), (0, "b")), device=refused("cpu", "cuda"))
     yield "show_images", Case(D.show_images, images=V(images, 255 - images), titles=V(None, ["a", "b"]), cols=V(8, 1),
-        size=V(1.0, 2.0), title=V(None, "above"))
+        size=V(1.0, 2.0), title=V(None, "above"), row_titles=V(None, ["left"]))
     yield "sync_folder", Case(D.sync_folder, folder=refused(w, w / "nowhere"))
     yield "write_whole", Case(D.write_whole, path=V("a", "b"), data=V("one", b"two"))
     yield "resize", Case(D.resize, images=V(images, 255 - images), size=V(4, 5), interpolation=V("bicubic", "nearest"))
@@ -577,6 +604,30 @@ def of_reader(w):
     yield "split_of", Case(D.split_of, name=V("train", "val"))
     yield "split_folders", Case(D.split_folders, listing=V(D.list_images(w / "pics"), D.list_images(w / "flat")))
 
+def of_distill(w):
+    F, model, other, x_t = X, small(), small(blocks=2), normal(2, 1, 8, 8)
+    linear, cosine = diffnb.schedule.linear_schedule(20), diffnb.schedule.cosine_schedule(20)
+    digits = load_data("digits")
+    def D(model=model): return F.Denoiser(model, linear, y=torch.tensor([1, 2]))
+    def ints(*values): return torch.tensor(values)
+    step = dict(teacher=V(D(), D(other)), x_t=V(x_t, -x_t), t=V(ints(15, 16), ints(17, 16)),
+                middle=V(ints(9, 9), ints(9, 8)), end=V(ints(4, -1), ints(4, 3)))
+    yield "student_target", Case(F.student_target, **step)
+    yield "distill_loss", Case(F.distill_loss, model=V(model, other), prediction=V("v", "x0"), **step)
+    def draws(seed): return lambda step: (D(), normal(2, 1, 8, 8, seed=seed), addressed(seed, step))
+    yield "distill_steps", Case(F.distill_steps, lambda losses, args: (list(losses), args.model), model=V(
+        new(small), new(partial(small, blocks=2))), prediction=V("v", "x0"), schedule=V(linear, cosine),
+        draw=V(draws(0), draws(1)), steps=V(2, 3), total=V(2, 3), lr=V(1e-3, 2e-3))
+    yield "halving_rounds", Case(F.halving_rounds, teacher_steps=V(16, 8), steps=V(4, 2))
+    yield "distill", Case(F.distill, lambda student, args: (student.model, student.settings),
+        teacher=V(load_model(w / "u", "cpu"), load_model(w / "v", "cpu")),
+        data=V(digits, replace(digits, images=255 - digits.images)), steps=V(2, 1), total=V(1, 2),
+        guidance_scale=V(1.0, 3.0), batch_size=V(8, 9), lr=V(1e-3, 2e-3), seed=V(0, 1), report=V(None, print))
+    def u(z, r, t): return z * (t + r ** 2)[:, None]
+    yield "mean_flow_target", Case(F.mean_flow_target, model=V(u, lambda z, r, t: u(z, r, 2 * t)),
+        z=V(normal(3, 2), normal(3, 2, seed=1)), velocity=V(normal(3, 2), normal(3, 2, seed=1)),
+        r=V(torch.full((3,), 0.2), torch.full((3,), 0.3)), t=V(torch.full((3,), 0.5), torch.full((3,), 0.6)))
+
 def of_doctor(w):
     D = X
     u, v = D.gather(w / "u", deep=False), D.gather(w / "v", deep=False)
@@ -593,9 +644,15 @@ def of_doctor(w):
         decorate(len)
         return D.CHECKS.pop(args.id)
     yield "looks_for", Case(D.looks_for, registered, id=V("a", "b"), severity=V("minor", "moderate"), title=V("a", "b"),
-        lesson=V("a", "b"), needs=V("metrics", "floor"))
+        lesson=V("a", "b"), needs=V("metrics", "floor"), basis=V("measured: a", "reported: b"))
     yield "findings", Case(D.findings, facts=V(u, replace(u, metrics=None)))
     yield "bin_floor", Case(D.bin_floor, facts=V(u, replace(u, floor=2 * u.floor)))
+    yield "bin_mean", Case(D.bin_mean, facts=V(u, replace(u, config=u.config.change(logit_normal=(0.0, 1.0)))),
+        curve=V(u.floor, 2 * u.floor))
+    yield "bin_losses", Case(D.bin_losses, facts=V(u, replace(u, floor=2 * u.floor)))
+    yield "optimal_loss", Case(D.optimal_loss, images=V(pixels[:90], pixels[90:180]),
+        schedule=V(u.schedule, diffnb.schedule.cosine_schedule()), prediction=V("eps", "v"), t=V([500, 600], [700]),
+        n=V(64, 8), y=V(None, digits.labels[:90]), seed=V(0, 1))
     yield "mirror_test", Case(D.mirror_test, images=V(pixels[:300], pixels[300:600]),
         labels=V(None, digits.labels[:300]), n=V(1500, 250))
     yield "picture_facts", Case(D.picture_facts, made=V(pixels[:9], pixels[9:18]), real=V(pixels[:9], pixels[9:18]))
@@ -607,6 +664,10 @@ def of_doctor(w):
     yield "Report.write", Case(D.Report.write, self=report, folder=V("a", "b"))
     yield "Facts.in_training", Case(D.Facts.in_training, self=u, curve=V(u.floor, 2 * u.floor))
     yield "Facts.command", Case(D.Facts.command, self=u, name=V("sample", "resume"), options=V((), ("--n", "3")))
+    yield "Facts.retrain", Case(D.Facts.retrain, self=u, changes=V({"lr": 1e-3}, {"lr": 2e-3}))
+    yield "gallery_neighbours", Case(D.gallery_neighbours,
+        f=V(replace(u, data={**u.data, "name": "cifar10", "image_size": 32}),
+        replace(u, data={**u.data, "name": "a folder", "image_size": 32})))
     late_run(w / "u", w / "late")
     yield "Facts.late", Case(D.Facts.late, self=D.gather(w / "late", live=True), share=V(1 / 3, 1.0))
     yield "examine", Case(D.examine, lambda r, args: (r.facts.run, r.facts.losses), run=V(w / "u", w / "v"),
@@ -622,7 +683,9 @@ def of_doctor(w):
 def late_run(run, to): # the run at its end, with enough rows for every check
     shutil.copytree(run, to, dirs_exist_ok=True)
     head, *rows = (to / "metrics.csv").read_text().split("\n")
-    (to / "metrics.csv").write_text("\n".join([head, *rows[-2:-1] * 40, ""]))
+    step, _, rest = rows[-2].partition(",")                   # of two rows of one step only the later counts
+    steps = (float(step) - k / 10 for k in range(39, -1, -1))
+    (to / "metrics.csv").write_text("\n".join([head, *(f"{s},{rest}" for s in steps), ""]))
 
 def of_evaluate(w):
     E, digits, linear, model = X, load_data("digits"), diffnb.schedule.linear_schedule(), small()
@@ -631,7 +694,7 @@ def of_evaluate(w):
     f, g, look = normal(60, 4), normal(60, 4, seed=1) + 0.5, E.digits_features()
     bright = replace(look, network=lambda x: look.network(255 - x), name="bright")
     yield "write_statistics", Case(E.write_statistics, data=V(digits, load_data("digits", 4)), out=V("a", "b"))
-    yield "load_statistics", Case(E.load_statistics, source=refused("cifar10_32", "nothing"))
+    yield "load_statistics", Case(E.load_statistics, source=refused("cifar10_32", "nothing"), within=V(False, True))
     labels = few.labels[:9]
     yield "loss_by_timestep", Case(E.loss_by_timestep, model=V(model, small(blocks=2)),
         schedule=V(linear, diffnb.schedule.cosine_schedule()), images=V(images[:9], images[9:18]),
@@ -706,6 +769,27 @@ def of_guide(w):
         "Guided.combine",
         Case(G.Guided.combine, self=within, uncond=V(x_t, -x_t), cond=V(2 * x_t, x_t), t=V(early, late)))
 
+def of_flow(w):
+    linear, cosine = diffnb.schedule.linear_schedule(100), diffnb.schedule.cosine_schedule(100)
+    model, x_t, t = small(), normal(3, 1, 8, 8), torch.tensor([20, 50, 90])
+    def asked(made, args):
+        with torch.no_grad():
+            return made(x_t, t)
+    yield "curvature", Case(X.curvature, path=V(normal(5, 3, 2), normal(5, 3, 2, seed=1)))
+    yield "Retimed", Case(X.Retimed, asked, model=V(model, small(blocks=2)), schedule=V(linear, cosine),
+        prediction=V("x0", "v"))
+    plain = X.Denoiser(model, linear, "x0")
+    yield "as_flow", Case(X.as_flow, lambda made, args: made(x_t, 50)[0],
+        denoiser=V(plain, replace(plain, model=small(blocks=2))))
+    yield "Preconditioned", Case(X.Preconditioned, asked, network=V(model, small(blocks=2)), schedule=V(linear, cosine),
+        sigma_data=V(0.5, 0.7))
+    yield "Preconditioned.scales", Case(X.Preconditioned.scales, self=X.Preconditioned(model, linear, 0.5),
+        t=V(t, t + 1), ndim=V(4, 5))
+    yield "log_snr_weights", Case(X.log_snr_weights, schedule=V(linear, cosine),
+        factor=V(torch.ones(100), 2 * torch.ones(100)), logit_normal=V(None, (0.0, 1.0)))
+    yield "couple", Case(X.couple, x0=V(x_t, -x_t), noise=V(normal(3, 1, 8, 8, seed=1), normal(3, 1, 8, 8, seed=2)),
+        y=V(None, torch.tensor([0, 1, 2])), sweeps=V(1, 0))
+
 def recorded_run(f,
         # evaluate_run without sampling, scoring and drawing: what it asks for is what is compared
         E=diffnb.workshop.scoring):
@@ -759,6 +843,11 @@ def of_interchange(w):
     yield "key_map", Case(I.key_map, model=V(model, plain))
     yield "unet_from_diffusers", Case(I.unet_from_diffusers, unet=V(theirs, others), null_class=V(True, False))
     yield "unet_to_diffusers", Case(I.unet_to_diffusers, model=V(model, plain))
+    tokens, others = (diffnb.transformer.Transformer(8, 1, 16, depth=1, patch_size=p, num_classes=3) for p in (2, 4))
+    tokens, others = awake(tokens), awake(others, 1)
+    yield "transformer_from_diffusers", Case(I.transformer_from_diffusers,
+        dit=V(I.transformer_to_diffusers(tokens), I.transformer_to_diffusers(others)))
+    yield "transformer_to_diffusers", Case(I.transformer_to_diffusers, model=V(tokens, others))
     yield "to_diffusers", Case(I.to_diffusers, lambda pair, args: (pair[0], dict(pair[1].config)),
         model=V(model, plain), schedule=V(linear, diffnb.schedule.cosine_schedule(20)), prediction=V("eps", "v"))
     yield "save_diffusers", Case(I.save_diffusers, model=V(model, plain),
@@ -822,6 +911,14 @@ def of_sample(w):
     yield "sample_batches", Case(
         S.sample_batches, lambda made, args: torch.cat([images for _, images in made]), denoiser=told.values[0],
             shape=(1, 8, 8), numbers=[0, 1, 2], settings=dict(steps=3), progress=False, batch_size=V(64, 2, speed=True))
+    yield "sample_batches", Case(
+        S.sample_batches, lambda made, args: list(made), denoiser=told.values[0], shape=(1, 8, 8), numbers=[0, 1, 2],
+            settings=dict(steps=3), progress=False, decode=V(None, torch.neg))
+    latent = [replace(load_model("digits", "cpu"), autoencoder=diffnb.latent.Autoencoder(1, 2)) for _ in range(2)]
+    yield "Trained.decode", Case(
+        S.Trained.decode, self=latent[0], x0=V(normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1)))
+    yield "make_autoencoder", Case(S.make_autoencoder, lambda made, args: made and made.config,
+        settings=V(None, latent[0].autoencoder.config))
     yield "check_sampling", Case(S.check_sampling, schedule=linear, n=refused(1, 0), batch_size=refused(1, 0),
         seed=refused(0, -1), steps=refused(5, 21), spacing=refused("trailing", "nothing"), eta=refused(0.0, 2.0))
     yield "check_sampling", Case(S.check_sampling, schedule=refused(linear, diffnb.schedule.linear_schedule(10)),
@@ -979,9 +1076,11 @@ def of_schedule(w):
     yield "flow_schedule", Case(C.flow_schedule, T=V(20, 30))
     yield "make_schedule", Case(C.make_schedule, name=V("linear", "cosine"), T=V(20, 30), shift=V(1.0, 2.0),
         zero_terminal_snr=V(False, True))
-    yield "image_spectrum", Case(C.image_spectrum, images=V(images[:90], images[90:180]), chunk=V(4096, 7, speed=True))
+    yield "image_spectrum", Case(C.image_spectrum, images=V(images[:90], images[90:180]), chunk=V(4096, 7, speed=True),
+        y=V(None, torch.arange(90) % 3))
     yield "gaussian_loss_floor", Case(C.gaussian_loss_floor, images=V(images[:90], images[90:180]),
-        schedule=V(tiny, other), prediction=V("eps", "v"))
+        schedule=V(tiny, other), prediction=V("eps", "v"), y=V(None, torch.arange(90) % 3))
+    yield "x0_to_loss", Case(C.x0_to_loss, schedule=V(tiny, other), prediction=V("eps", "v"))
 
 def of_train(w):
     M, digits = X, load_data("digits")
@@ -1062,6 +1161,7 @@ def of_train(w):
     square.sum = torch.square                            # another sum than that of one process
     yield "Meter.read", Case(M.Meter.read, self=new(meter), ranks=V(alone, square))
     yield "Meter.total", Case(M.Meter.total, self=new(meter), ranks=V(alone, doubled(M, 2)))
+    yield "rows_of", Case(M.rows_of, lambda found, args: found[1], run=V(w / "u", w / "v"))
     yield "read_metrics", Case(M.read_metrics, lambda m, args: m["loss"], run=V(w / "u", w / "v"))
     yield "plot_metrics", Case(M.plot_metrics, metrics=V(M.read_metrics(w / "u"), M.read_metrics(w / "v")),
         floor=V(None, 0.5))
@@ -1179,6 +1279,20 @@ def of_train(w):
     yield "read_config", Case(M.read_config, run=new(miscounted), build=V(True, False))
     yield "make_config", Case(M.make_config, values=V({}, {"lr": 1.0}))
     yield "training_now", Case(M.training_now, run=V(w / "u", held(w)))
+    in_squares = [config.change(latent=2, latent_steps=k, seed=seed) for k, seed in ((2, 0), (3, 0), (2, 1))]
+    def compressed(made, args): return args.state.autoencoder.state_dict()
+    def untaught(c):
+        s = state()
+        s.config, s.autoencoder = c, M.new_autoencoder(digits, c, cpu)
+        return s
+    colour = replace(digits, images=digits.images.expand(-1, 3, -1, -1))
+    yield "new_autoencoder", Case(M.new_autoencoder, data=V(digits, colour),
+        config=V(in_squares[0], in_squares[2]), device=V(cpu, torch.device("meta")))
+    yield "learn_to_compress", Case(M.learn_to_compress, compressed,
+        state=V(*[new(partial(untaught, c)) for c in in_squares[:2]]),
+        data=V(digits, replace(digits, images=255 - digits.images)))
+    yield "learn_to_compress", Case(M.learn_to_compress, state=new(partial(untaught, in_squares[0])), data=digits,
+        progress=V(True, False))
     yield "sample_grid", Case(M.sample_grid, state=V(state(), state(seed=1)),
         data=V(digits, replace(digits, images=255 - digits.images)), schedule=V(linear, cosine),
         sampler=V(diffnb.sample.ddim, diffnb.sample.heun), path=V("a.png", "b.png"),
@@ -1204,7 +1318,7 @@ def of_train(w):
         types.SimpleNamespace(run=w / "u")), floor=V(None, 0.5))
     u, v = load_model(w / "u", "cpu"), load_model(w / "v", "cpu")
     yield "save_weights", Case(M.save_weights, read_back, trained=V(u, v), path=V("a", "b"),
-        dtype=V(torch.float16, torch.float32))
+        dtype=V(torch.float16, torch.float32), origin=V(None, {"teacher": "a"}))
     yield "load_model", Case(M.load_model, lambda made, args: made.model, source=V(w / "u", w / "v"),
         device=refused("cpu", "cuda:99"), weights=V("ema", "model"))
 
@@ -1383,7 +1497,198 @@ def of_unet(w):
         **{**base, "image_size": V(16, 32), "attention": None})
     yield "UNet", Case(U.UNet.__init__, lambda _, args: awake(args.self).train()(picture[:, :3], t, y), **base,
         dropout=V(0.0, 0.5))
+    yield "make_network", Case(U.make_network, lambda found, args: found.config,
+        settings=V(dict(image_size=8, channel_mult=[1]), dict(image_size=8, network="transformer")))
     yield "count_parameters", Case(U.count_parameters, model=V(small(), small(blocks=2)))
+
+def of_transformer(w):
+    M, x, emb = diffnb.transformer, normal(2, 4, 16), normal(2, 16)
+    def answer(*inputs): return lambda _, args: awake(args.self).train(False)(*inputs)
+    def blank(cls): return new(lambda: cls.__new__(cls))
+    picture, t, y = normal(2, 4, 16, 16), torch.tensor([3, 700]), torch.tensor([1, 2])
+    yield "patchify", Case(M.patchify, x=V(picture, -picture), patch_size=V(2, 4))
+    yield "unpatchify", Case(M.unpatchify, tokens=V(x, -x), patch_size=V(2, 4))
+    yield "grid_positions", Case(M.grid_positions, side=V(2, 3), width=V(8, 12))
+    yield "modulate", Case(M.modulate, x=V(x, -x), shift=V(emb, -emb), scale=V(emb, -emb))
+    yield "TransformerBlock", Case(M.TransformerBlock.__init__, lambda _, args: awake(args.self)(x[..., :args.width],
+        emb[:, :args.width]), self=blank(M.TransformerBlock), width=V(16, 8), head_dim=V(None, 4),
+        norm_eps=V(1e-6, 0.1))
+    yield "TransformerBlock", Case(M.TransformerBlock.__init__, lambda _, args: awake(args.self).train()(x, emb),
+        self=blank(M.TransformerBlock), width=16, dropout=V(0.0, 0.5))
+    def block():
+        torch.manual_seed(0)
+        return awake(M.TransformerBlock(16))
+    yield "TransformerBlock.attend", Case(M.TransformerBlock.attend, self=new(block), x=V(x, -x))
+    def network(_, args): return awake(args.self)(picture[:, :args.in_channels, :args.image_size, :args.image_size], t,
+                                                  y if args.num_classes else None)
+    base = dict(self=blank(M.Transformer), image_size=16, in_channels=3, base_channels=16, depth=1, patch_size=4,
+                num_classes=10)
+    yield "Transformer", Case(M.Transformer.__init__, network, **{**base, "image_size": V(16, 8),
+        "in_channels": V(3, 4), "base_channels": V(16, 32), "depth": V(1, 2), "patch_size": V(4, 2),
+        "num_classes": V(10, 5)}, head_dim=V(None, 4), norm_eps=V(1e-6, 0.1))
+    yield "Transformer", Case(M.Transformer.__init__, lambda _, args: awake(args.self).train()(picture[:, :3], t, y),
+        **base, dropout=V(0.0, 0.5))
+    def made():
+        torch.manual_seed(0)
+        return awake(M.Transformer(**{k: v for k, v in base.items() if k != "self"}))
+    yield "Transformer.to_tokens", Case(M.Transformer.to_tokens, self=new(made), x_t=V(picture[:, :3], -picture[:, :3]))
+    tokens = normal(2, 16, 16)
+    yield "Transformer.to_images", Case(M.Transformer.to_images, self=new(made), x=V(tokens, -tokens), emb=V(emb, -emb))
+
+def of_text(w):
+    M, x, said = diffnb.text, normal(2, 4, 16), normal(2, 3, 16, seed=1)
+    def blank(cls): return new(lambda: cls.__new__(cls))
+    picture, t, y = normal(2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([[0, 1], [2, 3]])
+    yield "tokenize", Case(M.tokenize, sentences=V(["a b"], ["b a"]), words=V(("a", "b"), ("b", "a")), length=V(2, 3))
+    yield "CrossAttention", Case(M.CrossAttention.__init__, lambda _, args: awake(args.self)(x[..., :args.width],
+        said[..., :args.width]), self=blank(M.CrossAttention), width=V(16, 8), head_dim=V(None, 4))
+    def network(_, args):
+        sentences = y if args.text_length == 2 else y.repeat(1, 2)
+        return awake(args.self)(picture[:, :args.in_channels, :args.image_size, :args.image_size], t, sentences)
+    base = dict(self=blank(M.TextTransformer), image_size=16, in_channels=3, base_channels=16, depth=1, patch_size=4,
+                num_classes=10, text_length=2)
+    yield "TextTransformer", Case(M.TextTransformer.__init__, network, **{**base, "image_size": V(16, 8),
+        "in_channels": V(3, 1), "base_channels": V(16, 32), "depth": V(1, 2), "patch_size": V(4, 2),
+        "num_classes": V(10, 5), "text_length": V(2, 4)}, head_dim=V(None, 4), norm_eps=V(1e-6, 0.1))
+    yield "TextTransformer", Case(M.TextTransformer.__init__, lambda _, args: awake(args.self).train()(picture, t, y),
+        **base, dropout=V(0.0, 0.5))
+    def made():
+        torch.manual_seed(0)
+        return awake(M.TextTransformer(**{k: v for k, v in base.items() if k != "self"}))
+    yield "TextTransformer.read_words", Case(M.TextTransformer.read_words, self=new(made), y=V(y, y.flip(1)))
+
+def of_diagnosis(w):
+    D, digits, config = diffnb.workshop.diagnosis, load_data("digits"), T.change(batch_size=16, sample_steps=4)
+    m, other = (load_model(w / name, "cpu") for name in "uv")
+    for trained in (m, other):
+        trained.model.requires_grad_(True)
+    cosine, x0, y = diffnb.schedule.cosine_schedule(), diffnb.data.to_float(digits.images[:40]), digits.labels[:40]
+    t, noise = torch.arange(40) * 25, torch.randn(40, 1, 8, 8, generator=addressed("cases"))
+    case = D.Case(m.model, m.schedule, x0, t, noise, y, "eps")
+    negative, losses, t = case._replace(x0=-x0), D.losses_of(case), t.numpy()
+    yield "losses_of", Case(D.losses_of, lambda found, args: torch.from_numpy(found), case=V(case, negative),
+        batch_size=V(250, 7, speed=True))
+    rows = [X.read_metrics(w / name) for name in "uv"]
+    rows = [{k: np.tile(v, 9) * np.linspace(1, scale, 9 * len(v)) for k, v in x.items()}
+            for x, scale in zip(rows, (1, 2))]
+    yield "logged_profile", Case(D.logged_profile, metrics=V(*rows), rows=V(slice(0, None), slice(0, 9)))
+    ones = np.linspace(1, 2, 10)
+    yield "misfit", Case(D.misfit, losses=V(losses, 2 * losses), t=V(t, t[::-1]), T=V(1000, 3000),
+        logged=V((ones, ones / 9), (2 * ones, ones / 9)))
+    def what(found, args): return {k: (c.prediction, c.x0.sum(), c.schedule.a.sum()) for k, c in found.items()}
+    yield "hypotheses", Case(D.hypotheses, what, case=V(case, negative),
+        noise=V(config.noise, replace(config.noise, schedule="cosine")))
+    yield "losses_by_label", Case(D.losses_by_label, case=V(case, negative), classes=V(10, 3))
+    labels, told = np.repeat([0, 1], 20), np.linspace(1, 1.1, 40)[:, None] * [[1.0, 1.0, 1.0]]
+    told[:20, 1] *= 0.8
+    yield "confused_labels", Case(D.confused_labels, y=V(labels, 1 - labels), losses=V(told, told ** 0), least=V(8, 30),
+        sure=V(2.5, 1e99), effect=V(0.02, 5.0))
+    net = {**m.model.config}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(addressed(0, "weights").initial_seed())
+        first = diffnb.unet.UNet(**net).state_dict()
+    moved = {k: torch.randn(v.shape) for k, v in first.items()}
+    new, old = ({f"{kind}.{k}": v for kind, part in pair.items() for k, v in part.items()} for pair in (
+        {"model": first, "ema": moved}, {"model": moved, "ema": moved}))
+    yield "untrained_weights", Case(D.untrained_weights, tensors=V(new, old), net=V(net, {**net, "num_classes": None}),
+        seed=V(0, 1), kind=V("model", "ema"))
+    def far(found, args): return {k: float(v.sum()) for k, v in found.items()}
+    yield "redraw_grid", Case(D.redraw_grid, far, model=V(m.model, other.model), raw=V(other.model, m.model),
+        schedule=V(m.schedule, cosine), config=V(config, config.change(sample_steps=3)), y=V(y[:9], None),
+        stored=V(digits.images[:9], digits.images[9:18]), every=V(3, 4), afford=V(lambda n: True, lambda n: False))
+    inputs = replace(digits, images=255 - digits.images)
+    yield "gradient_norms", Case(D.gradient_norms, model=V(m.model, other.model),
+        config=V(config, config.change(seed=5)), schedule=V(m.schedule, cosine), data=V(digits, inputs),
+        batches=V(2, 3))
+    yield "continue_training", Case(D.continue_training, model=V(m.model, other.model),
+        config=V(config, config.change(lr=0.1)), schedule=V(m.schedule, cosine), data=V(digits, inputs),
+        case=V(case, negative), ways=V({"as before": (1, 1)}, {"faster": (3, 1)}), steps=V(10, 12))
+    yield "duplicate_images", Case(D.duplicate_images,
+        images=V(torch.cat([digits.images[:25], digits.images[:25]]), digits.images[:50]), most=V(50, 3))
+    yield "repeated", Case(D.repeated, digests=V("abca", "abcd"))
+
+def of_preflight(w):
+    P, S = diffnb.workshop.preflight, diffnb.workshop.settings
+    clothes, digits = load_data("fashion").images[:120], load_data("digits")
+    copied, mirrored = clothes.clone(), clothes.clone()
+    copied[[9, 40]], mirrored[9] = clothes[[3, 3]], clothes[3].flip(-1)
+    scans = [P.scan_images(x) for x in (clothes, copied)]
+    dull, blank = P.scan_images(clothes // 8), P.scan_images(clothes * 0)
+    colours = [P.scan_images(torch.stack([clothes[:, 0], clothes[:, 0], k * clothes[:, 0]], 1)) for k in (0, 1)]
+    yield "scan_images", Case(P.scan_images, images=V(clothes, copied), most=V(120, 50),
+        names=V((), tuple("abcd" * 30)))
+    yield "Scan.name", Case(P.Scan.name, self=scans[0], i=V(3, 4))
+    yield "repeats", Case(P.repeats, digests=V(*(s.digests for s in scans)), known=V((), scans[1].digests))
+    x = [P.shapes(s.small) for s in scans]
+    yield "shapes", Case(P.shapes, small=V(scans[0].small, scans[1].small))
+    yield "near_shapes", Case(P.near_shapes, x=V(*(v[:40] for v in x)), others=V(x[0][60:], x[0][50:]),
+        within=V(0.5, 0.1), same=False)
+    yield "near_shapes", Case(P.near_shapes, x=x[0], others=x[0], within=2.0, same=V(False, True))
+    yield "near_duplicates", Case(P.near_duplicates, scan=V(*scans), others=V(None, scans[0]))
+    yield "near_duplicates", Case(P.near_duplicates, scan=scans[1], skip=V((), (9, 40)))
+    yield "usual_distance", Case(P.usual_distance, x=V(x[0][:40], x[0][40:]), pool=V(x[0], x[1][40:]),
+        same=V(False, True))
+    yield "look_for_duplicates", Case(P.look_for_duplicates, scan=V(*scans))
+    yield "look_for_leaks", Case(P.look_for_leaks, train=V(dull, scans[1]), test=V(scans[1], dull))
+    yield "look_at_values", Case(P.look_at_values, scan=V(scans[0], dull))
+    yield "look_for_blanks", Case(P.look_for_blanks, scan=V(scans[0], blank))
+    yield "look_at_colour", Case(P.look_at_colour, scan=V(*colours), channels=V(3, 1))
+    yield "sky", Case(P.sky, small=V(normal(30, 192), normal(30, 192, seed=1)))
+    yield "look_at_channel_order", Case(P.look_at_channel_order, scan=V(*colours))
+    yield "look_at_classes", Case(P.look_at_classes, labels=V(torch.tensor([0, 1]), torch.tensor([0, 0])),
+        classes=V(("a", "b"), ("a", "c")))
+    listings = [diffnb.workshop.reader.list_images(w / name) for name in ("pics/train", "flat")]
+    yield "look_at_files", Case(P.look_at_files, listing=V(*listings), size=V(8, 64), broken=V(0, 1))
+    yield "look_at_files", Case(P.look_at_files, listing=listings[0], size=8, broken=1, skip=V(False, True))
+    yield "look_at_images", Case(P.look_at_images, data=V(digits, replace(digits, size=16)))
+    yield "look_at_flips", Case(P.look_at_flips, data=V(digits, replace(digits, images=digits.images[:100])),
+        flip=V(False, True))
+    schedules = [diffnb.schedule.linear_schedule(), diffnb.schedule.cosine_schedule()]
+    seen = dict(data=V(digits, replace(digits, images=255 - digits.images)), config=V(T, T.change(seed=1)),
+        schedule=V(*schedules))
+    yield "seen", Case(P.seen, **seen, rows=V(2, 3), moments=V((0.5,), (1.0,)))
+    yield "draw_seen", Case(P.draw_seen, **seen, path=V("a.png", "b.png"))
+    settled = S.resolve(T)
+    def state(seed=0): return diffnb.workshop.run.new_state(settled.net, T.change(seed=seed), settled.device)
+    batches = [diffnb.train.draw_batch(digits, T, i, "cpu") for i in (0, 1)]
+    def untimed(found, args): return {k: v for k, v in found.items() if k != "seconds"}
+    yield "overfit_batch", Case(P.overfit_batch, untimed, state=V(new(state), new(lambda: state(1))), data=digits,
+        schedule=V(*schedules), batch=V(*batches), steps=V(9, 8), factor=V(1e9, 1.0), seconds=V(99, -1))
+    never = replace(digits, images=digits.images[:0])                  # the batch is given; its size comes from `data`
+    yield "overfit_batch", Case(P.overfit_batch, untimed, state=new(state), data=refused(digits, never),
+        schedule=schedules[0], batch=batches[0], steps=2)
+    yield "narrow_network", Case(P.narrow_network, net=V(dict(settled.net, base_channels=64), settled.net),
+        most=V(1e12, 1.0))
+    def facts(item, args): return untimed(item.facts, args)
+    yield "look_at_learning", Case(P.look_at_learning, facts, settled=V(settled, S.resolve(T.change(seed=1))),
+        images=V(4, 5), steps=V(6, 7), factor=V(1e9, 1.0))
+    found = dict(first=1.0, last=0.5, expected=1.0, steps=9, seconds=1.0, timed_out=False, nonfinite=[],
+        unmoved=[])
+    yield "learning_item", Case(P.learning_item, found=V(found, found | dict(nonfinite=["a"])), factor=V(4, 1),
+        config=V(T, T.change(lr=1.0)), width=V(16, 32))
+    yield "first_variance", Case(P.first_variance, images=V(clothes, 255 - clothes // 2))
+    yield "nearly_clean", Case(P.nearly_clean, schedule=V(*schedules), size=V(32, 64),
+        chances=V(None, torch.eye(1000, dtype=torch.float64)[3]))
+    yield "look_at_schedule", Case(P.look_at_schedule, noise=V(T.noise, T.change(schedule="cosine").noise),
+        size=V(32, 64), variance=V(1.0, 2.0))
+    known = dict(time_steps=lambda *args, **kw: (0.5, state()), _room=lambda device: 10**10)
+    yield "look_at_memory", Case(patched(P.look_at_memory, P, **known), settled=V(settled, S.resolve(T.change(
+        batch_size=T.training.batch_size // 2))))
+    yield "look_at_time", Case(patched(P.look_at_time, P, **known), settled=V(settled, S.resolve(T.change(epochs=1))))
+    disk = lambda path: types.SimpleNamespace(free=len(str(path)))
+    yield "look_at_disk", Case(patched(P.look_at_disk, P, shutil=types.SimpleNamespace(disk_usage=disk)),
+        settled=V(settled, S.resolve(T.change(keep=9))), run=V(None, "/"))
+    yield "look_at_data", Case(P.look_at_data, settled=V(settled, S.resolve(T.change(flip=True))))
+    shown = dict(look_at_data=lambda settled: [P.Item("a", "ok", "b")],
+        look_at_learning=lambda settled: P.Item("l", "ok", str(settled.total)),
+        look_at_time=lambda settled: P.Item("c", "ok", "d"),
+        look_at_disk=lambda settled, run: P.Item("e", "ok", str(run)))
+    def timeless(report, args): return report.items, report.picture, report.settings
+    yield "preflight", Case(patched(P.preflight, P, **shown), timeless, config=V(T, T.change(epochs=1)),
+        run=V(None, "x"), out=V(None, "a.png"), say=V(None, print))
+    report = P.Preflight((P.Item("a", "ok", "b"), P.Item("c", "look", "d")), None, {}, 1.0)
+    yield "Preflight.named", Case(P.Preflight.named, self=report, state=V("ok", "look"))
+    yield "Preflight.write", Case(P.Preflight.write, self=report, path=V("a.json", "b.json"))
 
 def of_widgets(w):
     W, digits, model = diffnb.workshop.widgets, load_data("digits"), load_model(w / "u", "cpu")
@@ -1441,10 +1746,41 @@ def of_workbook(w):
         out=V("a", "b"), solutions=V(False, True))
 
 
+def of_latent(w):
+    L, digits = diffnb.latent, load_data("digits")
+    few, inverse = (replace(digits, images=images[:200], labels=digits.labels[:200])
+                    for images in (digits.images, 255 - digits.images))
+    x, other = normal(3, 1, 8, 8).clamp(-1, 1), normal(3, 1, 8, 8, seed=1).clamp(-1, 1)
+    def fresh(seed=0, **change):
+        torch.manual_seed(seed)
+        return awake(L.Autoencoder(**dict(factor=2, width=8, blocks=1) | change))
+    def taught(losses, args): return losses, args.autoencoder.state_dict()
+    yield "principal_axes", Case(L.principal_axes, lambda made, args: (made[0], made[2]), x=V(x, other))
+    yield "mosaic", Case(L.mosaic, lambda made, args: made.images, data=V(few, inverse), side=V(2, 3), n=V(4, 5),
+        seed=V(0, 1))
+    yield "psnr", Case(L.psnr, x0=V(x, -x), other=V(other, -other))
+    yield "band_power", Case(L.band_power, x=V(x, other), bands=V(8, 4))
+    def made(_, args): return args.self.encode(torch.zeros(1, args.in_channels, 8, 8)), args.self.state_dict()
+    yield "Autoencoder", Case(L.Autoencoder.__init__, made, self=new(lambda: L.Autoencoder.__new__(L.Autoencoder)),
+        in_channels=V(1, 3), factor=V(2, 4), latent_channels=V(4, 3), width=V(8, 16), blocks=V(1, 2))
+    for name in ("encode_unscaled", "encode"):
+        yield f"Autoencoder.{name}", Case(getattr(L.Autoencoder, name), self=fresh(), x0=V(x, other))
+    yield "Autoencoder.decode", Case(L.Autoencoder.decode, self=fresh(),
+        z=V(normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1)))
+    yield "train_autoencoder", Case(L.train_autoencoder, taught, autoencoder=new(fresh), data=V(few, inverse),
+        steps=V(3, 4), batch_size=V(8, 16), lr=V(4e-3, 1e-3), noise=V(0.1, 0.5), seed=V(0, 1))
+    yield "train_autoencoder", Case(L.train_autoencoder, taught, data=few, steps=2,
+        autoencoder=V(new(fresh), new(partial(fresh, 1))))
+    for name, see in (("scale_latents", taught), ("encode_images", None), ("in_latents", lambda d, args: d.images)):
+        yield name, Case(getattr(L, name), *[see] if see else [], autoencoder=V(new(fresh), new(partial(fresh, 1))),
+            data=V(few, inverse))
+
 CASES = {
     "check": of_check, "course": of_course, "data": of_data, "doctor": of_doctor, "evaluate": of_evaluate,
-    "evaluate_run": of_evaluate_run, "guide": of_guide, "interchange": of_interchange, "run": of_run,
-    "sample": of_sample, "scale": of_scale, "schedule": of_schedule, "train": of_train, "unet": of_unet,
+    "diagnosis": of_diagnosis, "distill": of_distill, "evaluate_run": of_evaluate_run, "flow": of_flow,
+    "guide": of_guide, "interchange": of_interchange, "latent": of_latent,
+    "preflight": of_preflight, "run": of_run, "sample": of_sample, "scale": of_scale,
+    "schedule": of_schedule, "text": of_text, "train": of_train, "transformer": of_transformer, "unet": of_unet,
     "widgets": of_widgets, "workbook": of_workbook}
 UNSEEN = {
     "SingleProcess.sync_gradients": "one process has nobody to exchange gradients with; Ranks.sync_gradients is there",

@@ -1,14 +1,16 @@
 """Advice, tried: one change at a time, at equal time. Item 4.
 
-    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth              # 45 s each; as often as
-    it says python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --only baseline no-flip
-    --seeds 1 2 python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --long eps width-128  #
-    beside the baseline, 5 minutes each
+    # 45 s each; as often as it says
+    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth
+    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --only baseline no-flip --seeds 1 2
+    # beside the baseline, 5 minutes each
+    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --long eps width-128
 
-Every variant trains for the same seconds: as many steps as fit at its own measured speed, the learning rate ending at
-zero. On a GPU in bf16 without torch.compile, whose minute would be longer than the training; the seconds begin with the
-first step. Scored by the Fréchet distance of score.py at n = 5,000, 50 DDIM steps, at 32 pixels (64x64 samples are made
-smaller). One JSON for each: what is there is not done again. """
+Every variant trains for the same seconds: as many steps as fit at its own measured speed, the learning rate ending
+at zero. On a GPU in bf16 without torch.compile, whose minute would be longer than the training; the seconds begin
+with the first step. Scored by the Fréchet distance of score.py at n = 5,000, 50 DDIM steps, at 32 pixels (64x64
+samples are made smaller). One JSON for each: what is there is not done again.
+"""
 from score import *
 
 from dataclasses import dataclass, field

@@ -1,14 +1,16 @@
 """Score a trained model: 50,000 samples, several samplers, guidance, both averages. Items 1 and 5; each setting is a
 file, so the command can be repeated.
 
-    python bench/cifar10/evaluate.py --out runs/c32 --inception weights.pth                              # as often as
-    it says python bench/cifar10/evaluate.py --out runs/c64 --inception weights.pth --smaller runs/c32           # 32
-    against 64 pixels: train both equally long
+    # as often as it says
+    python bench/cifar10/evaluate.py --out runs/c32 --inception weights.pth
+    # 32 against 64 pixels: train both equally long
+    python bench/cifar10/evaluate.py --out runs/c64 --inception weights.pth --smaller runs/c32
 
-First both averages at --n-small; the better one then at --n with each sampler; then guidance at --n-small. Distances as
-score.py says, with the floor of real images. Samples are drawn in bf16 on a GPU, compiled. Writes OUT/results/*.json
-and *.png, and OUT/reference/cifar10_SIZE_inception768.safetensors: mean and covariance of the real images, to be
-committed. """
+First both averages at --n-small; the better one then at --n with each sampler; then guidance at --n-small. Distances
+as score.py says, with the floor of real images. Samples are drawn in bf16 on a GPU, compiled. Writes
+OUT/results/*.json and *.png, and OUT/reference/cifar10_SIZE_inception768.safetensors: mean and covariance of the
+real images, to be committed.
+"""
 from score import *
 
 from diffnb.data import save_grid

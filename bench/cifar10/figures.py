@@ -1,12 +1,14 @@
-"""The figures of the course and the README, from the results alone: no model, no GPU.
+r"""The figures of the course and the README, from the results alone: no model, no GPU.
 
-    python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --ablations runs/ablations --others runs/others
-    --to images python bench/cifar10/figures.py --pilots runs/pilots
+    python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --ablations runs/ablations \
+        --others runs/others --to images
+    python bench/cifar10/figures.py --pilots runs/pilots
 
 Draws what is there: cifar10_curve_SIZE.png (loss with the Gaussian floor), cifar10_samplers.png (distance against
 network calls), cifar10_guidance.png, cifar10_sizes.png (32 against 64 pixels), cifar10_ablations.png and .md,
-cifar10_others.png (distance against minutes), cifar10_pilots.png with bench/cifar10/pilots.json (all that was measured
-of them). """
+cifar10_others.png (distance against minutes), cifar10_pilots.png with bench/cifar10/pilots.json (all that was
+measured of them).
+"""
 from common import *
 
 from collections import defaultdict
@@ -46,7 +48,8 @@ def told(rows): # the conditions, under every figure
 def curve(run, size, to):
     config, m = read_config(Path(run) / "run")["config"], read_metrics(Path(run) / "run")
     schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr)
-    spectrum, _ = load_statistics("cifar10_32" if size == 32 else "cifar10_64_bicubic")
+    name = "cifar10_32" if size == 32 else "cifar10_64_bicubic"
+    spectrum, _ = load_statistics(name, within=config.images.conditional)               # told what the network is
     by_timestep = gaussian_loss_floor(spectrum, schedule, config.noise.prediction)
     best = (by_timestep * timestep_probabilities(config.noise.T, config.noise.logit_normal)).sum().item()
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")

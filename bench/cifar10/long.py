@@ -6,6 +6,7 @@
     long.py --out runs/long --reference           # features of the real images, once; --cache keeps them elsewhere
     long.py --out runs/long --score               # score the newest checkpoint; after a stop, repeat the command
     long.py --out runs/long --snapshot FOLDER     # all averages in half precision, to be committed
+    long.py --out runs/long --ship cifar10        # one average (--weights) into the package, to be loaded by that name
     long.py --out runs/new --config FILE.json --resume-from FOLDER    # when the folder was lost: from such a snapshot
 
 The first start copies the committed sources to OUT/source, and every training process runs from that copy, so later
@@ -187,8 +188,9 @@ def half(tensors, meta, weights): # -> (tensors, meta)
     kept = {f"ema.{k.removeprefix(prefix)}": v.half() for k, v in tensors.items() if k.startswith(prefix)}
     if not kept:
         raise DiffnbError(f"no {weights!r} among the weights, only {', '.join(averages_in(tensors))}")
-    facts = {k: meta[k] for k in ("step", "config", "model", "seconds", "processor_seconds") if k in meta}
-    return kept, {**facts, "data": {"classes": meta["data"]["classes"]}}
+    facts = {k: meta[k] for k in ("step", "model", "seconds", "processor_seconds") if k in meta}
+    config = {**meta["config"], "data_root": None}                       # where the images lay concerns nobody else
+    return kept, {**facts, "config": config, "data": {"classes": meta["data"]["classes"]}}
 
 def write_snapshot(run, folder): # -> paths
     "Every average of the newest checkpoint: FOLDER/ema.safetensors, ema2.safetensors, …, each for load_model."
@@ -196,6 +198,23 @@ def write_snapshot(run, folder): # -> paths
         raise DiffnbError(f"{run} has no checkpoint yet")
     names = averages_in(found[0])
     return [write_tensors(Path(folder) / f"{name}.safetensors", *half(*found, name)) for name in names]
+
+def ship(out, name, weights, folder=Path(diffnb.__file__).parent / "weights"): # -> path
+    "One average of the newest checkpoint where load_model finds it by name, with an account of how it was trained."
+    if (found := last_checkpoint(out / "run")) is None:
+        raise DiffnbError(f"{out / 'run'} has no checkpoint yet")
+    tensors, meta = half(*found, weights)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    began = next(r for r in rows if r["event"] in ("started", "resumed", "began from weights"))
+    decay = read_json(out / "plan.json")["decay_from"]
+    c, step = meta["config"], meta["step"]
+    rate = "constant, no decay yet" if decay is None else f"falling to zero from step {decay:,}"
+    origin = {
+        "command": "python bench/cifar10/long.py --out runs/long --config bench/cifar10/long_run.json",
+        "commit": began["commit"], "weights": weights, "images": step * c["batch_size"],
+        "core_hours": round(meta["processor_seconds"] / 3600, 2), "device": began.get("device", "unknown"),
+        "rate": rate, "date": rows[-1]["time"][:10]}
+    return write_tensors(folder / f"{name}.safetensors", tensors, {**meta, "origin": origin})
 
 def read_snapshot(source): # file, or folder of write_snapshot -> ({"ema": tensors, …}, meta)
     paths = sorted(Path(source).glob("ema*.safetensors")) if Path(source).is_dir() else [Path(source)]
@@ -345,11 +364,12 @@ def parsed(): # -> the command's arguments
     p.add_argument("--finish", action="store_true", help="let the decay begin at the newest checkpoint")
     p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin from a --snapshot, or a weights file")
     p.add_argument("--snapshot", type=Path, metavar="FOLDER", help="write all averages there in half precision")
+    p.add_argument("--ship", metavar="NAME", help="write one average into the package, to be loaded by that name")
     p.add_argument("--checkpoint-minutes", type=float, default=20, help="of processor time between checkpoints")
     p.add_argument("--grid-minutes", type=float, default=60, help="of processor time between sample grids")
     p.add_argument("--reference", action="store_true", help="only compute what --score needs of the real images")
     p.add_argument("--score", nargs="?", const="newest", metavar="WEIGHTS", help="of the newest checkpoint, or a file")
-    p.add_argument("--weights", default="ema", help="which average is scored: ema, ema2, …")
+    p.add_argument("--weights", default="ema", help="which average is scored or shipped: ema, ema2, …")
     p.add_argument("--steps", type=int, default=18, help="of DPM-Solver++(2M)")
     p.add_argument("--n", type=int, default=10_000, help="samples without guidance")
     p.add_argument("--n-guided", type=int, default=2000, help="samples with it")
@@ -366,6 +386,8 @@ def main():
         return tell(score_long(a))
     if a.snapshot:
         return print(*write_snapshot(a.out / "run", a.snapshot), sep="\n")
+    if a.ship:
+        return print(ship(a.out, a.ship, a.weights))
     run_frozen(a.out)
     with ranks_of(a.device) as ranks:
         state = train_long(a, ranks)

@@ -1,20 +1,20 @@
 """Distance against minutes: diffnb, diffusers' unconditional training example, denoising-diffusion-pytorch. Item 6.
 
-    python bench/cifar10/others.py --out runs/others --inception weights.pth            # as often as it says; a race
-    that is cut off begins anew
+    # as often as it says; a race that is cut off begins anew
+    python bench/cifar10/others.py --out runs/others --inception weights.pth
 
 Each trains for --total-minutes on the same images; at the --moments its average is scored, while the clock stands
 still: 50 DDIM steps by diffnb's sampler for all, each with its own schedule and kind of prediction. The clock begins
 with the first step; reading images counts.
-- ours: the recipe of train.py as it stands, class-conditional; the learning rate ends at zero with the last moment. Its
-clock begins earlier, with
-  loading, compiling and measuring the speed, so that the others are not charged for what they do not do.
+- ours: the recipe of train.py as it stands, class-conditional; the learning rate ends at zero with the last moment.
+  Its clock begins earlier, with loading, compiling and measuring the speed, so that the others are not charged for
+  what they do not do.
 - diffusers: examples/unconditional_image_generation/train_unconditional.py, its own UNet2DModel (113.7M parameters),
-settings and 100-epoch learning rate
-  plan, with --resolution 32 --random_flip --use_ema as in its README, float32; without accelerate, its images resident
-  instead of read, both in its favour.
+  settings and 100-epoch learning rate plan, with --resolution 32 --random_flip --use_ema as in its README, float32;
+  without accelerate, its images resident instead of read, both in its favour.
 - ddpm-pytorch: the Trainer with its defaults, on a folder of PNGs, and Unet(dim=64, dim_mults=(1, 2, 4, 8)),
-GaussianDiffusion(image_size=32), as in its README. """
+  GaussianDiffusion(image_size=32), as in its README.
+"""
 from score import *
 
 import contextlib, io

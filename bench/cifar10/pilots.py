@@ -1,18 +1,19 @@
 """Which recipe for two processor cores? Short runs at equal time, one change at a time, scored alike.
 
-    python bench/cifar10/pilots.py --speed                                  # on an idle machine: how many steps of each
-    fit into the time python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3   # train and score; what is done
-    is not done again python bench/cifar10/figures.py --pilots runs/pilots                    #
-    bench/cifar10/pilots.json, and its figure
+    python bench/cifar10/pilots.py --speed                              # on an idle machine: how many steps fit
+    python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3     # train and score; what is done stays
+    python bench/cifar10/pilots.py --weights cifar10                    # score any model in the same way
+    python bench/cifar10/figures.py --pilots runs/pilots                # bench/cifar10/pilots.json, and its figure
 
-A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so many
-steps as an idle machine does in that time; a disturbance makes it longer and changes nothing else. The learning rate is
-constant for 30% and then falls to zero. Scored are
-- the error of x0 on 1,000 test images at fixed ratios of signal to noise, which does not depend on schedule, prediction
-or timesteps of training;
+A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so
+many steps as an idle machine does in that time; a disturbance makes it longer and changes nothing else. The learning
+rate is constant for 30% and then falls to zero. Scored are
+- the error of x0 on 1,000 test images at fixed ratios of signal to noise, which does not depend on schedule,
+  prediction or timesteps of training;
 - the Fréchet distance on 768 Inception features of 1,000 samples to all test images, without guidance and with 2;
-- how many of these samples a linear classifier on the same features calls by the right name (it learned on 10,000 real
-training images). """
+- how many of these samples a linear classifier on the same features calls by the right name (it learned on 10,000
+  real training images).
+"""
 from score import *
 
 
@@ -91,7 +92,7 @@ def namer(tensors): # -> (function: features -> labels, its accuracy on real tes
     return lambda f: torch.from_numpy(net.predict(f.numpy())), net.score(
         tensors["test.features"].numpy(), tensors["test.labels"].numpy())
 
-def score(model, schedule, config, a, prediction, name): # -> dict
+def score(model, schedule, a, prediction, name): # -> dict
     network, _ = open_features(a)
     features = bf16(network)
     tensors, facts = real(a, features), {}
@@ -151,9 +152,19 @@ def pilot(name, a):
             Trained(ema.model, schedule, flattened(config), data.classes, steps),
             a.out / f"{name}_{average}.safetensors")
         facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.noise.prediction, test)}
-    facts["ema"] |= score(state.ema.model, schedule, config, a, config.noise.prediction, name)
+    facts["ema"] |= score(state.ema.model, schedule, a, config.noise.prediction, name)
     save_json(path, facts)
     print(name, {k: v for k, v in facts["ema"].items()}, flush=True)
+
+def score_weights(source, a): # a file, or the name of an embedded model -> dict, also in OUT/scored_NAME.json
+    m, name = load_model(source, "cpu"), Path(source).stem
+    test = load_data("cifar10", split="test", root=a.data_root)
+    facts = {
+        "name": name, "step": m.step, "images": m.step * m.settings["batch_size"], "n": a.n,
+        "x0_error": x0_errors(m.model, m.schedule, m.prediction, test),
+        **score(m.model, m.schedule, a, m.prediction, name), **machine("cpu")}
+    save_json(a.out / f"scored_{name}.json", facts)
+    return facts
 
 def main():
     p = scoring_arguments(arguments(__doc__))
@@ -161,6 +172,7 @@ def main():
     [x for x in p._actions if x.dest == "out"][0].required = False
     p.add_argument("--speed", action="store_true")
     p.add_argument("--only", nargs="*", default=list(PILOTS))
+    p.add_argument("--weights", help="a weights file or the name of a model: score it, train nothing")
     p.add_argument("--core-minutes", type=float, default=24)
     p.add_argument("--n", type=int, default=1000)
     a = p.parse_args()
@@ -170,6 +182,8 @@ def main():
     torch.set_num_threads(1)
     if a.speed:
         return speed(a)
+    if a.weights:
+        return print(score_weights(a.weights, a))
     if not a.only:
         return real(a, bf16(open_features(a)[0]))
     for name in a.only:

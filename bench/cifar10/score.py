@@ -1,9 +1,10 @@
 """How images are scored here: Fréchet distance and KID on the 768-d features of the FID Inception, against real images
 of either split.
 
-The network is the Inception-v3 of 2015-12-05 up to Mixed_6e, built of torchvision's blocks, so that torch-fidelity need
-not be installed; a test holds the two side by side. Its arithmetic is float32 without TF32, whatever else the device
-would do. """
+The network is the Inception-v3 of 2015-12-05 up to Mixed_6e, built of torchvision's blocks, so that torch-fidelity
+need not be installed; a test holds the two side by side. Its arithmetic is float32 without TF32, whatever else the
+device would do.
+"""
 from common import *
 
 import shutil, warnings

@@ -4,7 +4,8 @@
     python bench/cifar10/ship.py --out runs/c32 --name cifar10-32 --weights ema2
 
 Joins the shards, writes diffnb/weights/NAME.safetensors (half precision), and makes a grid of ten classes from it by
-name: images/NAME.png. """
+name: images/NAME.png.
+"""
 from common import *
 
 from diffnb.data import save_grid

@@ -1,12 +1,13 @@
 """Train on CIFAR-10 for a given time, in as many commands as it takes. Items 1 (32x32) and 5 (64x64).
 
-    python bench/cifar10/train.py --size 32 --out runs/c32 --total-minutes 18    # twice: each command ends within
-    --minutes python bench/cifar10/train.py --size 64 --out runs/c64 --total-minutes 18
+    # twice: each command ends within --minutes
+    python bench/cifar10/train.py --size 32 --out runs/c32 --total-minutes 18
+    python bench/cifar10/train.py --size 64 --out runs/c64 --total-minutes 18
 
-The first start measures the speed and plans the number of steps, so that the learning rate reaches zero when the time
-is up; the plan (plan.json) stays as it is over restarts. Leaves run/ (config.json, metrics.csv, samples/,
-checkpoints/), weights/ema and weights/ema2 (half-lives of
-3.5% and 7% of the run, half precision, shards of at most 16 MiB) and train.json.
+The first start measures the speed and plans the number of steps, so that the learning rate reaches zero when the
+time is up; the plan (plan.json) stays as it is over restarts. Leaves run/ (config.json, metrics.csv, samples/,
+checkpoints/), weights/ema and weights/ema2 (half-lives of 3.5% and 7% of the run, half precision, shards of at most
+16 MiB) and train.json.
 """
 from common import *
 

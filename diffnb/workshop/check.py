@@ -46,7 +46,7 @@ class Exercise:
 _exercises = {}
 
 def exercise(id,      # "2.1"
-             title,   # "Adding noise", as in the lesson's heading
+             title,   # "How much noise is in it?", as in the lesson's heading
              minutes, # how long it should take
              level,   # 1, 2 or 3 stars
             ) -> Callable: # a decorator

@@ -116,7 +116,10 @@ def figures_in_words() -> None:
 lessons = {
     "01_data": "images in,\nimages out", "02_schedule": "how noise\nis added", "03_unet": "the network:\na UNet",
     "04_train": "learning,\nreliably", "05_sample": "noise back\nto images", "06_guide": "asking for\na class",
-    "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?", "13_scale": "faster,\non many GPUs"}
+    "07_evaluate": "is it\ngood?", "08_doctor": "what is wrong\nwith my run?",
+    "09_flow": "straight\npaths", "10_transformer": "no\nconvolutions", "11_few_steps": "one step\nfor several",
+    "12_latent": "compressed\nimages", "13_scale": "faster,\non many GPUs",
+    "14_text": "asking\nin words"}
 
 # the first page exports nothing and has no exercises: it is on the map, but not among the lessons
 chapters = {"00_first_pictures": "all of it,\nin 40 lines"} | lessons
@@ -124,7 +127,7 @@ chapters = {"00_first_pictures": "all of it,\nin 40 lines"} | lessons
 def you_are_here(name=None # a page's name, e.g. "03_unet"; None: just the map
                 ) -> Figure:
     "Draw the map of the course with one page marked. Returns the matplotlib Figure."
-    fig = plt.figure(figsize=(10, 1))
+    fig = plt.figure(figsize=(len(chapters), 1), dpi=100)         # whatever the page has set
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.5, len(chapters) - 0.5), ylim=(-0.5, 0.7))
     ax.axis("off")
     names = list(chapters)

@@ -28,16 +28,16 @@ def plot_metrics(metrics,    # dict of columns, from read_metrics
         axes[0].axhline(floor, ls="--", color="black", lw=1, label=f"best Gaussian: {floor:.3g}")
         axes[0].legend(fontsize=7)
     for i in range(BINS):
-        label = f"t/T ≥ {i / BINS:.1f}" if i in (0, 5, 9) else None
-        axes[1].plot(x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8, label=label)
-    axes[1].legend(fontsize=7)
+        axes[1].plot(
+            x, metrics[f"loss_bin_{i}"], color=plt.cm.viridis(i / BINS), lw=0.8, label=f"t/T ≥ {i / BINS:.1f}")
+    axes[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1, labelspacing=0.3)
     axes[2].plot(x, metrics["lr"])
     axes[2].set_ylim(bottom=0)
     axes[3].plot(x, metrics["grad_norm"])
     for ax, title in zip(axes, ("loss (MSE)", "loss by timestep bin", "learning rate", "gradient norm")):
         ax.set(title=title, xlabel="images seen", yscale="linear" if title == "learning rate" else "log")
         ax.title.set_fontsize(9)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(labelsize=7, which="both")
     return fig
 
 # %% ../../nbs/workshop/curves.ipynb #c111

@@ -26,10 +26,11 @@ from .folder import alone_in, check_place
 
 # %% ../../nbs/workshop/generate.ipynb #c079
 def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
-                   shape,      # of one image: (C, H, W)
+                   shape,      # of what is sampled: (C, H, W)
                    numbers,    # list of ints; image k starts from noise addressed by (seed, k)
                    *, seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
                    precision="float32", # of the network, or "bf16"; the sampler itself computes in float32
+                   decode=None, # makes images of what is sampled, as `Trained.decode`; None: they are images
                    **settings  # of the sampler: steps, spacing, …
                   ) -> Iterator[tuple[list, torch.Tensor]]: # numbers of the batch, uint8 (B, C, H, W) on the CPU
     """Sample images by their numbers, batch by batch; the batch size affects only speed and memory.
@@ -44,14 +45,16 @@ def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
         dice = [addressed(seed, "sample", k) for k in ks]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             x0 = sampler(denoiser.take(ks), x_T, generator=dice, **settings)
-        yield chunk, to_uint8(x0[:len(chunk)]).cpu()
+        x0 = x0[:len(chunk)] if decode is None else decode(x0[:len(chunk)])
+        yield chunk, to_uint8(x0).cpu()
 
 # %% ../../nbs/workshop/generate.ipynb #c082
 def _stable_name(f): # a name that is the same in every process
     return f"{f.func.__name__} {f.args} {f.keywords}" if isinstance(f, partial) else getattr(f, "__name__", repr(f))
 
 def _name_of(y):
-    return " ".join(map(str, y.tolist())) + " "        # so that labels of fewer images are a prefix of those of more
+    labels = [str(label).replace(" ", "") for label in y.tolist()]     # a sentence is [1,2,3]
+    return " ".join(labels) + " "                      # so that labels of fewer images are a prefix of those of more
 
 def fingerprint(model, schedule) -> str: # 16 hexadecimal digits
     "A hash of weights and schedule that keeps samples of two models apart; independent of wrappers."
@@ -66,7 +69,7 @@ def fingerprint(model, schedule) -> str: # 16 hexadecimal digits
 
 def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C), arr_1 labels, classes their names
               denoiser, # Denoiser; its labels, if any, are those of images 0, 1, 2, …: at least n
-              shape,    # of one image: (C, H, W)
+              shape,    # of what is sampled: (C, H, W)
               n,        # how many images
               # as in sample_batches; each of the ranks makes its share
               *, seed=0, classes=(), ranks=SingleProcess(), **settings
@@ -91,7 +94,7 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
         if ranks.any(False) or ranks.rank:
             return out                                        # any() waits until all ranks have finished
         if packed:
-            _pack(folder, out, n, shape, y, classes)
+            _pack(folder, out, n, y, classes)
     return out
 
 def _write_png(image, path): # uint8 (C, H, W)
@@ -101,10 +104,12 @@ def _write_png(image, path): # uint8 (C, H, W)
         Image.fromarray(pixels).save(partial_path, format="PNG")
         partial_path.replace(path)
 
-def _pack(folder, out, n, shape, y, classes): # the PNGs become one .npz
-    images = np.stack([np.asarray(Image.open(folder / f"{k:06d}.png")).reshape(*shape[1:], shape[0]) for k in range(n)])
-    labels = (
-        {} if y is None else {"arr_1": y[:n].cpu().numpy()} | ({"classes": np.array(classes)} if len(classes) else {}))
+def _pack(folder, out, n, y, classes): # the PNGs become one .npz
+    pixels = [np.asarray(Image.open(folder / f"{k:06d}.png")) for k in range(n)]
+    images = np.stack([image.reshape(*image.shape[:2], -1) for image in pixels])
+    labels = {} if y is None else {"arr_1" if y.ndim == 1 else "sentences": y[:n].cpu().numpy()}
+    if y is not None and len(classes):
+        labels["classes"] = np.array(classes)
     with _what_is_made_stays(folder / "all.npz", out):
         np.savez(folder / "all.npz", arr_0=images, **labels)
         (folder / "all.npz").replace(out)
@@ -135,7 +140,7 @@ _options = {
 def _made_with(denoiser, shape, n, seed, settings): # dict of strings for samples.json
     details = {k: getattr(denoiser, k) for k in ("prediction", "clip", "rescale", "interval") if hasattr(denoiser, k)}
     details |= {"guidance_scale": float(denoiser.guidance_scale)}
-    details |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress")}
+    details |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress", "decode")}
     return {"seed": seed, "shape": list(shape), "model": fingerprint(denoiser.model, denoiser.schedule),
             **{k: _stable_name(v) for k, v in details.items()},
             "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}

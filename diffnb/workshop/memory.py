@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/workshop/memory.ipynb #i2
 from ..core import DiffnbError
+from ..scale import UNITS
 from ..train import moments_of, TrainState
-from ..unet import Attention, ResBlock, UNet
+from ..unet import make_network
 from .settings import TrainConfig
 
 # %% ../../nbs/workshop/memory.ipynb #c067
-def kept_bytes(net,       # UNet configuration
+def kept_bytes(net,       # arguments of make_network
                n,         # images at a time
                precision="float32", device="cpu",
                activation_checkpointing=False
@@ -28,7 +29,7 @@ def kept_bytes(net,       # UNet configuration
     """Bytes that a forward pass stores for the backward pass, without the weights themselves.
     Computes and allocates nothing."""
     with FakeTensorMode(), torch.device(device):
-        model, size = UNet(**{**net, "num_classes": None}), net["image_size"]
+        model, size = make_network({**net, "num_classes": None}), net["image_size"]
         kept, weights = {}, {_storage(p) for p in model.parameters()}
         def note(x):
             if _storage(x) not in weights:
@@ -47,10 +48,10 @@ def _storage(x): return x.untyped_storage()._cdata                       # ident
 
 def training_memory(net, precision="float32", device="cpu", activation_checkpointing=False, config=None
                    ) -> tuple: # bytes whatever the batch, bytes for each image
-    """Memory for training a UNet(**net): weights, gradients, averages and moments as `config` says, and the tensors
+    """Memory for training make_network(net): weights, gradients, averages and moments as `config` says, and the tensors
     that a step stores."""
     with torch.device("meta"):
-        state = TrainState(UNet(**net), config or TrainConfig())
+        state = TrainState(make_network(net), config or TrainConfig())
         each = 2 + len(state.averages)                                   # weights and gradients, averages
         copies = sum(p.numel() * (each + len(moments_of(state.optimizer, p))) for p in state.model.parameters())
     one, three = (kept_bytes(net, n, precision, device, activation_checkpointing) for n in (1, 3))
@@ -58,10 +59,10 @@ def training_memory(net, precision="float32", device="cpu", activation_checkpoin
 
 # %% ../../nbs/workshop/memory.ipynb #c070
 def checkpoint_activations(model) -> torch.nn.Module: # the same model
-    """Make every residual block and attention layer keep only its input, and recompute the rest in the backward pass
-    (Chen et al. 2016, arXiv:1604.06174)."""
+    """Make every residual block, attention layer and transformer block keep only its input, and recompute the
+    rest in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     for m in model.modules():
-        if isinstance(m, (ResBlock, Attention)):
+        if isinstance(m, UNITS):
             m.forward, m.checkpointed = partial(checkpoint, m.forward, use_reentrant=False), True
     return model
 

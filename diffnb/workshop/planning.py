@@ -5,6 +5,7 @@ __all__ = ['time_steps', 'plan']
 
 # %% ../../nbs/workshop/planning.ipynb #i0
 import statistics, time
+from dataclasses import replace
 
 # %% ../../nbs/workshop/planning.ipynb #i1
 import torch
@@ -12,18 +13,19 @@ import torch
 # %% ../../nbs/workshop/planning.ipynb #i2
 from ..core import DiffnbError, pick_device
 from ..data import ImageData
+from ..latent import in_latents
 from ..scale import count_flops, wait
 from ..train import moments_of, train_steps, TrainState
 from ..unet import count_parameters
 from .memory import training_memory
-from .run import new_state, ready
+from .run import new_autoencoder, new_state, ready
 from .settings import resolve, TrainConfig
 
 # %% ../../nbs/workshop/planning.ipynb #c015
 def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` gives them
                steps: int = 5, warm: int = 2,
               ) -> tuple[float, TrainState]: # seconds a step
-    "Median time of real training steps of a UNet(**net) with this configuration, after `warm` warm-up steps."
+    "Median time of real training steps of make_network(net) with this configuration, after `warm` warm-up steps."
     device, schedule = pick_device(config.run.device), config.noise.make_schedule()
     state, times = new_state(net, config, device), []
     for _ in train_steps(
@@ -44,6 +46,8 @@ def plan(config: TrainConfig,
     micro = config.training.batch_size // config.training.grad_accum_steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    if config.images.latent: # an untrained autoencoder makes latents of the right size
+        data = in_latents(new_autoencoder(data, config, device), replace(data, images=data.images[:1000]))
     seconds, state = time_steps(config, data, net, steps)
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
@@ -64,7 +68,8 @@ def plan(config: TrainConfig,
             f"{config.training.batch_size}")
         + (f" in {config.training.grad_accum_steps} parts" if config.training.grad_accum_steps > 1 else "")
         + f": {fixed / 1e9:.2f} GB whatever the batch, {each / 1e6:.1f} MB for each image at a time")
+    uncounted = "sample grids, compilation and autoencoder" if config.images.latent else "sample grids and compilation"
     print(
         f"time     {config.training.batch_size / seconds:.0f} images/s, {total:,} steps: {p['hours']:.1f} hours "
-        f"({p['hours'] * 60:.0f} minutes), sample grids and compilation not counted")
+        f"({p['hours'] * 60:.0f} minutes), {uncounted} not counted")
     return p

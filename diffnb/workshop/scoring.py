@@ -4,7 +4,7 @@
 __all__ = ['panel', 'read_images', 'grid_beside', 'evaluate_run']
 
 # %% ../../nbs/workshop/scoring.ipynb #i0
-import io, json, textwrap, warnings
+import io, json, math, textwrap, warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from ..data import ImageData, save_grid
 from ..evaluate import _check_comparable, evaluate, Evaluation, LEAST_IMAGES
 from ..sample import check_sampling, ddim, load_model
 from .datasets import load_data
+from .facts import gather
 from .features import Features, make_features
 from .folder import alone_in, check_place, make_config, read_config
 from .generate import sample_to
@@ -214,9 +215,17 @@ def _sampled(out, trained, denoiser, n, sampler, steps, seed, **settings): # -> 
     name = f"step_{trained.step:09d}_{sampler_name}{steps}"
     name += (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "")
     folder = sample_to(
-        out / "evaluation" / name, denoiser, trained.shape, n, sampler=sampler, steps=steps, seed=seed, **settings)
+        out / "evaluation" / name, denoiser, trained.shape, n, sampler=sampler,
+        decode=trained.decode, steps=steps, seed=seed, **settings)
     return read_images(folder, n)[0], {"step": trained.step, "sampler": sampler_name, "steps": steps, "seed": seed,
                                        "guidance": w if trained.classes else None}
+
+def _loss_beside_floor(run): # of the last third of the rows; None before the first row
+    f = gather(run, deep=False)
+    if f.metrics is None:
+        return None
+    numbers = {"value": f.loss()[0], "error": f.loss()[1], "gaussian_floor": f.floor_mean}
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()} | {"told": f.told}
 
 def evaluate_run(source,            # a run folder, a weights file or "digits"; or a folder of PNGs or an .npz
                  n=None,            # images; None: 10,000 from a model, all of a folder or file
@@ -225,7 +234,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                  features="auto",   # Features, or a name as in `make_features`
                  weights=None,      # Inception weights file
                  # for sampling; scale 1: conditional, if the model has classes
-                 steps=50, guidance_scale=1.0, sampler=ddim, seed=0,
+                 steps=None, # None: 50, or those for which a student was distilled
+                 guidance_scale=1.0, sampler=ddim, seed=0,
                  device="auto", batch_size=None, data_root=None, progress=True, precision="auto", ranks=SingleProcess(),
                 ) -> Evaluation:
     """Sample (existing samples are kept), score, and write evaluation.json, panel.png and real_beside_generated.png.
@@ -245,7 +255,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
             raise DiffnbError(
                 f"{source} is not a run folder, so say what to compare its images with: reference=... "
                 "(command line: --reference)")
-        if guidance_scale != 1 or steps != 50:
+        if guidance_scale != 1 or steps is not None:
             raise DiffnbError(
                 f"{source} holds finished images: leave out --steps and --guidance-scale, "
                 "which control sampling")
@@ -253,8 +263,12 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         like = images
     else:
         trained, n = load_model(source, device), n or 10_000
+        if "text_length" in trained.model.config:
+            raise DiffnbError(f"{source} draws what sentences say: make images with `diffnb sample --class`, and "
+                              "evaluate their folder")
+        steps = trained.student_steps or 50 if steps is None else steps
         check_sampling(trained.schedule, steps=steps)
-        like, config = torch.empty(1, *trained.shape), _config_of(source, trained)
+        like, config = torch.empty(1, *trained.image_shape), _config_of(source, trained)
         reference, interpolation, data_root = (
             reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)
         # a longer list allows a larger n later
@@ -281,6 +295,8 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         result = evaluate(images, real, features, held_out, split, seed)
         if ranked:
             return result
+        if kind == "run":
+            facts["training_loss"] = _loss_beside_floor(source)
         write_whole(out / "evaluation.json", json.dumps({**facts, **result.facts()}, indent=1, ensure_ascii=False))
         fig, png = panel(result), io.BytesIO()
         fig.savefig(png, format="png", dpi=130, metadata={"Software": "diffnb"})

@@ -20,6 +20,7 @@ import torch
 from ..core import addressed, DiffnbError
 from ..data import tile, to_float, to_uint8
 from ..sample import ddim, draw_noise, load_model
+from ..transformer import TransformerBlock
 from ..unet import Attention
 from .curves import plot_metrics
 from .datasets import load_data
@@ -225,7 +226,7 @@ def trajectory(trained,             # from load_model
     ddim(trained.denoiser(torch.tensor(y)), x_T, steps, generator=dice, callback=keep, **settings)
     def draw(step):
         t, t_next, x, x0 = walk[step - 1]
-        left, right = tile(x, n), tile(x0, n)
+        left, right = (tile(trained.decode(v), n) for v in (x, x0))
         return torch.cat([left, torch.full_like(left[..., :3], 255), right], 2), (
             f"step {step} of {steps}, from t = {t} to {'the clean image' if t_next < 0 else t_next}: left "
             "x_t, right the estimate of x0")
@@ -254,15 +255,15 @@ def sampling(trained,     # from load_model, a model with classes
         dice = addressed(s["seed"], "sampling")
         x_T = draw_noise((len(trained.classes), *trained.shape), dice)
         out = ddim(denoisers[s["guidance_scale"]], x_T, s["steps"], s["eta"], generator=dice)
-        return tile(out), ", ".join(f"{k} {s[k]:g}" for k in fixed)
+        return tile(trained.decode(out)), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
     return Interactive(
-        draw, live, stored, "a sampled image of each class", 546, eager=False,
+        draw, live, stored, f"a sampled image of each class ({', '.join(trained.classes)})", 546, eager=False,
         start={k: fixed[k] if fixed[k] in v else v[0] for k, v in stored.items()})
 
 # %% ../../nbs/workshop/widgets.ipynb #c038
 @torch.no_grad()
-def attention_weights(model, # a UNet
+def attention_weights(model, # a UNet or Transformer
                       x_t,   # (B, C, H, W)
                       t,     # int64 (B,)
                       y=None # classes, int64 (B,), or None
@@ -270,13 +271,13 @@ def attention_weights(model, # a UNet
     """Run the model once: dict of layer name -> weights (B, H*W, H*W), mean over heads; row i holds the weights that
     position i gives to all positions."""
     found = {}
-    def look(name):
-        def hook(layer, inputs):
-            tokens = layer.norm(inputs[0]).flatten(2).transpose(1, 2)
-            q, k, _ = (p.unflatten(2, (layer.heads, -1)).transpose(1, 2) for p in layer.qkv(tokens).chunk(3, dim=2))
+    def look(name, heads):
+        def hook(layer, inputs, output):
+            q, k, _ = (p.unflatten(2, (heads, -1)).transpose(1, 2) for p in output.chunk(3, dim=2))
             found[name] = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3).mean(1)
         return hook
-    hooks = [m.register_forward_pre_hook(look(name)) for name, m in model.named_modules() if isinstance(m, Attention)]
+    hooks = [m.qkv.register_forward_hook(look(name, m.heads)) for name, m in model.named_modules()
+             if isinstance(m, (Attention, TransformerBlock))]
     try:
         model(x_t, t, y)
     finally:

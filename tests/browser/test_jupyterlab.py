@@ -124,23 +124,23 @@ def test_one_exercise_as_a_learner_does_it(open_notebook, page, notebooks):
     nb.run_all(300)
     assert nb.errors() == [] and not page.trouble
     moved(page.locator(LIVE).first, page)
-    stub, check = nb.code("def my_add_noise"), nb.code('check("2.1", my_add_noise)')
+    stub, check = nb.code("def my_alpha_bar"), nb.code('check("2.1", my_alpha_bar)')
     assert stub.count() == check.count() == 1 and "not yet" in check.locator(".jp-OutputArea").text_content()
     def answer(line):
         stub.locator(".cm-content").click()
         page.keyboard.press("Control+a")
-        page.keyboard.insert_text("def my_add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) "
-                                  "-> torch.Tensor:\n"
-                                  f"    alpha_bar = alpha_bar.view(-1, 1, 1, 1)\n    return {line}")
+        page.keyboard.insert_text(
+            "def my_alpha_bar(x0: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:\n"
+            f"    a = (x_t * x0).flatten(1).mean(1) / x0.square().flatten(1).mean(1)\n    return {line}")
         nb.run(stub)
         nb.run(check)
         return check.locator(".jp-OutputArea").text_content()
-    wrong = answer("alpha_bar.sqrt() * x0 + (1 - alpha_bar) * noise")
-    assert "did you use the variance" in wrong and "✓" not in wrong
+    wrong = answer("a")
+    assert "an amplitude" in wrong and "✓" not in wrong
     hint = page.get_by_text("Hint 1", exact=True).first
     hint.click()
     assert page.locator("details[open]").count() == 1, "hints open one at a time"
-    assert "✓ 2.1" in answer("alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise") and nb.errors() == []
+    assert "✓ 2.1" in answer("a ** 2") and nb.errors() == []
 
 
 # ---- without a kernel ----

@@ -74,7 +74,8 @@ def imports_only(code):
 
 def namespace(lesson):
     "What a stub or solution may use: the module's names and the notebook's imports."
-    space = dict(vars(importlib.import_module(f"diffnb.{lesson[3:]}")))
+    module = next(m[1] for cell in cells_of(lesson) if (m := re.match(r"#\| default_exp (\w+)", source(cell))))
+    space = dict(vars(importlib.import_module(f"diffnb.{module}")))
     for cell in cells_of(lesson):
         if cell["cell_type"] == "code" and imports_only(source(cell)):
             exec(source(cell), space)

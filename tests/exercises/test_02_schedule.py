@@ -5,13 +5,15 @@ from common import tests_of
 from diffnb.schedule import linear_schedule
 
 
-def shaped(f): return lambda x0, noise, ab: f(x0, noise, ab.view(-1, 1, 1, 1))
+def level(x0, x_t): return (x0 * x_t).mean((1, 2, 3)) / x0.square().mean((1, 2, 3))
 
-def step(now, before, x0, x_t, r=None, rho=None, left=None): # posterior mean, with one of its parts wrong
+def correlation(x0, x_t): return level(x0, x_t) * x0.std((1, 2, 3)) / x_t.std((1, 2, 3))
+
+def step(now, before, x0, x_t, k=None, rho=None, left=None): # posterior mean, with one of its parts wrong
     (a, s), (a_u, s_u) = now, before
-    r, left = r if r is not None else a / a_u, left if left is not None else s_u ** 2
+    k, left = k if k is not None else a / a_u, left if left is not None else s_u ** 2
     rho = rho if rho is not None else s ** 2 - (a / a_u * s_u) ** 2
-    return (rho * a_u * x0 + left * r * x_t) / (rho + r ** 2 * left)
+    return (rho * a_u * x0 + left * k * x_t) / (rho + k ** 2 * left)
 
 def back(**wrong): # arguments as functions of the levels
     return lambda x0, x_t, now, before: step(
@@ -19,8 +21,8 @@ def back(**wrong): # arguments as functions of the levels
 
 def precisions(x0, x_t, now, before): # right, but not at the clean end
     (a, s), (a_u, s_u) = now, before
-    r, rho = a / a_u, s ** 2 - (a / a_u * s_u) ** 2
-    return (a_u / s_u ** 2 * x0 + r / rho * x_t) / (1 / s_u ** 2 + r ** 2 / rho)
+    k, rho = a / a_u, s ** 2 - (a / a_u * s_u) ** 2
+    return (a_u / s_u ** 2 * x0 + k / rho * x_t) / (1 / s_u ** 2 + k ** 2 / rho)
 
 def weights(x_t, data, a, s): return (-torch.cdist(x_t, a * data).square() / (2 * s ** 2)).softmax(1)
 
@@ -51,15 +53,16 @@ def betas(T): return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 WRONG = {
     "2.1": [
-        (
-            shaped(lambda x0, noise, ab: ab.sqrt() * x0 + (1 - ab) * noise),
-            "standard deviation 0.25 where 0.50 was expected"),
-        (shaped(lambda x0, noise, ab: ab * x0 + (1 - ab) * noise), "did you use the variance"),
-        (shaped(lambda x0, noise, ab: ab * x0 + (1 - ab).sqrt() * noise), "your image is too dark"),
-        (shaped(lambda x0, noise, ab: (1 - ab).sqrt() * x0 + ab.sqrt() * noise), "changed places"),
-        (shaped(lambda x0, noise, ab: ab.sqrt() * x0 + (1 - ab.sqrt()) * noise), "1 - sqrt(alpha_bar)"),
-        (lambda x0, noise, ab: ab[0].sqrt() * x0 + (1 - ab[0]).sqrt() * noise, "x_t is wrong in"),
-        (lambda x0, noise, ab: ab.sqrt() * x0 + (1 - ab).sqrt() * noise, "each column of pixels")],
+        (lambda x0, x_t: level(x0, x_t), "an amplitude"),
+        (lambda x0, x_t: 1 - level(x0, x_t) ** 2, "the power of the noise"),
+        (lambda x0, x_t: (1 - level(x0, x_t) ** 2).sqrt(), "the noise level"),
+        (correlation, "that is the correlation"),
+        (lambda x0, x_t: correlation(x0, x_t) ** 2, "the squared correlation"),
+        (lambda x0, x_t: 1 - (x_t - x0).var((1, 2, 3)), "it holds (a - 1) x0"),
+        (lambda x0, x_t: 1 - x_t.var((1, 2, 3)), "for pure noise"),
+        (lambda x0, x_t: (level(x0, x_t) ** 2).mean().expand(6), "each has its own"),
+        (lambda x0, x_t: (x_t / x0).mean((1, 2, 3)) ** 2, "alpha_bar is wrong in"),
+        (lambda x0, x_t: (level(x0, x_t) ** 2)[0], "has shape ()")],
     "2.2": [
         (lambda x0, x_t, now, before: before[0] * x0, "stepped to x0 alone"),
         (lambda x0, x_t, now, before: step(now, before, x_t, x0), "have changed places"),
@@ -73,8 +76,8 @@ WRONG = {
         (back(rho=lambda a, s, a_u, s_u: 1 - (a / a_u) ** 2), "variance of the step is not 1"),
         (back(rho=lambda a, s, a_u, s_u: s ** 2 - s_u ** 2), "the step shrinks the noise of x_u as well"),
         (back(left=lambda a, s, a_u, s_u: s_u), "s is a standard deviation"),
-        (back(r=lambda a, s, a_u, s_u: (a / a_u) ** 2), "without a square or a root"),
-        (back(r=lambda a, s, a_u, s_u: a), "as if x_u were the clean image"),
+        (back(k=lambda a, s, a_u, s_u: (a / a_u) ** 2), "without a square or a root"),
+        (back(k=lambda a, s, a_u, s_u: a), "as if x_u were the clean image"),
         (lambda x0, x_t, now, before: step(now, before, x0, x_t) if before[1] else x_t, "you returned x_t"),
         (precisions, "ZeroDivisionError")],
     "2.3": [

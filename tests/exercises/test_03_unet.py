@@ -55,24 +55,26 @@ def weights(i, o, e, bias=1, norm=1, film=2, shortcut=None, kernel=9):
     return n + ((i * o + bias * o) if (i != o if shortcut is None else shortcut) else 0)
 
 
-def up(widths, blocks, pop=-1, first=True, extra=1, reverse=True, join=True, stem=True, lower=True):
-    kept = [widths[0]] if stem else []
-    for i, w in enumerate(widths):
-        kept += [w] * (blocks + (i < len(widths) - 1))
-    if not lower:                   # believes that downsampling already has the width of the next level
-        kept = [widths[0]] + [x for i, w in enumerate(widths) for x in [w] * blocks + widths[i + 1:i + 2]]
-    out, below = [], widths[-1]
-    for w in reversed(widths):
-        stage = [x + (kept.pop(pop) if kept else 0) for x in [below if first else w] + [w] * blocks]
-        if not join:
-            stage = [below] + [w] * blocks
-        out.append(stage[:blocks + extra])
-        below = w
-    return out if reverse else out[::-1]
+def worth(cuts=lambda i: {i}, count=range(6), remove=True, change=lambda e, whole: e - whole, mean=torch.mean):
+    "An answer to 3.5 with one thing changed."
+    def f(model, x_t, t, noise):
+        def error(cut=()):
+            def zeros(stage, args, kwargs):
+                for i in cut:
+                    kwargs["join"][i] = torch.zeros_like(kwargs["join"][i])
+            hook = model.up[0].register_forward_pre_hook(zeros, with_kwargs=True)
+            e = mean((model(x_t, t) - noise).square()).item()
+            if remove:
+                hook.remove()
+            return e
+        whole = error()
+        return [change(error(cuts(i)), whole) for i in count]
+    return f
 
-def width_of_the_level(widths, blocks):
-    return [
-        [2 * w if j else w + b for j in range(blocks + 1)] for w, b in zip(widths[::-1], widths[-1:] + widths[:0:-1])]
+def last_weights_lost(model, x_t, t, noise):
+    right = worth()(model, x_t, t, noise)
+    model.conv_out.weight.data *= 0
+    return right
 
 
 def block(first="norm silu", shortcut="x", branch=True):
@@ -113,12 +115,14 @@ WRONG = {
         (lambda i, o, e: weights(i, o, e, kernel=1), "both convolutions are 3x3"),
         (lambda i, o, e: float(weights(i, o, e)), "whole number")],
     "3.5": [
-        (lambda w, n: up(w, n, pop=0), "in the order they were stored"),
-        (lambda w, n: up(w, n, first=False), "width of the stage below"),
-        (lambda w, n: up(w, n, extra=0), "one more than on the way down"),
-        (lambda w, n: up(w, n, reverse=False), "innermost"),
-        (lambda w, n: up(w, n, join=False), "without what it joins"), (width_of_the_level, "width of the level above"),
-        (lambda w, n: up(w, n)[0], "list of lists")],
+        (worth(cuts=lambda i: set(range(i + 1))), "each is to be cut alone"),
+        (worth(remove=False), "remove every hook"),
+        (last_weights_lost, "change no weights"), (worth(count=range(5, -1, -1)), "kept last"),
+        (worth(change=lambda e, whole: e), "the errors themselves"),
+        (worth(change=lambda e, whole: e / whole), "ratios"),
+        (worth(change=lambda e, whole: whole - e), "signs are reversed"), (worth(count=range(1, 6)), "conv_in"),
+        (worth(cuts=lambda i: {*range(6)} - {i}), "leave the others"), (worth(mean=torch.sum), "over all pixels"),
+        (lambda *given: torch.tensor(worth()(*given)), "is of type PyTorch tensor"), (lambda *given: None, "is None")],
     "3.6": [
         (block(shortcut="norm"), "normalised features"), (block(shortcut="silu"), "went through SiLU"),
         (block(first="x"), "without norm and SiLU"), (block(first="norm"), "without SiLU"),

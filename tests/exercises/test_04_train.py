@@ -45,27 +45,13 @@ def by_count(losses, t, T, pair):
     return ((n * losses).sum() / n.sum()).item()
 
 
-def step(weight, zero="before", each=False, at_once=False, last=True):
-    def f(model, optimizer, losses_of, parts):
-        total = sum(len(x) for x, _ in parts)
-        if zero in ("before", "both"):
-            optimizer.zero_grad()
-        if at_once:
-            torch.cat([losses_of(model, p) for p in parts]).mean().backward()
-        else:
-            for part in parts:
-                if zero in ("between", "both") or each:
-                    optimizer.zero_grad()
-                weight(losses_of(model, part), total, len(parts)).backward()
-                if each:
-                    optimizer.step()
-        if zero == "after":
-            optimizer.zero_grad()
-        if last and not each:
-            optimizer.step()
+def counts(change=lambda found, parts: found, losses=lambda theta, part: theta[part], begin=0.0):
+    "An answer to 4.4 with one thing changed."
+    def f(step, parts):
+        theta = torch.full((sum(map(len, parts)),), begin).requires_grad_()
+        step(theta, lambda part: losses(theta, part), parts)
+        return change((begin - theta.detach()).tolist(), parts)
     return f
-
-def share(losses, total, parts): return losses.sum() / total
 
 
 def loop(zero="start", clip_first=True, clipped=True):
@@ -126,18 +112,18 @@ WRONG = {
         (largest(lambda found: {o: v for (o, c), v in found.items()}), "the six keys"),
         (lambda trial: None, "a dictionary")],
     "4.4": [
-        (
-            lambda model, optimizer, losses_of, parts: (
-                optimizer.zero_grad(), losses_of(model, tuple(map(torch.cat, zip(*parts)))).mean().backward(),
-                optimizer.step()),
-            "in memory at once"),
-        (step(lambda l, n, k: l.mean() / k), "counts more"), (step(lambda l, n, k: l.mean()), "three times too long"),
-        (step(lambda l, n, k: l.sum()), "divide by the number of images"),
-        (step(share, zero="between"), "only the last part"),
-        (step(lambda l, n, k: l.mean(), zero="both"), "by its own mean"), (step(share, zero="never"), "left over"),
-        (step(share, each=True), "after each part"), (step(lambda l, n, k: l.mean(), each=True), "with its own mean"),
-        (step(share, last=False), "have not moved"), (step(share, zero="after"), "have not moved"),
-        (step(share, at_once=True), "in memory at once")],
+        (counts(lambda found, parts: [-c for c in found]), "against the gradient"),
+        (counts(lambda found, parts: [found[part[0]] for part in parts]), "one for each part"),
+        (counts(lambda found, parts: [c / sum(found) for c in found]), "divided by their sum"),
+        (lambda step, parts: [1 / sum(map(len, parts))] * sum(map(len, parts)), "in a right loop"),
+        (counts(losses=lambda theta, part: theta[part] ** 2), "all counts are 0"),
+        (counts(losses=lambda theta, part: theta[part] ** 2, begin=1.0), "twice as large"),
+        (counts(losses=lambda theta, part: theta[part].mean()), "one loss for each of"),
+        (counts(losses=lambda theta, part: theta[part].detach()), "computed from theta"),
+        (counts(losses=lambda theta, part: theta[part] * (1 + part)), "is wrong in"),
+        (lambda step, parts: step(torch.zeros(30), lambda part: torch.zeros(30)[part], parts), "requires a gradient"),
+        (counts(lambda found, parts: torch.tensor(found)), "is of type PyTorch tensor"),
+        (counts(lambda found, parts: None), "is None")],
     "4.5": [
         (lambda losses, t, T, pair: losses.mean().item(), "as it was logged"),
         (weighted(lambda p, T: p * T), "upside down"),

@@ -17,12 +17,18 @@ def one(v): return 1.0
 def nothing(v): return 0.0
 
 
-def clipped(x=as_is, x0=lambda x0: x0.clamp(-1, 1), eps="again", root=sqrt):
-    def f(x_t, old, now):
-        raw = (x(x_t) - sqrt(1 - now) * old) / sqrt(now)
-        new = (x_t - sqrt(now) * (raw if eps == "raw" else x0(raw))) / root(1 - now)
-        return x0(raw), {"again": new, "raw": new, "old": old, "clip": old.clamp(-1, 1), "both": new.clamp(-1, 1)}[eps]
+def clipped(x0=lambda x0: x0.clamp(-1, 1), x=as_is, first=as_is, last=as_is, always=None, root=as_is, end=-1):
+    def f(model, schedule, x_t, steps, again):
+        for t, n in schedule.pairs(steps):
+            (a, s), (a2, s2) = schedule.signal_noise(t), schedule.signal_noise(max(n, end))
+            old = model(x_t, torch.full((len(x_t),), t))
+            guess = x0((x(x_t) - s * first(old)) / a)
+            derived = (x_t - a * guess) / root(s)
+            x_t = a2 * guess + s2 * last(derived if (again if always is None else always) else old)
+        return x_t
     return f
+
+def unit(x): return x.clamp(-1, 1)
 
 
 def by_power(p, last, n=8):
@@ -76,14 +82,12 @@ WRONG = {
         (amplification(velocity=lambda a, s: 1.0), "multiplied by s"),
         (amplification(velocity=lambda a, s: s / a), "nothing is divided")],
     "5.2": [
-        (clipped(eps="old"), "still the network's"), (clipped(x0=as_is), "x0 is not clipped"),
-        (clipped(x=lambda x: x.clamp(-1, 1), x0=as_is), "x_t is clipped"),
+        (clipped(always=False), "still used"), (clipped(always=True), "derived again although"),
+        (clipped(x0=as_is), "x0 is not clipped"), (clipped(x0=as_is, x=unit), "x_t is clipped"),
         (clipped(x0=lambda x: x.clamp(0, 1)), "images live in"), (clipped(x0=lambda x: x / x.abs().max()), "rescaled"),
-        (clipped(eps="clip"), "network's eps, clipped"), (clipped(eps="both"), "and then clipped as well"),
-        (clipped(eps="raw"), "still the network's"), (clipped(root=as_is), "lacks the square root"),
-        (lambda x_t, eps, now: clipped()(x_t, eps, now)[::-1], "wrong way round"),
-        (lambda x_t, eps, now: clipped()(x_t, eps.clamp(-1, 1), now), "before x0 is estimated"),
-        (lambda x_t, eps, now: clipped()(x_t, eps, now)[0], "the pair (x0, eps)")],
+        (clipped(first=unit), "before x0 is estimated"), (clipped(last=unit), "eps is clipped as well"),
+        (clipped(root=lambda s: s ** 2), "lacks the square root"), (clipped(end=0), "ends at timestep 0"),
+        (lambda *given: clipped()(*given)[0], "has shape (1, 4, 4)")],
     "5.3": [
         (lambda: linear_schedule().timesteps(8), "that of timesteps(8)"),
         (lambda: linear_schedule().timesteps(8, "quadratic"), "long where the estimate moves"),

@@ -10,7 +10,7 @@ def blend(u, c, w): return u + w * (c - u)
 
 
 def by_classifier(f, log=True, total=torch.sum, quiet=False, own=True):
-    "An answer to 6.2: f(eps, gradient, s, w), with the gradient of the sum of log p(y | x_t) unless told otherwise."
+    "An answer to 6.3: f(eps, gradient, s, w), with the gradient of the sum of log p(y | x_t) unless told otherwise."
     def answer(eps, x_t, log_p_y, s, w):
         with torch.set_grad_enabled(torch.is_grad_enabled() if quiet else True):
             x = x_t.detach().requires_grad_() if own else x_t.requires_grad_()
@@ -23,7 +23,7 @@ def right(eps, toward, s, w): return eps - w * s * toward
 
 
 def autoguided(steps, w, base=None):
-    "An answer to 6.3: the last checkpoint guided away from an earlier one."
+    "An answer to 6.4: the last checkpoint guided away from an earlier one."
     def answer(checkpoints, judge):
         weak, strong = checkpoints[steps], checkpoints[base or max(checkpoints)]
         return lambda x_t, t, y=None: blend(weak(x_t, t), strong(x_t, t), w)
@@ -48,13 +48,21 @@ def guided_with(labels, names="uc", formula=blend):
 
 WRONG = {
     "6.1": [
+        (lambda: (0, 999), "Too much spread"),
+        (lambda: (0, 300), "Too much spread"),
+        (lambda: (400, 999), "wrong end"),
+        (lambda: (0, 0), "guide at more timesteps"),
+        (lambda: (900, 100), "not an interval"),
+        (lambda: (0, 1000), "not an interval"),
+        (lambda: (0.0, 120.0), "two whole numbers")],
+    "6.2": [
         (lambda vc, vu, w: 1 / (w / vc + (1 - w) / vu), "variance of the guided density"),
         (lambda vc, vu, w: vc ** (w / 2) * vu ** ((1 - w) / 2), "standard deviation"),
         (lambda vc, vu, w: vc ** (w + 1) * vu ** -w, "the paper's convention"),
         (lambda vc, vu, w: vu ** w * vc ** (1 - w), "changed places"),
         (lambda vc, vu, w: (1 - w) * vu + w * vc, "not blended like the two answers"),
         (lambda vc, vu, w: vc, "at every w")],
-    "6.2": [
+    "6.3": [
         (by_classifier(lambda eps, toward, s, w: eps + w * s * toward), "goes away from the class"),
         (by_classifier(lambda eps, toward, s, w: eps - w * toward), "the factor s"),
         (by_classifier(lambda eps, toward, s, w: eps - w * toward / s), "so multiply"),
@@ -64,7 +72,7 @@ WRONG = {
         (by_classifier(right, total=torch.mean), "not of the mean"),
         (by_classifier(right, quiet=True), "torch.enable_grad()"),
         (by_classifier(right, own=False), "work on x_t.detach()")],
-    "6.3": [
+    "6.4": [
         (lambda checkpoints, judge: checkpoints[max(checkpoints)], "Nothing has changed"),
         (lambda checkpoints, judge: None, "a model was expected"),
         (autoguided(300, 0.0), "Further away"),
@@ -72,20 +80,12 @@ WRONG = {
         (autoguided(300, -1.0), "Further away"),
         (autoguided(300, 5.0), "cover too little"),
         (lambda checkpoints, judge: lambda x_t, t, y=None: x_t.flatten(1), "of the shape of x_t")],
-    "6.4": [
-        (lambda: (0, 999), "Too much spread"),
-        (lambda: (0, 300), "Too much spread"),
-        (lambda: (400, 999), "wrong end"),
-        (lambda: (0, 0), "guide at more timesteps"),
-        (lambda: (900, 100), "not an interval"),
-        (lambda: (0, 1000), "not an interval"),
-        (lambda: (0.0, 120.0), "two whole numbers")],
     "6.5": [
         (
             gaussian(lambda mc, vc, mu, vu, w, precision, mean: ((1 - w) * mu + w * mc, (1 - w) * vu + w * vc)),
             "1/variance that adds up"),
         (lambda mc, vc, mu, vu, w: gaussian(lambda *a: (a[6], 1 / a[5]))(mc, vc, mu, vu, w + 1), "w + 1"),
-        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, vc ** w * vu ** (1 - w))), "as in 6.1"),
+        (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, vc ** w * vu ** (1 - w))), "as in 6.2"),
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision)), "is the precision"),
         (gaussian(lambda mc, vc, mu, vu, w, precision, mean: (mean, precision**-0.5)), "standard deviation"),
         (

@@ -1,32 +1,57 @@
 "Exercises of lesson 08: wrong answers, each with words that its message must contain."
+import math
+
 import numpy as np
+import torch
 from common import tests_of
 
 from diffnb.doctor import Problem
+from diffnb.evaluate import nearest
 
 
-def seen(images, epochs=lambda images, steps, n: images / n):
-    def f(steps, batch, accumulate, devices, n):
-        return (k := images(steps, batch, accumulate, devices)), epochs(k, steps, n)
+def diagnosis(far=2.0, agree=0.4, mirrored=0.3, different=0.55, own_labels=False):
+    flat = lambda x: x.flatten(1).float()
+    def f(made, asked, real, labels):
+        usual = nearest(flat(real), flat(real), skip_self=True)[0].median()
+        near, which = nearest(flat(made), flat(real))
+        if near.median() > far * usual:
+            return "average too long"
+        if (labels[which] == asked).double().mean() < agree:
+            return "labels ignored"
+        if (nearest(flat(made.flip(-1)), flat(real))[0] < near).double().mean() > mirrored:
+            return "mirrored"
+        return "learned by heart" if len(which.unique()) < different * len(made) else "healthy"
     return f
 
 
-def all_images(s, b, a, d): return s * b * a * d
+def rows(enough): # the first n that is enough
+    return lambda change, scatter: next(n for n in range(3, 10**6) if enough(n, 1.96 * scatter / change))
 
 
-def mad(y): return np.median(np.abs(y - np.median(y)))
+def slope_error(n): return 1 / math.sqrt(n * np.linspace(0, 1, n).var())
 
 
-def above(scale, rest=lambda y: y - np.median(y)): return lambda y, k: np.flatnonzero(rest(y) > k * scale(y))
-
-
-def lr(share=lambda r: r[-1] / r.max(), early=None, flip=False, text="{:.0%} of the peak"):
-    def f(metrics, total):
-        if metrics["step"][-1] < total and early is None:
-            return None
-        s = share(metrics["lr"])
-        return text.format(s) if (s < 0.05) != flip else Problem(text.format(s), "", "")
+def band(pick, inside=lambda first, t, end: first <= t < end):
+    "Rank the bands by the distance of a mixed model."
+    def f(early, late, bands, distance):
+        def mixed(first, end): return lambda x, t, y=None: (early if inside(first, int(t[0]), end) else late)(x, t, y)
+        return pick(bands, key=lambda b: distance(mixed(*b)))
     return f
+
+
+def all_alike(early, late, bands, distance): # functions of a loop that see the loop's last band
+    models = []
+    for first, end in bands:
+        models.append(lambda x, t, y=None: (early if first <= int(t[0]) < end else late)(x, t, y))
+    return max(zip(bands, models), key=lambda pair: distance(pair[1]))[0]
+
+
+def by_loss(early, late, bands, distance): # where the outputs differ most
+    x = torch.randn(200, 1, 1, 2)
+    def differ(b):
+        t = torch.full((200,), sum(b) // 2)
+        return (early(x, t) - late(x, t)).square().mean().item()
+    return max(bands, key=differ)
 
 
 def newborn(decay_of):
@@ -50,25 +75,23 @@ def rising(condition): return lambda loss: Problem(f"{loss[-1]:.3f}", "", "") if
 
 WRONG = {
     "8.1": [
-        (seen(lambda s, b, a, d: s * b), "one batch for each step"),
-        (seen(lambda s, b, a, d: s * b * d), "gradient accumulation was forgotten"),
-        (seen(lambda s, b, a, d: s * b * a), "their images add up"),
-        (seen(all_images, lambda images, steps, n: images // n), "rounded down"),
-        (seen(all_images, lambda images, steps, n: steps / n), "not as many steps")],
+        (lambda *a: "healthy", "was called 'healthy'"),
+        (diagnosis(agree=0.7), "'mirrored' was called 'labels ignored'"),
+        (diagnosis(mirrored=0.8), "'mirrored' was called 'healthy'"), (lambda *a: "sick", "none of the five"),
+        (diagnosis(different=0.2), "'learned by heart' was called 'healthy'"), (diagnosis(far=0.5), "real digits"),
+        (diagnosis(far=9), "'average too long' was called 'labels ignored'"), (lambda *a: None, "none of the five")],
     "8.2": [
-        (lambda y, k: above(lambda y: 1.4826 * mad(y))(y, 8.0), "the argument `deviations`"),
-        (above(np.std, lambda y: y - y.mean()), "inflated by the spikes themselves"), (above(mad), "1.4826"),
-        (above(lambda y: 1.4826 * mad(y), lambda y: np.abs(y - np.median(y))), "leave the difference its sign"),
-        (above(lambda y: 1.4826 * mad(y), lambda y: y), "compare the distance from the median"),
-        (lambda y, k: y - np.median(y) > k * 1.4826 * mad(y), "np.flatnonzero")],
+        (lambda change, scatter: math.ceil((1.96 * scatter / change) ** 2), "how many rows a *mean* needs"),
+        (rows(lambda n, k: k / 1.96 * slope_error(n) <= 1), "1.96 of them should be"),
+        (lambda change, scatter: math.ceil(16 * (1.96 * scatter / change) ** 2), "means of two halves"),
+        (lambda change, scatter: 12 * (1.96 * scatter / change) ** 2, "whole number"),
+        (lambda change, scatter: math.ceil(12 * (1.96 * scatter / change) ** 2), "exact sum"),
+        (rows(lambda n, k: k / n <= 1), "are needed")],
     "8.3": [
-        (lr(share=lambda r: r.min() / r.max()), "constant rate"),
-        (lambda m, total: None if m["step"][-1] != total else lr()(m, total), "beyond `total`"),
-        (lr(early="judged"), "in the middle of its plan was called a problem"),
-        (lr(share=lambda r: r[-1] / r[0]), "first rows are warm-up"), (lr(flip=True), "changed places"),
-        (lambda m, total: None if m["step"][-1] < total else f"{m['lr'][-1]:.2g}", "constant rate"),
-        (lr(text="The rate did not decay."), "holds no number"),
-        (lambda m, total: m["lr"][-1] < 0.05 * m["lr"].max(), "is no finding")],
+        (band(min), "costs"), (by_loss, "its loss is worst"),
+        (lambda early, late, bands, distance: bands[0], "never asked"),
+        (band(max, lambda first, t, end: not first <= t < end), "costs"), (all_alike, "costs"),
+        (lambda *a: (600, 1000), "its loss is worst"), (lambda *a: 2, "not one of the bands")],
     "8.4": [
         (lambda decay, steps, warmup: 1 - newborn(ema)(decay, steps, warmup), "everything after the beginning"),
         (lambda decay, steps, warmup: 1 - steps * (1 - decay), "a power of the decay"),

@@ -58,7 +58,7 @@ def test_check_returns_a_bool_that_a_notebook_does_not_echo():
     assert not result and result == False and "not yet" in text and repr(result) == "False" and text.count("\n") == 1   # noqa
     assert result._ipython_display_() is None
     result, text = said("2.1", right_answer("2.1"))
-    assert result and result == True and text == "✓ 2.1 Adding noise: right.\n"   # noqa
+    assert result and result == True and text == "✓ 2.1 How much noise is in it?: right.\n"   # noqa
 
 
 def test_an_exception_is_told_with_the_learners_own_line():

@@ -12,18 +12,20 @@ from collections import namedtuple
 Bug = namedtuple("Bug", "lesson id what old new seen tests page", defaults=(True,))
 BUGS = []
 
+MODULES = {  # of pages whose module has another name
+    "11_few_steps": "distill",
+    "workshop/core": "core"}
+
 def lesson(name, tests=None):
     "The function that adds bugs to one lesson."
-    usual = f"test_{name[3:]}.py" if tests is None else tests
+    usual = f"test_{MODULES.get(name, name[3:])}.py" if tests is None else tests
     def bug(id, what, old, new, seen="", tests=usual, page=True):
         BUGS.append(Bug(name, id, what, old, new, seen, tests, page))
     return bug
 
-# 05_sample -> diffnb/sample.py, workshop/run -> diffnb/workshop/run.py, workshop/core -> diffnb/core.py
-Bug.module = property(
-    lambda self: (
-        self.lesson.removeprefix("workshop/") if self.lesson == "workshop/core" else re.sub(r"^\d\d_", "", self.lesson)
-    ))
+# 05_sample -> diffnb/sample.py, 11_few_steps -> diffnb/distill.py, workshop/run -> diffnb/workshop/run.py,
+# workshop/core -> diffnb/core.py
+Bug.module = property(lambda self: MODULES.get(self.lesson, re.sub(r"^\d\d_", "", self.lesson)))
 
 
 # ---------------------------------------------------------------- 01 data
@@ -144,15 +146,21 @@ bug(
     'spacing="trailing" # see timesteps\n               )', 'spacing="leading" # see timesteps\n               )',
     "huggingface/diffusers#2585")
 bug(
-    "spectrum-uncentred", "the covariance forgets to subtract the mean", "products / n - mean.outer(mean)",
+    "spectrum-uncentred", "the covariance forgets to subtract the mean", "products / n - means.T @ totals / n",
     "products / n")
 bug(
     "floor-eps-x0", "the loss floors of eps and x0 are exchanged", '{"eps": a ** 2, "x0": s ** 2,',
     '{"eps": s ** 2, "x0": a ** 2,')
 bug("floor-v", "the loss floor of v is that of eps", '"v": (a ** 2 + s ** 2) ** 2,', '"v": a ** 2,')
 bug(
-    "floor-formula", "the floor's denominator forgets that the signal is scaled", "(a ** 2 * variance + s ** 2)",
-    "(variance + s ** 2)")
+    "floor-formula", "the floor's denominator forgets that the signal is scaled", "(a ** 2 * v + s ** 2)",
+    "(v + s ** 2)")
+bug("floor-deaf", "the floor of a denoiser that is told the class is that of one that is not",
+    "return [(1.0, image_spectrum(images, y=group))]", "return [(1.0, image_spectrum(images))]")
+bug("floor-own-always", "classes of few images get a covariance of their own, which remembers them",
+    "if counts.min() < COVARIANCE_IMAGES * images[0].numel():", "if False:")
+bug("floor-unweighted", "the floor sums over the classes without their shares",
+    "sum(share * (s ** 2 * v", "sum((s ** 2 * v")
 bug(
     "flow-ends-early", "the flow ends before pure noise: its last timestep still holds some image",
     "s = torch.arange(1, _check_T(T) + 1, dtype=torch.float64) / T",
@@ -271,8 +279,8 @@ bug(
     "       x = attend(x)")
 bug(
     "null-is-last-class", "without labels the network is told the last class",
-    'torch.full((b,), c["num_classes"], device=x_t.device)',
-    'torch.full((b,), c["num_classes"] - 1, device=x_t.device)')
+    'torch.full(shape, c["num_classes"], device=x_t.device)',
+    'torch.full(shape, c["num_classes"] - 1, device=x_t.device)')
 bug(
     "class-replaces-time", "the class replaces the time instead of joining it", "emb = emb + self.classes(y)",
     "emb = self.classes(y)")
@@ -306,6 +314,9 @@ bug(
 bug(
     "head-dim-not-handed-on", "attention has a single head, whatever was asked for", 'Attention(width, c["head_dim"],',
     "Attention(width, None,")
+bug(
+    "always-a-unet", "the kind of network is not looked at: everything becomes a UNet",
+    'if name == "unet":', 'if name:', tests="test_transformer.py -k rebuild", page=False)
 
 
 # ---------------------------------------------------------------- 04 train
@@ -344,11 +355,17 @@ bug(
     "return (1 + step) / (10 + step)", "huggingface/diffusers#1864")
 bug(
     "dropout-per-batch", "labels are hidden for whole batches",
-    "torch.rand(y.shape, device=y.device, generator=generator) < p",
-    "torch.rand((), device=y.device, generator=generator) < p")
+    "torch.rand(len(y), device=y.device, generator=generator) < p",
+    "torch.rand((), device=y.device, generator=generator).expand(len(y)) < p")
 bug(
-    "dropout-inverted", "labels are hidden nine times out of ten", "generator=generator) < p, null, y)",
-    "generator=generator) >= p, null, y)")
+    "dropout-per-word", "the words of a sentence are hidden one by one",
+    """torch.rand(len(y), device=y.device, generator=generator) < p
+    return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)""",
+    """torch.rand(y.shape, device=y.device, generator=generator) < p
+    return torch.where(dropped, null, y)""", tests="test_text.py", page=False)
+bug(
+    "dropout-inverted", "labels are hidden nine times out of ten", "generator=generator) < p\n",
+    "generator=generator) >= p\n")
 bug(
     "null-off-by-one", "hidden labels become the last class",
     "drop_labels(y, images.label_dropout, len(data.classes), g)",
@@ -449,10 +466,10 @@ bug(
     "alpha=-group[\"lr\"] * 0.2 * max(shape) ** 0.5)", "alpha=-group[\"lr\"] * 0.2 * min(shape) ** 0.5)")
 bug(
     "muon-embeddings", "Muon orthogonalises the embeddings of time and class",
-    'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("conv_in.", "conv_out.")')
+    '"proj_out.", "time.", "classes.")', '"proj_out.")')
 bug(
     "muon-last-layer", "Muon takes the first and the last layer too",
-    'outside = ("conv_in.", "conv_out.", "time.", "classes.")', 'outside = ("time.", "classes.")')
+    'outside = ("conv_in.", "conv_out.", ', "outside = (")
 bug("muon-no-decay", "Muon forgets weight decay", 'if group["weight_decay"]:', "if False:")
 bug(
     "muon-and-adamw", "AdamW takes a second step with Muon's matrices", "            p.grad = None\n",
@@ -514,6 +531,9 @@ bug(
 bug(
     "bf16-training-ignored", "bf16 is ignored in training", 'enabled=precision == "bf16"):\n                loss =',
     "enabled=False):\n                loss =", tests="test_train.py -k dropout_has_an_address", page=False)
+bug(
+    "tokens-in-muon", "Muon gets the first and the last layer of a transformer", '"proj_in.", "proj_out.", ', "",
+    tests="test_transformer.py -k muon_gets", page=False)
 
 
 # ---------------------------------------------------------------- 05 sample
@@ -631,6 +651,11 @@ bug(
     "weights-argument-ignored", "load_model gives the average, whatever weights were asked for",
     'load_weights(model, tensors, f"{weights}.")', 'load_weights(model, tensors, "ema.")',
     tests="test_train.py -k average_can_be_loaded", page=False)
+
+
+bug(
+    "latents-clipped", "estimates of latents are bounded to [-1, 1]", "clip and self.autoencoder is None", "clip",
+    tests="test_latent.py", page=False)
 
 
 # ---------------------------------------------------------------- 06 guide
@@ -767,65 +792,26 @@ bug(
     "torch.arange(facts.config.noise.T) * BINS // facts.config.noise.T", "torch.arange(facts.config.noise.T) % BINS")
 bug(
     "bin-floor-plain", "within a bin the floor is a plain mean",
-    "facts.chances * floor) / _by_bin(facts, facts.chances)", "floor) / _by_bin(facts, torch.ones_like(floor))")
+    "facts.chances * curve) / _by_bin(facts, facts.chances)", "curve) / _by_bin(facts, torch.ones_like(curve))")
 bug(
-    "constant-alarms", "a constant rate before its planned decay is not told from one that forgot to decay",
-    '    if f.holding:\n        return (f"The rate is constant, as planned, and its decay begins at step '
-    '{_decay_begins(f):,} of "\n                f"{f.total:,}. Before that step the run can be extended as '
-    'if it had been planned so.")',
-    '    if not f.holding:\n        return (f"The rate is constant, as planned, and its decay begins at '
-    'step {_decay_begins(f):,} of "\n            f"{f.total:,}. Before that step the run can be extended '
-    'as if it had been planned so.")')
+    "weak-at-no-noise", "a bin counts by the loss, where high noise hides, not by what its errors do to a sample",
+    "if drift[i] > DRIFT and b", "if False and b", tests="test_doctor.py")
 bug(
-    "share-judged", "an average over a share of the run is judged by the unused ema_decay",
-    "if c.training.ema_half_lives is None:", "if True:")
+    "untold-is-good", "a network that is told the class is called good for beating a floor that is not",
+    "if change > 0.02 and f.config.images.conditional and not f.told:", "if False:", tests="test_doctor.py")
+bug(
+    "by-heart-unsquared", "the posterior over the training images forgets how long they are",
+    "(a * (x_t @ x.T) - a ** 2 * x.square().sum(1) / 2) / s ** 2", "a * (x_t @ x.T) / s ** 2")
+bug(
+    "by-heart-chunks", "the softmax over chunks forgets those before", "kept * weighted + weights @ x",
+    "weighted + weights @ x", tests="test_doctor.py")
 bug(
     "diverging-on-noise", "a loss that may be rising is called diverging", "fit is None or fit[1] <= RISE",
     "fit is None or fit[2] <= RISE")
 bug(
     "plateau-at-the-end", "a plateau is reported when the learning rate has decayed", "fit is None or rate < 0.3",
     "fit is None or rate > 0.3")
-bug(
-    "decay-inverted", "a learning rate that fell to zero counts as not decayed",
-    'f.metrics["lr"].max(), f.config.training.decay_share\n    if _decayed(f):',
-    'f.metrics["lr"].max(), f.config.training.decay_share\n    if not _decayed(f):')
-bug(
-    "warmup-is-jump", "the warm-up counts as a jump of the learning rate",
-    " & (step[:-1] > min(f.config.training.warmup, f.total // 10))", "")
-bug("clipping-inverted", "rare clipping is reported", "if share <= CLIPPED:", "if share >= CLIPPED:")
-bug(
-    "ema-against", "EMA and last weights are compared the wrong way round",
-    '_paired(f.losses["train"], f.losses["raw"])', '_paired(f.losses["raw"], f.losses["train"])')
-bug(
-    "overfitting-against", "held-out and training loss are compared the wrong way round",
-    '_paired(f.losses["held-out"], f.losses["train"])', '_paired(f.losses["train"], f.losses["held-out"])')
 bug("paired-error", "the t value forgets the root of n", "d.std(ddof=1) / math.sqrt(len(d))", "d.std(ddof=1)")
-bug("images-seen-inverted", "long runs are called short", "if ratio >= SEEN:", "if ratio <= SEEN:")
-bug(
-    "mirror-inverted", "flips are called harmful where they do no harm", "if m[0] - m[1] < MIRROR_LOSS:",
-    "if m[0] - m[1] > MIRROR_LOSS:")
-bug(
-    "mirror-leaks", "the mirror test scores on the images it learned from", ".score(*sides(odd[half:]))",
-    ".score(*sides(odd[:half]))")
-bug("imbalance-lenient", "classes may differ thirtyfold", "if high <= 3 * max(low, 1)", "if high <= 30 * max(low, 1)")
-bug(
-    "amplitude-power", "what is left of the signal is given as power, so that too much passes",
-    "left = float(f.schedule.a[-1])", "left = float(f.schedule.alpha_bar[-1])")
-bug(
-    "copies-self", "each training image is its own nearest neighbour", "nearest(some, pool, skip_self=True)[0]",
-    "nearest(some, pool)[0]")
-bug(
-    "copies-far", "pictures far from the training images count as copies", "(near < usual.mul(COPY).clamp(min=grey))",
-    "(near > usual.mul(COPY).clamp(min=grey))")
-bug(
-    "contrast-inverted", "contrast is that of the real images over the made ones",
-    "(made.std().maximum(grey) / real.std().maximum(grey))", "(real.std().maximum(grey) / made.std().maximum(grey))")
-bug(
-    "sizes-agree", "sizes that disagree pass", "if len({v for v in sizes.values() if v}) == 1:",
-    "if len({v for v in sizes.values() if v}) >= 1:")
-bug(
-    "upscaled-inverted", "images that were shrunk are called enlarged", "scale = f.size / f.native",
-    "scale = f.native / f.size")
 bug(
     "mildest-first", "the mildest problems come first", "key=lambda x: order.index(x.severity)",
     "key=lambda x: -order.index(x.severity)")
@@ -833,8 +819,8 @@ bug(
     "unknown-facts", "checks are asked about facts that nobody knows",
     "        if any(getattr(facts, need) is None for need in c.needs):\n            continue", "        pass")
 bug(
-    "few-is-good", "scores of few images pass", 's["n"] >= SCORE_LEAST or s["n"] >= 10 * dim',
-    's["n"] < SCORE_LEAST or s["n"] >= 10 * dim')
+    "basis-unchecked", "advice may do without a basis", "if not basis.startswith(BASES):", "if False:",
+    tests="test_doctor.py -k without_strength", page=False)
 bug(
     "good-inverted", "a loss below the floor is called above it", "change = 1 - loss / f.floor_mean",
     "change = loss / f.floor_mean - 1")
@@ -845,6 +831,180 @@ bug(
     'before that step.")\n    if f.step < f.total:',
     '                f"stays at its peak until step {_decay_begins(f):,}; let it decay, or extend the run '
     'before that step.")\n    if f.step > f.total:')
+
+
+# ---------------------------------------------------------------- 10 transformer
+bug = lesson("10_transformer")
+bug(
+    "pictures-mirrored", "pictures are mirrored at their diagonal on their way in",
+    "rearrange(fold(x, patch_size)", "rearrange(fold(x.mT, patch_size)")
+bug("columns-first", "patches are counted column by column", "b c h w -> b (h w) c", "b c h w -> b (w h) c")
+bug(
+    "columns-put-together", "an image is put together column by column", "b (h w) c -> b c h w", "b (w h) c -> b c h w")
+bug(
+    "places-by-column", "patches in one column are all told the same place", 'repeat(line, "h d -> (h w) d", w=side)',
+    'repeat(line, "w d -> (h w) d", h=side)')
+bug(
+    "cosines-first", "the waves of positions begin with cosines, unlike those of published weights",
+    "torch.cat([sines, cosines], dim=1)", "torch.cat([cosines, sines], dim=1)")
+bug(
+    "modulation-without-one", "a scale of 0 wipes a token out", "x * (1 + scale[:, None])", "x * scale[:, None]")
+bug(
+    "gate-forgotten", "attention is added without its gate, so that a new block is not the identity",
+    "x = x + gate1[:, None] * self.attend", "x = x + self.attend")
+bug(
+    "gates-open-at-first", "the layer that makes shifts, scales and gates does not start at zero",
+    "zero_init(nn.Linear(width, 6 * width))", "nn.Linear(width, 6 * width)")
+bug(
+    "heads-interleaved", "heads take every n-th number of q, k and v", "b n (k heads d) -> k b heads n d",
+    "b n (k d heads) -> k b heads n d")
+bug(
+    "mlp-modulated-as-attention", "the MLP gets attention's shift and scale", "modulate(self.norm2(x), shift2, scale2)",
+    "modulate(self.norm2(x), shift1, scale1)")
+bug(
+    "other-gelu", "the exact GELU where published weights have the approximation", 'approximate="tanh"',
+    'approximate="none"')
+bug(
+    "class-unheard", "the class is not added to the time", "emb = emb + self.classes(y)",
+    "emb = emb + 0 * self.classes(y)")
+bug("places-unheard", "positions are not added to the tokens", '+ self.positions', '+ 0 * self.positions')
+bug(
+    "answers-before-learning", "the last layer does not start at zero", "zero_init(nn.Linear(width, numbers))",
+    "nn.Linear(width, numbers)")
+bug(
+    "nameless", "the arguments do not say that the network is a transformer",
+    '{"network": "transformer", **_checked(settings)}', "_checked(settings)")
+
+
+# ---------------------------------------------------------------- 12 latent
+bug = lesson("12_latent")
+bug("axes-rising", "the axes come smallest first, while the variances fall", "axes.flip(1).float()", "axes.float()")
+bug("axes-uncentred", "the mean counts as variance", "torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))",
+    "torch.linalg.eigh(x.T @ x / len(x))")
+bug("axes-deviations", "standard deviations stand where variances belong", "variances.flip(0).clamp(min=0)",
+    "variances.flip(0).clamp(min=0).sqrt()")
+bug("mosaic-any-class", "the tiles of a scene are not of its class", "order[first[y, None] + place]", "order[place]")
+bug("mosaic-unseeded", "every seed gives the same scenes", 'addressed(seed, "mosaic", n)', 'addressed("mosaic", n)')
+bug("psnr-range-1", "the peak is that of pixels in [0, 1]", "10 * (4 / (x0", "10 * (1 / (x0")
+bug("psnr-natural", "the logarithm is the natural one", ".mean()).log10().item()", ".mean()).log().item()")
+bug("bands-of-amplitudes", "amplitudes are summed, not power", ".abs().square().sum(1).mean(0)",
+    ".abs().sum(1).mean(0)")
+bug("bands-squared", "rings are numbered by the square of the frequency",
+    "(2 * bands * (f[:, None] ** 2 + f ** 2).sqrt())", "(2 * bands * (f[:, None] ** 2 + f ** 2))")
+bug("encode-unscaled", "latents leave the encoder at whatever scale it chose",
+    "(self.encode_unscaled(x0) - self.mean) / self.std", "self.encode_unscaled(x0)")
+bug("scaled-by-variance", "latents are divided by their variance", "(squares / n - mean ** 2).clamp(min=0).sqrt()",
+    "(squares / n - mean ** 2).clamp(min=0)")
+bug("scale-of-the-scaled", "measured again, the scale is that of latents that are scaled already",
+    "    autoencoder.mean.zero_()\n    autoencoder.std.fill_(1)\n", "")
+bug("decoder-never-saw-unit-variance", "the decoder learns from latents of another scale than it will get",
+    "F.batch_norm(autoencoder.encode_unscaled(x0), None, None, training=True)", "4 * autoencoder.encode_unscaled(x0)")
+bug("latents-keep-pixel-size", "a data set of latents claims the size of its images",
+    "native_size=z.shape[-1], size=z.shape[-1])", "native_size=data.size, size=data.size)")
+
+
+# ---------------------------------------------------------------- 14 text
+bug = lesson("14_text")
+bug("padding-is-a-word", "short sentences are filled up with the last word of the vocabulary",
+    "torch.full((len(sentences), length), len(words))", "torch.full((len(sentences), length), len(words) - 1)")
+bug("words-at-the-end", "the words of a short sentence stand at the end of its row", "row[:len(found)] =",
+    "row[length - len(found):] =")
+bug("unknown-words-skipped", "unknown words are passed over in silence",
+    "raise DiffnbError(f\"{unknown[0]!r} in", "found = [w for w in found if w in number] or (f\"{unknown[0]!r} in")
+bug("long-sentences-cut", "a sentence that is too long loses its end in silence", "if len(found) > length:",
+    "found = found[:length]\n        if len(found) > length:")
+bug("queries-from-words", "the words look at the image, which gets what they find",
+    "self.query(self.norm(x))", "self.query(self.norm(words.mean(1, keepdim=True).expand_as(x)))")
+bug("keys-as-values", "keys and values are exchanged", "k, v = rearrange(self.key_value",
+    "v, k = rearrange(self.key_value")
+bug("text-heads-interleaved", "heads take every n-th number of a query", '"b n (heads d) -> b heads n d", heads',
+    '"b n (d heads) -> b heads n d", heads')
+bug("text-at-once", "a new layer does not begin as nothing", "zero_init(nn.Linear(width, width))",
+    "nn.Linear(width, width)")
+bug("words-without-places", "words are not told their places", "self.classes(y) + self.word_positions",
+    "self.classes(y) + 0 * self.word_positions")
+bug("words-do-not-look", "words do not look at each other", "return words + self.read(words, words)",
+    "return words + 0 * self.read(words, words)")
+bug("words-replaced", "a word is replaced by what it has seen, and forgets itself",
+    "return words + self.read(words, words)", "return self.read(words, words)")
+bug("image-does-not-look", "the image never looks at the words", "x + look(x, words)", "x + 0 * look(x, words)")
+bug("queries-unnormed", "queries come from tokens of any size", "self.query(self.norm(x))", "self.query(x)")
+bug("image-looks-at-words-apart", "the image looks at words that have not looked at each other",
+    "words, emb, x = self.read_words(y),", "words, emb, x = self.classes(y) + self.word_positions,")
+bug("text-nameless", "the arguments do not say that the network reads text",
+    '{"network": "text_transformer", "text_length": text_length}', '{"text_length": text_length}')
+
+
+# ---------------------------------------------------------------- 11 few steps
+bug = lesson("11_few_steps")
+bug("student-target-end", "the student's target is where the teacher arrives, not the x0 that leads there",
+    "return (x_end - s_end / s * x_t) / (a_end - s_end / s * a)", "return x_end")
+bug(
+    "student-target-levels", "the target's denominator forgets the noise level at t", "(a_end - s_end / s * a)",
+    "(a_end - s_end * a)")
+bug("student-one-step", "the teacher makes one step in place of two",
+    "_ddim_step(teacher, _ddim_step(teacher, x_t, t, middle), middle, end)", "_ddim_step(teacher, x_t, t, end)")
+bug("student-same-t", "the teacher's second step is told the timestep of the first",
+    "_ddim_step(teacher, x_t, t, middle), middle, end)", "_ddim_step(teacher, x_t, t, middle), t, end)")
+bug("distill-unweighted", "errors of x0 are not weighed by the noise level",
+    "((x0 - target) / schedule.signal_noise(t, x_t.ndim)[1]).square()", "(x0 - target).square()")
+bug("distill-no-labels", "the student is not told the labels", "model(x_t, t, teacher.y)", "model(x_t, t, None)")
+bug("distill-other-steps", "the student learns steps that begin halfway, which no sampler makes",
+    "i = 2 * torch.randint(steps, ", "i = torch.randint(2 * steps - 1, ")
+bug("distill-last-half", "the clean end is never a target", "i = 2 * torch.randint(steps, ",
+    "i = 2 * torch.randint(max(1, steps - 1), ")
+bug("distill-teacher", "the teacher's own weights are trained", "model = copy.deepcopy(teacher.model)",
+    "model = teacher.model")
+bug("distill-unguided", "the guidance asked for is not distilled",
+    "if teacher.classes else None, guidance_scale), x0, g", "if teacher.classes else None), x0, g")
+bug("distill-guided-twice", "a student lets itself be guided, though it never saw the null class",
+    '"prediction": prediction, "label_dropout": 0.0}', '"prediction": prediction}')
+bug("distill-eps", "the student goes on to predict eps, which says nothing about the image at pure noise",
+    '"velocity" if teacher.schedule.straight else "v"', "teacher.prediction")
+bug("mean-flow-fixed-z", "the derivative of the average velocity forgets that the point moves",
+    "(velocity, torch.zeros_like(r), torch.ones_like(t))",
+    "(torch.zeros_like(z), torch.zeros_like(r), torch.ones_like(t))")
+bug("mean-flow-moving-end", "the end of the walk moves with its beginning",
+    "(velocity, torch.zeros_like(r), torch.ones_like(t))", "(velocity, torch.ones_like(r), torch.ones_like(t))")
+bug("mean-flow-sign", "the time the walk takes enters with the wrong sign", "(velocity - (t - r).view(",
+    "(velocity + (t - r).view(")
+bug("mean-flow-gradient", "the target is trained, too, and both sides meet at a wrong place",
+    "* change).detach()", "* change)")
+
+
+# ---------------------------------------------------------------- 09 flow
+bug = lesson("09_flow")
+bug("curvature-chord", "the velocity is compared with the chord of a single step",
+    "off = (len(path) - 1) * path.diff(dim=0) - chord", "off = path.diff(dim=0) - chord")
+bug("curvature-mean", "curvature grows with the number of steps",
+    "(off.square().sum() / (len(path) - 1) / chord", "(off.square().sum() / chord")
+bug("curvature-root", "curvature is the ratio of the roots", "chord.square().sum()).item()",
+    "chord.square().sum()).sqrt().item()")
+bug("retimed-size", "the network of another schedule is shown the straight path's size", "x = (a + s) * x_t",
+    "x = x_t")
+bug("retimed-sign", "the velocity points from noise to image, as in Lipman et al.",
+    "self.schedule.to_eps(x0, x, t) - x0", "x0 - self.schedule.to_eps(x0, x, t)")
+bug("retimed-output", "the network's own output is taken for eps",
+    "self.schedule.to_eps(x0, x, t) - x0", "self.model(x, t, y) - self.schedule.to_eps(x0, x, t)")
+bug("retimed-levels", "the new path has the old noise level, not the old SNR",
+    "NoiseSchedule((a / (a + s)) ** 2, s / (a + s))", "NoiseSchedule((1 - s) ** 2, s)")
+bug("retimed-label", "the label is lost on the way", "self.model(x, t, y), x, t,", "self.model(x, t), x, t,")
+bug("skip-signal", "c_skip forgets the signal level, which is 1 in the paper",
+    "return a * self.sigma_data ** 2 / total", "return self.sigma_data ** 2 / total")
+bug("out-root", "c_out is divided by the variance", "s * self.sigma_data / total ** 0.5", "s * self.sigma_data / total")
+bug("in-variance", "the input is divided by its variance", "1 / total ** 0.5", "1 / total")
+bug("unscaled-input", "the network sees x_t as it is", "self.network(c_in * x_t, t, y)", "self.network(x_t, t, y)")
+bug("weights-density", "drawn timesteps are counted as if log SNR were even", "chance / -torch.gradient(log_snr)[0]",
+    "chance")
+bug("weights-units", "the weight is that of an error in x0", "density * factor * torch.exp(-log_snr)",
+    "density * factor")
+bug("weights-uniform", "the weight forgets how timesteps are drawn", "timestep_probabilities(schedule.T, logit_normal)",
+    "timestep_probabilities(schedule.T)")
+bug("couple-apart", "noises are exchanged where that takes them further away",
+    "cost[i, q] + cost[j, p] < cost[i, p] + cost[j, q]", "cost[i, q] + cost[j, p] > cost[i, p] + cost[j, q]")
+bug("couple-nearest", "each image takes a near noise, some noises twice",
+    "torch.where(better, q, p), torch.where(better, p, q)", "torch.where(better, q, p), q")
+bug("couple-classes", "noises leave their class", "better &= (y[i] == y[j]).view(len(i), -1).all(1)", "pass")
 
 
 # ---------------------------------------------------------------- workshop core
@@ -914,8 +1074,49 @@ bug(
     tests="test_data.py")
 
 
+# ---------------------------------------------------------------- workshop diagnosis
+bug = lesson("workshop/diagnosis", tests="")
+bug(
+    "misfit-cancels", "bins above and below the log cancel out", "max(0, (d ** 2 - var).mean())",
+    "max(0, d.mean() ** 2 - var.mean() / len(d))")
+bug("bgr-is-flip", "the order BGR is tried by turning the image over", 'inputs["in the order BGR"] = x0.flip(1)',
+    'inputs["in the order BGR"] = x0.flip(2)')
+bug(
+    "seed-ignored", "first weights are always those of seed 0",
+    'torch.manual_seed(addressed(seed, "weights").initial_seed())',
+    'torch.manual_seed(addressed(0, "weights").initial_seed())')
+bug(
+    "decay-moves", "weights that only decayed count as trained",
+    "left = now - (now @ first / size if size else 0) * first", "left = now - first")
+bug(
+    "grid-elsewhere", "the grid is drawn again from other noise", 'generator=addressed(config.training.seed, "grid"))',
+    'generator=addressed(config.training.seed, "start"))')
+bug(
+    "probe-stays", "the network stays where the last trial left it",
+    "    model.load_state_dict(start)\n    return found", "    return found")
+bug("copies-of-one", "an image counts as its own copy", "if c > 1)", "if c > 0)")
+bug(
+    "first-only", "of a larger set the first images are compared", "torch.arange(n) * len(images) // n",
+    "torch.arange(n)")
+bug("grey-blanks", "an image of one colour must be grey to count as blank", "x.amax((2, 3)) == x.amin((2, 3))).all(1)",
+    "x.flatten(1).amax(1) == x.flatten(1).amin(1))")
+bug(
+    "parts-as-wholes", "each part of a batch counts as a whole one",
+    "*part, config.noise.prediction).sum() / len(batch[1])", "*part, config.noise.prediction).mean()")
+bug("others-whatever-they-cost", "other samplers are tried at any cost", "if not afford(", "if afford(")
+bug(
+    "renamed-by-one", "one image of a class that fits another is enough to rename the class",
+    "d.mean() < -sure * d.std(ddof=1)", "d.min() < -sure * d.std(ddof=1)")
+
+
 # ---------------------------------------------------------------- workshop facts
 bug = lesson("workshop/facts", tests="")
+bug(
+    "told-always", "the floor forgets that labels are hidden in some steps",
+    "(1 - hidden) * floor + hidden * f.unconditional_floor", "floor", tests="test_doctor.py")
+bug(
+    "optimum-unmirrored", "mirrored images do not count as training images", "if c.images.flip:\n        images",
+    "if False:\n        images", tests="test_doctor.py")
 bug(
     "late-is-early", "the last third of the rows is the first", "v[-max(LEAST_ROWS, round(n * share)):]",
     "v[:max(LEAST_ROWS, round(n * share))]", tests="test_doctor.py")
@@ -928,6 +1129,101 @@ bug(
 bug(
     "oldest-checkpoint", "the oldest checkpoint is examined", "for path in reversed(checkpoints(run)):",
     "for path in checkpoints(run):", tests="test_doctor.py")
+bug(
+    "other-tools-nameless", "the folder of another tool is only not a run folder", "for tool, names in OTHERS.items():",
+    "for tool, names in ():")
+bug(
+    "extended-in-place", "more epochs are advised in the folder of a finished run",
+    'if changes and changes.keys() <= free_to_change - {"epochs"}:', "if changes and changes.keys() <= free_to_change:")
+bug("again-in-place", "the same settings again are advised in the folder that holds them", "if changes and changes",
+    "if changes")
+bug(
+    "odd-rows-silent", "rows are left out and nobody is told",
+    """f.missing += [f"a part of metrics.csv: {', '.join(odd)}"] if odd else []""", "pass")
+
+
+# ---------------------------------------------------------------- workshop findings
+bug = lesson("workshop/findings", tests="test_doctor.py")
+bug(
+    "lower-alarms", "a loss below the logged one counts as unexplained, as it has with dropout",
+    'f.fit["mean"][0] < f.fit["mean"][1] or ', "")
+bug(
+    "poor-explanation", "the best hypothesis is believed however badly it fits",
+    "if best and tried[best] < min(AGREE, late / 2):", "if best:")
+bug(
+    "sampler-worst", "the way to sample that fits worst is named", "way = min(middle, key=middle.get, default=None)",
+    "way = max(middle, key=middle.get, default=None)")
+bug(
+    "labels-blind", "labels that are used are called ignored", "if not gain - 2 * error > -BLIND * share:",
+    "if gain - 2 * error > -BLIND * share:")
+bug(
+    "constant-alarms", "a constant rate before its planned decay is not told from one that forgot to decay",
+    '    if f.holding:\n        return (f"The rate is constant, as planned, and its decay begins at step '
+    '{_decay_begins(f):,} of "\n                f"{f.total:,}. Before that step the run can be extended as '
+    'if it had been planned so.")',
+    '    if not f.holding:\n        return (f"The rate is constant, as planned, and its decay begins at '
+    'step {_decay_begins(f):,} of "\n            f"{f.total:,}. Before that step the run can be extended '
+    'as if it had been planned so.")')
+bug(
+    "share-judged", "an average over a share of the run is judged by the unused ema_decay",
+    "if c.training.ema_half_lives is None:", "if True:")
+bug(
+    "decay-inverted", "a learning rate that fell to zero counts as not decayed",
+    'f.metrics["lr"].max(), f.config.training.decay_share\n    if _decayed(f):',
+    'f.metrics["lr"].max(), f.config.training.decay_share\n    if not _decayed(f):')
+bug(
+    "warmup-is-jump", "the warm-up counts as a jump of the learning rate",
+    " & (step[:-1] > min(f.config.training.warmup, f.total // 10))", "")
+bug(
+    "average-inverted", "a constant rate is a fault where the weights are averaged, and none where they are not",
+    "if _averaged(f):", "if not _averaged(f):")
+bug(
+    "mirrored-copies-pass", "mirrored copies of training images count as new", "torch.cat([made, made.flip(-1)])",
+    "torch.cat([made, made])")
+bug(
+    "copying-without-error", "any share above 5% counts as copying", "if share - COPIED_SURE * error <= COPIED:",
+    "if share <= COPIED:")
+bug(
+    "capacity-inverted", "few images are a danger to networks too small to hold them", "f.parameters < HOLD * values",
+    "f.parameters > HOLD * values")
+bug(
+    "counted-though-measured", "few images are counted even where held-out loss was measured",
+    'if f.losses and "held-out" in f.losses or passes < PASSES', "if passes < PASSES")
+bug(
+    "ema-against", "EMA and last weights are compared the wrong way round",
+    '_paired(f.losses["train"], f.losses["raw"])', '_paired(f.losses["raw"], f.losses["train"])')
+bug(
+    "overfitting-against", "held-out and training loss are compared the wrong way round",
+    '_paired(f.losses["held-out"], f.losses["train"])', '_paired(f.losses["train"], f.losses["held-out"])')
+bug("images-seen-inverted", "long runs are called short", "if ratio >= SEEN:", "if ratio <= SEEN:")
+bug(
+    "mirror-inverted", "flips are called harmful where they do no harm", "if m[0] - m[1] < MIRROR_LOSS:",
+    "if m[0] - m[1] > MIRROR_LOSS:")
+bug(
+    "mirror-leaks", "the mirror test scores on the images it learned from", ".score(*sides(odd[half:]))",
+    ".score(*sides(odd[:half]))")
+bug("imbalance-lenient", "classes may differ thirtyfold", "if high <= 3 * max(low, 1)", "if high <= 30 * max(low, 1)")
+bug(
+    "amplitude-power", "what is left of the signal is given as power, so that too much passes",
+    "left = float(f.schedule.a[-1])", "left = float(f.schedule.alpha_bar[-1])")
+bug(
+    "copies-self", "each training image is its own nearest neighbour", "nearest(some, pool, skip_self=True)[0]",
+    "nearest(some, pool)[0]")
+bug(
+    "copies-far", "pictures far from the training images count as copies", "(near < usual.mul(COPY).clamp(min=grey))",
+    "(near > usual.mul(COPY).clamp(min=grey))")
+bug(
+    "contrast-inverted", "contrast is that of the real images over the made ones",
+    "(made.std().maximum(grey) / real.std().maximum(grey))", "(real.std().maximum(grey) / made.std().maximum(grey))")
+bug(
+    "sizes-agree", "sizes that disagree pass", "if len({v for v in sizes.values() if v}) == 1:",
+    "if len({v for v in sizes.values() if v}) >= 1:")
+bug(
+    "upscaled-inverted", "images that were shrunk are called enlarged", "scale = f.size / f.native",
+    "scale = f.native / f.size")
+bug(
+    "few-is-good", "scores of few images pass", 's["n"] >= SCORE_TIMES * dim',
+    's["n"] < SCORE_TIMES * dim')
 
 
 # ---------------------------------------------------------------- workshop features
@@ -943,8 +1239,15 @@ bug(
 # ---------------------------------------------------------------- workshop folder
 bug = lesson("workshop/folder", tests="")
 bug(
-    "cut-row-read", "the row that is being written is read as if it were whole", "for line in lines[:-1])",
-    "for line in lines)", tests="test_train.py")
+    "cut-row-read", "the row that is being written is read as if it were whole", "filter(None, lines[:-1])",
+    "filter(None, lines)", tests="test_train.py")
+bug("crlf-kept", "the last column of a file with CRLF has another name", '.replace("\\r\\n", "\\n")', "")
+bug("bom-kept", "a file that an editor began with a BOM is damaged", '"utf-8-sig"', '"utf-8"')
+bug(
+    "rows-as-they-come", "rows stay out of order", "[rows[step] for step in sorted(rows)]", "list(rows.values())")
+bug(
+    "earlier-row-counts", "of two rows of a step the one before the resume counts", "rows[step], last = cells,",
+    "rows[step], last = rows.get(step, cells),", tests="test_doctor.py -k later_counts")
 bug(
     "other-images-go-on", "a run goes on with other images, if they are as many and of the same classes",
     '"class_counts", "digest")', '"class_counts")', tests="test_runs.py -k one_changed_pixel", page=False)
@@ -960,7 +1263,7 @@ bug(
     tests="test_runs.py -k among_its_images", page=False)
 bug(
     "version-1-rows", "metrics of version 0.1, without processor time, are refused",
-    "if list(m) not in (columns, columns[:-1]):", "if list(m) != columns:", tests="test_versions.py")
+    "if names not in (columns, columns[:-1]):", "if names != columns:", tests="test_versions.py")
 
 
 # ---------------------------------------------------------------- workshop generate
@@ -996,6 +1299,48 @@ bug(
     '[addressed(seed, "sample", k) for k in ks]', '[addressed(0, "sample", k) for k in ks]', tests="test_sample.py")
 
 
+# ---------------------------------------------------------------- workshop preflight
+bug = lesson("workshop/preflight", tests="test_preflight.py")
+bug(
+    "mirrored-upside-down", "mirrored copies are looked for upside down", "digest(x.flip(-1))", "digest(x.flip(-2))")
+bug(
+    "own-neighbour", "each image is its own nearest neighbour", "alike[rows[:, None] == order[low:high]] = -1",
+    "alike[rows[:, None] == order[low:high]] = 1")
+bug(
+    "neighbours-on-one-side", "neighbours whose place along the direction is lower are not compared",
+    "torch.searchsorted(place, at[0] - within - 1e-4)", "torch.searchsorted(place, at[0])")
+bug("red-skies-pass", "skies may be red", "    if effect > 0:", "    if effect:")
+bug(
+    "empty-class-passes", "a class without images does not count", "low, high = min(counts), max(counts)",
+    "low, high = min(k for k in counts if k), max(counts)")
+bug(
+    "new-batch-each-step", "the batch to be learnt by heart is another in each step",
+    "def shard(self, batch): return self.batch", "def shard(self, batch): return batch")
+bug(
+    "rate-of-the-run", "a batch is learnt with a rate that is right for a run of hours",
+    "lr=max(training.lr, LEAST_LR)", "lr=training.lr")
+bug(
+    "noise-averaged-by-area", "averaging n pixels divides the deviation of noise by n, not by its root",
+    "schedule.s * 32 / max(size, 32)", "schedule.s * (32 / max(size, 32)) ** 2")
+bug(
+    "nearest-is-usual", "the usual distance is that to the nearest image, which may be a copy", "NEIGHBOUR = 10",
+    "NEIGHBOUR = 1")
+bug(
+    "copies-searched", "exact copies are searched for near copies too", "near_duplicates(scan, skip=known)",
+    "near_duplicates(scan)")
+bug(
+    "pairs-twice", "each pair of near-duplicates counts twice", "sorted({(max(pair), min(pair)) for pair in pairs})",
+    "pairs")
+bug(
+    "tried-anyway", "a run that does not fit in memory is tried", 'fits = memory.state == "ok"', "fits = True")
+bug(
+    "median-size", "the size advised enlarges half of the images",
+    "np.quantile(short, MANY,", "np.quantile(short, 0.5,")
+bug(
+    "variance-of-sample", "the variance along the first direction is divided by n - 1", ".item() / len(x))",
+    ".item() / (len(x) - 1))")
+
+
 # ---------------------------------------------------------------- workshop reader
 bug = lesson("workshop/reader", tests="")
 bug(
@@ -1024,6 +1369,16 @@ bug = lesson("workshop/report", tests="")
 bug(
     "watch-repeats", "each warning is repeated at every row", 'if x.severity == "good" or x.id in announced:',
     'if x.severity == "good" :', tests="test_doctor.py")
+bug(
+    "json-nan", "report.json holds NaN, which is no JSON", "return float(x) if math.isfinite(x) else None",
+    "return float(x)")
+bug("nothing-folded", "the details are not folded", "FOLDED = 3", "FOLDED = 99")
+bug(
+    "gallery-any-protocol", "pictures are chosen by scores of another protocol",
+    'and all(s.get(k) == v for k, v in x["protocol"].items())', "and True")
+bug(
+    "gallery-best", "the best picture is shown for the nearest below", "[x for a, b, x in same if a <= b][-1:]",
+    "[x for a, b, x in same if a <= b][:1]")
 
 
 # ---------------------------------------------------------------- workshop run
@@ -1055,8 +1410,14 @@ bug(
     'enabled=config.run.precision == "bf16"):\n        made', 'enabled=config.run.precision != "bf16"):\n        made',
     tests="test_train.py")
 bug(
-    "grid-always-eps", "sample grids take every output for eps", "schedule, config.noise.prediction, y), x_T",
-    'schedule, "eps", y), x_T', tests="test_train.py")
+    "grid-always-eps", "sample grids take every output for eps", "schedule, config.noise.prediction, y, clip=",
+    'schedule, "eps", y, clip=', tests="test_train.py")
+bug(
+    "autoencoder-trained-again", "a resumed run in latents trains its autoencoder anew",
+    "if fresh and not resumed:", "if fresh:", tests="test_latent.py")
+bug(
+    "grid-of-latents", "sample grids show latents instead of decoding them",
+    "made = autoencoder.decode(made)", "made = made[:, :1]", tests="test_latent.py")
 
 
 # ---------------------------------------------------------------- workshop scoring
@@ -1072,6 +1433,10 @@ bug(
 
 # ---------------------------------------------------------------- workshop settings
 bug = lesson("workshop/settings", tests="")
+bug(
+    "unet-settings-ignored", "settings that only a UNet has are accepted for a transformer, and ignored",
+    'for name in _unet_only if network.network == "transformer" else ("depth",):',
+    'for name in () if network.network == "transformer" else ("depth",):', tests="test_transformer.py -k refused")
 bug(
     "half-lives-too-long", "averages longer than the run are accepted", "if h > seen]:",
     "if False]:", tests="test_train.py -k half_lives")

@@ -4,11 +4,23 @@
 __all__ = []
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #i0
+import math
+from dataclasses import replace
+from functools import lru_cache
+
 import numpy as np
 import torch
+from torch import nn
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #i1
+from ...core import addressed
+from ...data import to_uint8
+from ...sample import ddim, Denoiser, draw_noise
+from ...schedule import linear_schedule
+from ...train import EMA, train_steps, TrainState
 from ..check import exercise, fresh, same, Wrong
+from ..datasets import load_data
+from ..settings import TrainConfig
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c006
 def _rng(): return np.random.default_rng(fresh().initial_seed() % 2 ** 63)
@@ -28,128 +40,160 @@ def _kind_of(said): # "nothing", "well" or "problem"; both others must show a nu
     return "well" if isinstance(said, str) else "problem"
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c008
-@exercise("8.1", "How long is 185 epochs?", minutes=5, level=1)
-def _seen(answer):
-    rng = _rng()
-    for _ in range(3):
-        steps, n, batch, accumulate, devices = (
-            int(rng.integers(1000, 9000)), int(rng.integers(1000, 50_000)), int(rng.choice([48, 64, 96])),
-            int(rng.choice([2, 3])), int(rng.choice([4, 5])))
-        got = answer(steps, batch, accumulate, devices, n)
-        if not isinstance(got, (tuple, list)) or len(got) != 2:
-            raise Wrong("two numbers were expected: (images, epochs).")
-        images, epochs = (float(v) for v in got)
-        want = steps * batch * accumulate * devices
-        same(
-            images, float(want), "the number of images",
-            {
-                "every device has a batch of its own: their images add up.": float(want / devices),
-                "gradient accumulation was forgotten: an optimiser step follows after that many batches.": float(
-                    want / accumulate),
-                "this counts one batch for each step; accumulation and devices multiply it.": float(steps * batch),
-                "accumulating gradients makes a step of more images, not of fewer.": float(want / accumulate**2)},
-            atol=0.5)
-        same(epochs, want / n, "the number of epochs", {
-            "epochs were rounded down; half an epoch is half an epoch.": float(want // n),
-            "an epoch has as many images as the data set, not as many steps.": steps / n,
-            "this is the inverse: epochs are images seen, divided by images in the set.": n / want}, atol=1e-3)
+class _DigitsNet(nn.Module):
+    "A small residual network of 8x8 digits, told t and the class."
+    def __init__(self, width=192, blocks=3):
+        super().__init__()
+        self.enter, self.label, self.leave = nn.Linear(128, width), nn.Embedding(11, width), nn.Linear(width, 64)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks))
+        self.register_buffer("freqs", torch.logspace(0, 3, 32))
+
+    def forward(self, x, t, y=None):
+        angles = t[:, None] / 1000 * self.freqs
+        h = self.enter(torch.cat([x.flatten(1), angles.sin(), angles.cos()], 1)) + self.label(y)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.leave(h).view_as(x)
+
+_FAULTS = {  # -> what shows it
+    "average too long": "its pictures are still mostly noise, far from every training image.",
+    "labels ignored": "the training image nearest to a picture shows what was asked for in one of ten.",
+    "mirrored": "about half of its pictures are nearer to a training image once they are mirrored.",
+    "learned by heart": "two hundred pictures have few different neighbours, and these are near.",
+    "healthy": "none of the other four shows."}
+
+@lru_cache(1)
+def _five_runs(steps=500, n=300) -> dict: # fault -> pictures, uint8 (n, 1, 8, 8), asked to be 0, 1, … 9, 0, …
+    digits, made, asked = load_data("digits"), {}, torch.arange(n) % 10
+    mixed = digits.labels[torch.randperm(len(digits), generator=addressed("mixed labels"))]
+    sets = {"healthy": digits, "mirrored": digits, "labels ignored": replace(digits, labels=mixed),
+            "learned by heart": replace(digits, images=digits.images[:50], labels=digits.labels[:50])}
+    def pictures(network):
+        noise = draw_noise((n, 1, 8, 8), addressed("five runs"))
+        return to_uint8(ddim(Denoiser(network.eval(), linear_schedule(), y=asked, null=10), noise, steps=20))
+    for fault, data in sets.items():
+        config = TrainConfig.of(data="digits", batch_size=64, lr=3e-3, warmup=50, flip=fault == "mirrored")
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            state = TrainState(_DigitsNet(), config)
+        slow = EMA(state.model)
+        slow.decay_at = lambda step: 0.9999  # no warm-up
+        for step in train_steps(state, data, linear_schedule(), total=steps):
+            slow.update(state.model, step)
+        made[fault] = pictures(state.ema.model)
+        if fault == "healthy":
+            made["average too long"] = pictures(slow.model)
+    return made
+
+@exercise("8.1", "Five folders, no curves", minutes=25, level=2)
+def _folders(answer):
+    digits, unseen, g = load_data("digits"), load_data("digits", split="test"), fresh()
+    def said(made, asked):
+        got = answer(made.clone(), asked.clone(), digits.images.clone(), digits.labels.clone())
+        if got not in _FAULTS:
+            raise Wrong(f"{got!r:.40} is none of the five: {', '.join(_FAULTS)}.")
+        return got
+    half = torch.randperm(len(unseen), generator=g)[:200]
+    if (got := said(unseen.images[half], unseen.labels[half])) != "healthy":
+        raise Wrong(f"two hundred real digits that no network has seen, with their labels, were called {got!r}.")
+    runs = _five_runs()
+    for i in torch.randperm(len(_FAULTS), generator=g).tolist():
+        fault = list(_FAULTS)[i]
+        pick = torch.randperm(len(runs[fault]), generator=g)[:200]
+        if (got := said(runs[fault][pick], pick % 10)) != fault:
+            raise Wrong(f"the run that is {fault!r} was called {got!r}: {_FAULTS[fault]}")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c011
-def _spiky():
-    rng = _rng()
-    y = 0.03 + 0.001 * rng.standard_normal(200)
-    places = rng.permutation(200)
-    up, dip, border = np.sort(places[:20]), places[20], places[21]
-    y[up] += 0.05 * (1 + rng.random(20))
-    y[dip] -= 0.025
-    y[border] = 0.03
-    mad = np.median(np.abs(y - np.median(y)))
-    y[border] = np.median(y) + 9.5 * mad  # 8 scaled deviations are 11.9 raw ones
-    return y, up, dip, border
+def _rows(change, scatter, errors=1.96): # the smallest n >= 3
+    n = 3
+    while errors * scatter > change * math.sqrt(n * (n + 1) / (12 * (n - 1))):
+        n += 1
+    return n
 
-@exercise("8.2", "Spikes that hide each other", minutes=10, level=2)
-def _spikes(answer):
-    y, up, dip, border = _spiky()
-    got = answer(y.copy(), 8.0)
-    if got is None:
-        raise Wrong("the positions are None: does your function end with `return`?")
-    got = np.asarray(got).reshape(-1)
-    if got.dtype == bool:
-        raise Wrong("this is a mask of the rows; np.flatnonzero makes positions of it.")
-    found, wanted = set(got.astype(int).tolist()), set(up.tolist())
-    if got.dtype.kind == "f" and len(got) and np.isin(got, y).all():
-        raise Wrong("these are the losses themselves; positions were wanted (np.flatnonzero).")
-    if not found & wanted:
-        raise Wrong(
-            f"you found none of the {len(up)} spikes: a standard deviation is inflated by the spikes "
-            f"themselves (here to {y.std():.3f}, while the usual wiggle is 0.001). "
-            "Use the median absolute deviation."
-            if len(found) == 0
-            else "none of the positions is that of a spike.")
-    if len(found) > len(y) // 2:
-        raise Wrong(
-            f"{len(found)} of {len(y)} rows were called spikes: compare the distance from the median, not "
-            "the loss itself, with the bound.")
-    if border in found and dip not in found:
-        raise Wrong(
-            "a row at 6.4 usual deviations was called a spike: the median absolute deviation must be "
-            "multiplied by 1.4826, to be comparable with a standard deviation.")
-    if dip in found:
-        raise Wrong(
-            "a row far *below* the others was called a spike: a fall of the loss is no problem, so leave "
-            "the difference its sign.")
-    if len(found) > len(up) + 2:
-        raise Wrong(f"{len(found) - len(up)} healthy rows were called spikes.")
-    if found != wanted:
-        raise Wrong(f"you found {len(found & wanted)} of {len(up)} spikes.")
-    if border not in set(np.asarray(answer(y.copy(), 5.0)).reshape(-1).tolist()):
-        raise Wrong(
-            "with a bound of 5 deviations instead of 8, a row at 6.4 was not found: the bound is the "
-            "argument `deviations`.")
-    calm = 0.03 + 0.001 * _rng().standard_normal(200)
-    if len(np.asarray(answer(calm, 8.0)).reshape(-1)):
-        raise Wrong("rows of a healthy curve were called spikes.")
+@exercise("8.2", "How long must you watch?", minutes=15, level=2)
+def _rows_needed(answer):
+    rng = _rng()
+    for low, high in ((0.02, 0.04), (0.08, 0.15), (0.5, 0.6)):
+        change, scatter = float(rng.uniform(low, high)), float(rng.uniform(0.1, 0.2))
+        got, want = answer(change, scatter), _rows(change, scatter)
+        if not isinstance(got, (int, np.integer)) or isinstance(got, bool):
+            raise Wrong(f"{got!r:.40} is not a whole number of rows.")
+        where = f"for a change of {change:.1%} under a scatter of {scatter:.0%}"
+        near = lambda n: abs(got - n) <= max(1, 0.03 * n)
+        if got == want:
+            continue
+        others = {
+            "that is how many rows a *mean* needs; the change is a slope, which is known less well.":
+                (1.96 * scatter / change) ** 2,
+            "with that many rows one standard error is the change; 1.96 of them should be.": _rows(change, scatter, 1),
+            "that compares the means of two halves, which wastes a third of what a line can tell.":
+                16 * (1.96 * scatter / change) ** 2,
+            "that holds for many rows; few need the exact sum." if want < 60 else "take the exact sum, and the first n "
+            "that is enough.": math.ceil(12 * (1.96 * scatter / change) ** 2)}
+        for message, n in others.items():
+            if near(n):
+                raise Wrong(f"{got:,} rows {where}: {message}")
+        raise Wrong(f"{got:,} rows {where}, where {want:,} are needed.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c013
-def _rates(total, done, end, warmup=0.05, peak=2e-4):
-    # metrics of a run with a warm-up and a cosine down to `end` of the peak
-    step = np.r_[1, np.arange(10, done + 1, 10)]
-    x = step / total
-    lr = np.where(
-        x < warmup, x / warmup, end + (1 - end) * 0.5 * (1 + np.cos(np.pi * np.clip((x - warmup) / (1 - warmup), 0, 1)))
-    )
-    return {"step": step.astype(float), "lr": peak * lr}
+_linear = linear_schedule()
 
-@exercise("8.3", "Did the learning rate decay?", minutes=10, level=2)
-def _decayed(answer):
-    total = 1000 + 100 * int(torch.randint(20, (1,), generator=fresh()))
-    peak = 10 ** float(-5 + 2 * torch.rand((), generator=fresh()))
-    said = lambda done, end, total=total: _kind_of(answer(_rates(total, int(done), end, peak=peak), total))
-    finished, constant, running = said(total, 0.0), said(total, 1.0), said(total / 2 // 10 * 10, 1.0)
-    if running == "problem":
-        raise Wrong(
-            "a run in the middle of its plan was called a problem: its rate has no reason to have decayed "
-            "yet. Return None.")
-    if running == "well":
-        raise Wrong("nothing can be said of a run in the middle of its plan: return None until all steps are done.")
-    if (finished, constant) == ("problem", "well"):
-        raise Wrong("the two answers have changed places: a rate that ends near zero is well.")
-    if constant != "problem":
-        raise Wrong("a constant rate, all steps done, was not found to be a problem.")
-    if finished == "problem":
-        raise Wrong("a rate that decayed to zero was called a problem.")
-    if finished == "nothing":
-        raise Wrong("of a finished run whose rate decayed to zero you say nothing: return a sentence with the number.")
-    if said(total, 0.045) == "problem":
-        raise Wrong(
-            "a rate that decayed to 4.5% of its peak was called a problem: compare the last row with the "
-            "*highest* one; the first rows are warm-up, and small.")
-    if said(total + 10, 0.0) != "well":
-        raise Wrong("the last row is of a step beyond `total`, and nothing was said: such a run is finished, too.")
-    if said(total, 0.06) != "problem":
-        raise Wrong("a finished run whose rate ended at 6% of its peak was not found to be a problem; 5% is the bound.")
-    if said(total + 500, 0.0, total + 500) != "well":
-        raise Wrong("a finished run of another length was judged differently: the plan's length is `total`.")
+@lru_cache(1)
+def _moons() -> torch.Tensor: # (400, 2), the mean at 0
+    angle = torch.linspace(0, math.pi, 200)
+    x, y = angle.cos(), angle.sin()
+    points = torch.cat([torch.stack([x, y], 1), torch.stack([1 - x, 0.5 - y], 1)])
+    return (points - points.mean(0)) / 1.6
+
+def _exact(x, t, y=None): # eps of the points' own denoiser; x: (B, 1, 1, 2)
+    a, s = _linear.signal_noise(int(t[0]))
+    weights = (-torch.cdist(x.flatten(1), a * _moons()).square() / (2 * (s ** 2 + (0.05 * a) ** 2))).softmax(1)
+    return (x - a * (weights @ _moons()).view_as(x)) / s
+
+def _drifting(culprit, bands): # a network that is weak in each band, and does harm in one
+    sizes = {band: 0.6 if band == culprit else 0.02 for band in bands}
+    sizes[0, 150] = 0.2 if culprit == (0, 150) else 0.02
+    def network(x, t, y=None):
+        k = int(t[0])
+        a, s = _linear.signal_noise(k)
+        if k >= 600:
+            return _exact(x, t) + 0.6 * torch.randn(x.shape, generator=addressed("errs", k))
+        size = next(v for (first, end), v in sizes.items() if first <= k < end)
+        return _exact(x, t) - a / s * size * torch.tensor([1.0, 0.3])
+    return network
+
+def _energy(a, b): # energy distance of two sets of points (Székely & Rizzo 2004)
+    a, b = a.flatten(1), b.flatten(1)
+    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+
+def _distance(model, noise):
+    return _energy(ddim(Denoiser(model, _linear), noise, steps=20), _moons())
+
+@exercise("8.3", "The band that costs most", minutes=20, level=3)
+def _costly(answer):
+    g = fresh()
+    bands = [(0, 150), (150, 350), (350, 600), (600, 1000)]
+    noise = torch.randn(300, 1, 1, 2, generator=g)
+    for culprit in bands[:3]:
+        early, calls = _drifting(culprit, bands), []
+        def distance(model):
+            calls.append(_distance(model, noise))
+            return calls[-1]
+        mixed = [bands[i] for i in torch.randperm(4, generator=g).tolist()]
+        if mixed[0] == culprit:
+            mixed.reverse()  # the first of four equals is not right by chance
+        got = answer(early, _exact, list(mixed), distance)
+        if not isinstance(got, tuple) or got not in mixed:
+            raise Wrong(f"{got!r:.40} is not one of the bands.")
+        how = "" if calls else " You never asked `distance`: a loss does not tell what happens to samples."
+        if got == (600, 1000):
+            raise Wrong("at (600, 1000) its loss is worst, and yet that costs the samples hardly anything: each "
+                        f"estimate is clipped, and the later steps know better.{how}")
+        if got != culprit:
+            raise Wrong(f"{got} was named, where {culprit} costs most: be weak in one band alone, both ends right, and "
+                        f"take the largest distance.{how}")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c015
 def _left(decay, steps, warmup):

@@ -16,22 +16,63 @@ from ...sample import ddim, Denoiser, draw_noise
 from ...schedule import linear_schedule
 from ..check import exercise, fresh, same, Wrong
 
+# %% ../../../nbs/workshop/checks/06_guide.ipynb #c014
+def _moons(): # centres (2, 25, 2)
+    angle = torch.linspace(0, math.pi, 25)
+    moon = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
+    return torch.stack([moon, -moon])
+
+def _exact(x_t, t, y): # eps of the upper moon (0), the lower (1), or both (2)
+    x, centres = x_t.flatten(1), _moons()
+    a, s = linear_schedule().signal_noise(int(t[0]))
+    v = (a * 0.15) ** 2 + s ** 2
+    allowed = torch.stack([y != 1, y != 0], 1).repeat_interleave(25, 1)
+    nearness = -(x[:, None] - a * centres.view(-1, 2)).square().sum(-1) / (2 * v)
+    chance = nearness.masked_fill(~allowed, -math.inf).softmax(1)
+    return (s / v * (x - a * chance @ centres.view(-1, 2))).view_as(x_t)
+
+@functools.cache
+def _walk(interval, w=4): # (probability of the lower moon, spread), mean of two seeds
+    def one(seed):
+        y = torch.zeros(500, dtype=torch.int64)
+        denoiser = guided(Denoiser(_exact, linear_schedule(), y=y, clip=False, null=2), w, interval=interval)
+        x = ddim(denoiser, draw_noise((500, 1, 1, 2), addressed("moons", seed)), 100).flatten(1)
+        each = (-(x[:, None, None] - _moons()).square().sum(-1) / (2 * 0.15 ** 2)).logsumexp(-1)
+        return torch.tensor([each.softmax(1)[:, 1].mean(), x.var(0).sum()])
+    return ((one(0) + one(1)) / 2).tolist()
+
+@exercise("6.1", "Which timesteps need guidance?", minutes=15, level=2)
+def _which(answer):
+    interval = answer()
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2 or not all(type(v) is int for v in interval):
+        raise Wrong("two whole numbers were expected: (first, last) timestep with guidance.")
+    if not 0 <= interval[0] <= interval[1] <= 999:
+        raise Wrong(f"{tuple(interval)} is not an interval of timesteps: 0 <= first <= last <= 999.")
+    (lower, spread), (_, plain) = _walk(tuple(interval)), _walk(None, 1)
+    said = f"with {tuple(interval)}, {lower:.2%} belong to the lower moon; {spread / plain:.0%} of the spread is left."
+    if lower > 0.001 and spread < 0.9 * plain:
+        raise Wrong(f"{said} Both demands fail: this is the wrong end of the walk.")
+    if lower > 0.001:
+        raise Wrong(f"{said} Too many on the wrong moon: guide at more timesteps.")
+    if spread < 0.9 * plain:
+        raise Wrong(f"{said} Too much spread is lost: guide at fewer timesteps, and think which.")
+
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c006
-def _apart(var_c, var_u, w, steps=4000): # variance at sigma = 0 of what starts as N(0, sigma^2)
-    def slope(log_sigma, u): # du / d log sigma, for means of 0; two trajectories at once
-        sigma = math.exp(log_sigma)
-        return sigma ** 2 * u * ((1 - w) / (var_u + sigma ** 2) + w / (var_c + sigma ** 2))
+def _apart(var_c, var_u, w, steps=4000): # variance at r = 0 of what starts as N(0, r^2)
+    def slope(log_r, z): # dz / d log r, for means of 0; two trajectories at once
+        r = math.exp(log_r)
+        return r ** 2 * z * ((1 - w) / (var_u + r ** 2) + w / (var_c + r ** 2))
     high, low = math.log(1e4), math.log(1e-4)
-    h, u = (low - high) / steps, np.array([0.0, math.exp(high)])
+    h, z = (low - high) / steps, np.array([0.0, math.exp(high)])
     for i in range(steps):
         at = high + i * h
-        k1 = slope(at, u)
-        k2 = slope(at + h / 2, u + h / 2 * k1)
-        k3 = slope(at + h / 2, u + h / 2 * k2)
-        u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(at + h, u + h * k3))
-    return float(u[1] - u[0]) ** 2
+        k1 = slope(at, z)
+        k2 = slope(at + h / 2, z + h / 2 * k1)
+        k3 = slope(at + h / 2, z + h / 2 * k2)
+        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(at + h, z + h * k3))
+    return float(z[1] - z[0]) ** 2
 
-@exercise("6.1", "The variance that guidance leaves", minutes=20, level=3)
+@exercise("6.2", "The variance that guidance leaves", minutes=20, level=3)
 def _variance(answer):
     g = fresh()
     for w in (3.0, 1.0, 0.0, 1.6):
@@ -53,7 +94,7 @@ def _variance(answer):
             atol=1e-4 * want)
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c009b
-@exercise("6.2", "Guided by a classifier", minutes=10, level=2)
+@exercise("6.3", "Guided by a classifier", minutes=10, level=2)
 def _by_classifier(answer):
     g = fresh()
     eps, x_t, weight = torch.randn(3, 4, 2, 3, 3, generator=g)
@@ -136,7 +177,7 @@ def _judge(model): # (mean distance of samples from the curve, share of the data
 def _strong(): return _judge(_checkpoints()[1500])
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c013b
-@exercise("6.3", "A bad version of itself", minutes=20, level=3)
+@exercise("6.4", "A bad version of itself", minutes=20, level=3)
 def _auto(answer):
     model = answer(dict(_checkpoints()), _judge)
     if not callable(model):
@@ -157,47 +198,6 @@ def _auto(answer):
     if off > 0.8 * before:
         raise Wrong(f"{said} Nearer, but not by 20%: a larger scale, or a weak checkpoint that errs in the same way "
                     "but more.")
-
-# %% ../../../nbs/workshop/checks/06_guide.ipynb #c014
-def _moons(): # centres (2, 25, 2)
-    angle = torch.linspace(0, math.pi, 25)
-    moon = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
-    return torch.stack([moon, -moon])
-
-def _exact(x_t, t, y): # eps of the upper moon (0), the lower (1), or both (2)
-    x, centres = x_t.flatten(1), _moons()
-    a, s = linear_schedule().signal_noise(int(t[0]))
-    v = (a * 0.15) ** 2 + s ** 2
-    allowed = torch.stack([y != 1, y != 0], 1).repeat_interleave(25, 1)
-    nearness = -(x[:, None] - a * centres.view(-1, 2)).square().sum(-1) / (2 * v)
-    chance = nearness.masked_fill(~allowed, -math.inf).softmax(1)
-    return (s / v * (x - a * chance @ centres.view(-1, 2))).view_as(x_t)
-
-@functools.cache
-def _walk(interval, w=4): # (probability of the lower moon, spread), mean of two seeds
-    def one(seed):
-        y = torch.zeros(500, dtype=torch.int64)
-        denoiser = guided(Denoiser(_exact, linear_schedule(), y=y, clip=False, null=2), w, interval=interval)
-        x = ddim(denoiser, draw_noise((500, 1, 1, 2), addressed("moons", seed)), 100).flatten(1)
-        each = (-(x[:, None, None] - _moons()).square().sum(-1) / (2 * 0.15 ** 2)).logsumexp(-1)
-        return torch.tensor([each.softmax(1)[:, 1].mean(), x.var(0).sum()])
-    return ((one(0) + one(1)) / 2).tolist()
-
-@exercise("6.4", "Which timesteps need guidance?", minutes=15, level=2)
-def _which(answer):
-    interval = answer()
-    if not isinstance(interval, (tuple, list)) or len(interval) != 2 or not all(type(v) is int for v in interval):
-        raise Wrong("two whole numbers were expected: (first, last) timestep with guidance.")
-    if not 0 <= interval[0] <= interval[1] <= 999:
-        raise Wrong(f"{tuple(interval)} is not an interval of timesteps: 0 <= first <= last <= 999.")
-    (lower, spread), (_, plain) = _walk(tuple(interval)), _walk(None, 1)
-    said = f"with {tuple(interval)}, {lower:.2%} belong to the lower moon; {spread / plain:.0%} of the spread is left."
-    if lower > 0.001 and spread < 0.9 * plain:
-        raise Wrong(f"{said} Both demands fail: this is the wrong end of the walk.")
-    if lower > 0.001:
-        raise Wrong(f"{said} Too many on the wrong moon: guide at more timesteps.")
-    if spread < 0.9 * plain:
-        raise Wrong(f"{said} Too much spread is lost: guide at fewer timesteps, and think which.")
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c016
 def _on_a_grid(mean_c, var_c, mean_u, var_u, w):
@@ -228,7 +228,7 @@ def _gaussian(answer):
                 "the class as it is.")
         if close(got[1], var_c ** w * var_u ** (1 - w)) and not close(got[1], want[1]):
             raise Wrong(
-                "this is the variance of the samples, as in 6.1. The guided density has another: multiply the two "
+                "this is the variance of the samples, as in 6.2. The guided density has another: multiply the two "
                 "densities.")
         if close(got[1], (1 - w) * var_u + w * var_c) and not close(got[1], want[1]):
             raise Wrong(
