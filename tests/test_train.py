@@ -333,11 +333,13 @@ def test_rows_log_the_rate_of_their_last_step_and_grids_come_from_the_average(tm
 
 
 def test_rows_behind_the_last_checkpoint_are_written_once(finished, tmp_path):
+    def steps_in(folder): # of the file itself: read_metrics leaves a row out that is there twice
+        return [int(line.split(",")[0]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
     run = copy(finished, tmp_path / "run")
-    before = read_metrics(run)["step"].tolist()
+    before = steps_in(run)
     checkpoints(run)[-1].unlink()                                             # as if killed before it was written
     train(tiny, run, progress=False)
-    assert read_metrics(run)["step"].tolist() == before
+    assert steps_in(run) == before
 
 
 def test_out_of_memory_names_a_batch_that_fits(tmp_path, monkeypatch):
