@@ -33,16 +33,31 @@ def noise_from(mix): # seeds made of one number
         [torch.randn(shape, generator=torch.Generator().manual_seed(mix(seed, k))) for k in indices])
 
 
+def among(values):
+    "An answer to 1.1 that tries only these values."
+    def answer(to_bytes):
+        off = (to_bytes(values).float() - ((values + 1) * 127.5).clamp(0, 255)).abs() > 0.51
+        return values[off][0].item() if off.any() else None
+    return answer
+
+def by_own_byte(to_bytes): # compares with its own way of rounding, ties included
+    x = (torch.arange(255).double() + 0.5) / 127.5 - 1
+    off = to_bytes(x) != ((x + 1) * 127.5).round().byte()
+    return x[off][0].item() if off.any() else None
+
+
 WRONG = {
     "1.1": [
-        (lambda x0: ((x0 + 1) * 127.5).clamp(0, 255).to(torch.uint8), "half a level too dark"),
-        (
-            lambda x0: ((x0 + 1) * 127.5).round().long().to(torch.uint8),
-            "wraps around at 256, so clamp before you convert."),
-        (lambda x0: ((x0 + 1) * 127.5).long().to(torch.uint8), "And round, too"),
-        (lambda x0: (x0 * 255).round().clamp(0, 255).to(torch.uint8), "as if its range were [0, 1]"),
-        (lambda x0: ((x0 + 1) * 128).round().clamp(0, 255).to(torch.uint8), "127.5, not 128"),
-        (lambda x0: ((x0 + 1) * 127.5).round().clamp(0, 255), "holds float32 values where uint8 was expected")],
+        (lambda to_bytes: None, "None for a faulty function"),
+        (among(torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])), "wrap around"),
+        (among(torch.linspace(-1, 1, 2001)), "wrap around"),
+        (among(torch.linspace(-1.5, 1.5, 2001)), "far above 1"),
+        (among(torch.linspace(-2, 2, 101)), "at level"),
+        (by_own_byte, "where either will do"),
+        (lambda to_bytes: 0.5001, "which is right"),
+        (lambda to_bytes: 3.0, "not between -2 and 2"),
+        (lambda to_bytes: torch.zeros(2), "a number or None"),
+        (lambda to_bytes: "1.02", "a number or None")],
     "1.2": [
         (noise_from(lambda seed, k: 1000 * seed + k), "mixed into one number"),
         (noise_from(lambda seed, k: int(f"{seed}{k}")), "between the digits"),

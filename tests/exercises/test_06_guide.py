@@ -9,17 +9,18 @@ cat, null_of = torch.cat, torch.full_like
 def blend(u, c, w): return u + w * (c - u)
 
 
-def by_classifier(f, log=True, total=torch.sum, quiet=False, own=True):
-    "An answer to 6.3: f(eps, gradient, s, w), with the gradient of the sum of log p(y | x_t) unless told otherwise."
-    def answer(eps, x_t, log_p_y, s, w):
+def measured(f=lambda eps, toward, s: eps - s * toward, variance=lambda a, s, slope: s ** 2 / a * slope, quiet=False,
+             through=True):
+    "An answer to 6.3 with one thing changed: what is returned, the variance of x0, or how the slope is found."
+    def answer(eps_of, x_t, a, s, m, sigma):
         with torch.set_grad_enabled(torch.is_grad_enabled() if quiet else True):
-            x = x_t.detach().requires_grad_() if own else x_t.requires_grad_()
-            value = log_p_y(x) if log else log_p_y(x).exp()
-            return f(eps, torch.autograd.grad(total(value), x)[0], s, w)
+            x = x_t.detach().requires_grad_()
+            eps = eps_of(x)
+            x0 = (x - s * (eps if through else eps.detach())) / a
+            (slope,) = torch.autograd.grad(x0[..., 0].sum(), x)
+        toward = slope * (m - x0[..., :1]) / (variance(a, s, slope[..., :1]) + sigma ** 2)
+        return f(eps, toward, s).detach()
     return answer
-
-
-def right(eps, toward, s, w): return eps - w * s * toward
 
 
 def autoguided(steps, w, base=None):
@@ -63,15 +64,15 @@ WRONG = {
         (lambda vc, vu, w: (1 - w) * vu + w * vc, "not blended like the two answers"),
         (lambda vc, vu, w: vc, "at every w")],
     "6.3": [
-        (by_classifier(lambda eps, toward, s, w: eps + w * s * toward), "goes away from the class"),
-        (by_classifier(lambda eps, toward, s, w: eps - w * toward), "the factor s"),
-        (by_classifier(lambda eps, toward, s, w: eps - w * toward / s), "so multiply"),
-        (by_classifier(lambda eps, toward, s, w: eps - s * toward), "w is missing"),
-        (by_classifier(lambda eps, toward, s, w: -w * s * toward), "eps itself is missing"),
-        (by_classifier(right, log=False), "that of its logarithm"),
-        (by_classifier(right, total=torch.mean), "not of the mean"),
-        (by_classifier(right, quiet=True), "torch.enable_grad()"),
-        (by_classifier(right, own=False), "work on x_t.detach()")],
+        (lambda eps_of, x_t, a, s, m, sigma: eps_of(x_t), "counts for too little"),
+        (measured(lambda eps, toward, s: eps + s * toward), "flee from m"),
+        (measured(lambda eps, toward, s: eps - toward), "Too narrow"),
+        (measured(variance=lambda a, s, slope: 0), "Too narrow"),
+        (measured(variance=lambda a, s, slope: 1), "is your V too large"),
+        (measured(variance=lambda a, s, slope: s ** 2 / (a ** 2 + s ** 2)), "is your V too large"),
+        (measured(variance=lambda a, s, slope: s ** 2 / a ** 2, through=False), "The mean is off"),
+        (measured(quiet=True), "torch.enable_grad()"),
+        (lambda eps_of, x_t, a, s, m, sigma: eps_of(x_t).flatten(1), "has shape (600, 2)")],
     "6.4": [
         (lambda checkpoints, judge: checkpoints[max(checkpoints)], "Nothing has changed"),
         (lambda checkpoints, judge: None, "a model was expected"),

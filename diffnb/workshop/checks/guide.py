@@ -94,41 +94,48 @@ def _variance(answer):
             atol=1e-4 * want)
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c009b
-@exercise("6.3", "Guided by a classifier", minutes=10, level=2)
-def _by_classifier(answer):
-    g = fresh()
-    eps, x_t, weight = torch.randn(3, 4, 2, 3, 3, generator=g)
-    def log_p_y(x): return torch.nn.functional.logsigmoid((x * weight[0]).sum((1, 2, 3)))
-    with torch.no_grad():
-        p = log_p_y(x_t).exp().view(-1, 1, 1, 1)
-    toward, s = (1 - p) * weight[0], 0.3 + 0.4 * torch.rand(1, generator=g).item()
-    for w, quiet in ((2.5, False), (0.7, True)):
-        mine = x_t.clone()
+def _posterior(m, sigma, d=0.15): # (mean, std) of each coordinate, given a measurement of the first
+    centres = _moons().view(-1, 2)
+    weight = (-(centres[:, 0] - m) ** 2 / (2 * (d ** 2 + sigma ** 2))).softmax(0)
+    v = 1 / (1 / d ** 2 + 1 / sigma ** 2)
+    means = torch.stack([(centres[:, 0] / d ** 2 + m / sigma ** 2) * v, centres[:, 1]], 1)
+    mean = weight @ means
+    return mean, (weight @ (means ** 2 + torch.tensor([v, d ** 2])) - mean ** 2).sqrt()
+
+def _measured(answer, m, sigma): # samples (600, 2)
+    schedule = linear_schedule()
+    def model(x_t, t, y=None):
+        a, s = schedule.signal_noise(int(t[0]))
+        eps = answer(lambda x: _exact(x, t, torch.full((len(x),), 2)), x_t, a, s, m, sigma)
+        same(torch.zeros_like(eps) if torch.is_tensor(eps) else eps, torch.zeros_like(x_t), "the guided eps")
+        return eps
+    x_T = draw_noise((600, 1, 1, 2), addressed("measured"))
+    return ddim(Denoiser(model, schedule, clip=False), x_T, 100).flatten(1)
+
+@exercise("6.3", "Guided by a measurement", minutes=25, level=3)
+def _by_measurement(answer):
+    for m, sigma in ((0.5, 0.1), (1.2, 0.1)):
         try:
-            with torch.set_grad_enabled(not quiet):
-                got = answer(eps.clone(), mine, log_p_y, s, w)
+            x = _measured(answer, m, sigma)
         except RuntimeError as e:
-            if not quiet or "does not require grad" not in str(e):
+            if "does not require grad" not in str(e):
                 raise
             raise Wrong(
                 "samplers call this under torch.no_grad(), where nothing can be differentiated: compute the "
                 "gradient inside `with torch.enable_grad():`.") from None
-        if mine.requires_grad:
-            raise Wrong("the x_t you were given asks for gradients now: work on x_t.detach().requires_grad_().")
-        same(
-            got, eps - w * s * toward, f"the guided eps at w = {w}",
-            {
-                "this goes away from the class: eps is *minus* s times the score, so the classifier's gradient enters "
-                "with a minus sign.": eps + w * s * toward,
-                "the factor s between a score and eps is missing.": eps - w * toward,
-                "the classifier's gradient was divided by s; eps is -s times the score, so multiply.":
-                eps - w / s * toward,
-                "w is missing: the classifier's gradient counts w times.": eps - s * toward,
-                "this is the gradient of p(y | x_t); Bayes' rule needs that of its logarithm.":
-                eps - w * s * toward * p,
-                "the gradient is a B-th of what it should be: take the gradient of the sum over the batch, not of the "
-                "mean.": eps - w * s * toward / len(eps),
-                "this is what the classifier adds; eps itself is missing.": -w * s * toward})
+        (mean, std), (want, wide) = (x.mean(0), x.std(0)), _posterior(m, sigma)
+        said = (f"with m = {m}, the first coordinate is {mean[0]:.3f} ± {std[0]:.3f} ({want[0]:.3f} ± {wide[0]:.3f} is "
+                f"exact), the second {mean[1]:.3f} ± {std[1]:.3f} ({want[1]:.3f} ± {wide[1]:.3f}).")
+        if not x.isfinite().all() or (x[:, 0] - m).abs().mean() > 1:
+            raise Wrong(f"{said} The points flee from m: which sign has the gradient in eps?")
+        if std[0] > 1.25 * wide[0]:
+            raise Wrong(f"{said} The measurement counts for too little: is your V too large?")
+        if std[0] < 0.75 * wide[0]:
+            raise Wrong(f"{said} Too narrow: the estimate of x0 is not yet the point, so its own variance belongs to "
+                        "sigma ** 2; and eps is the score times -s.")
+        if (mean - want).abs().max() > 0.1:
+            raise Wrong(f"{said} The mean is off: did the gradient pass through eps_of, so that the second coordinate "
+                        "follows?")
 
 # %% ../../../nbs/workshop/checks/06_guide.ipynb #c012
 class _Net(nn.Module): # eps of points in the plane, (B, 1, 1, 2)
