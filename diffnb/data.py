@@ -42,7 +42,7 @@ def show_images(images,          # (N, C, H, W): uint8, or float in [-1, 1]
                 title=None,      # one line above all
                 row_titles=None, # a string at the left of each row
                ) -> "plt.Figure":
-    "Draw images as a grid, each pixel as a square. Values outside [-1, 1] are clamped, as a viewer would."
+    "Draw images as a grid, each pixel as a square. Values outside [-1, 1] are clamped."
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     cols = min(cols, len(images))
     rows = -(-len(images) // cols)
@@ -74,14 +74,14 @@ class ImageData:
     size: int = 0                # side of what `take` returns
     interpolation: str = "bicubic"      # used for resizing
     name: str = ""               # "digits", "fashion", "cifar10", "fashion_mnist", or the folder
-    digest: str = ""             # of a folder: sha256 of names and contents, wherever it is; else name and split
+    digest: str = ""             # of a folder: sha256 of names and contents, not of its path; else name and split
     split: str = ""              # "train" or "test", where the set has splits
 
     def __len__(self): return len(self.images)
 
     def take(self, index # which images: a slice, or an int64 tensor
             ) -> torch.Tensor: # uint8 (B, C, size, size), on the device of `images`
-        "Some images in the size asked for; resized here, per batch, with antialiasing, then rounded to bytes."
+        "Some images in the size asked for; resized here, per batch, by `resize`, and rounded to bytes."
         images = self.images[index]
         if images.shape[-1] == self.size and images.shape[-2] == self.size:
             return images
@@ -115,7 +115,7 @@ def resize(images, # uint8 or float (…, C, H, W)
            size,   # a square's side, or [height, width]
            interpolation="bicubic", # or "bilinear", "nearest"
           ) -> torch.Tensor: # of the same dtype
-    "Images in another size: in float32, with antialiasing, bytes rounded to bytes; the same on every device."
+    "Images in another size: in float32, antialiased except by `nearest`; bytes stay bytes; the same on every device."
     batch = images.reshape(-1, *images.shape[-3:]).float()
     batch = F.interpolate(
         batch, size, mode=interpolation, **({} if interpolation == "nearest" else {"antialias": True}))
@@ -139,14 +139,14 @@ def tile(images,    # (N, C, H, W): uint8, or float in [-1, 1]
 def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
               path,    # a .png
               cols=10, # images in a row
-              scale=1, # enlarge each image so many times, by bicubic interpolation
+              scale=1, # factor by which each image is enlarged, by bicubic interpolation
              ) -> Path: # the path
     "Save images as one PNG grid, two pixels of white between them."
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     if scale > 1:
         images = resize(images, [scale * side for side in images.shape[-2:]])
     png, mark = io.BytesIO(), PngInfo()
-    mark.add_text("Software", "diffnb")                          # so that nobody learns from the grid
+    mark.add_text("Software", "diffnb")                          # a folder read as data skips the grid
     grid = rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c")
     Image.fromarray(grid.numpy()).save(png, format="PNG", pnginfo=mark)
     return write_whole(path, png.getvalue())

@@ -42,8 +42,8 @@ def distill_loss(model,      # the student's network: model(x_t, t, y)
                  x_t,        # noised images, (B, C, H, W)
                  t, middle, end, # timesteps, int64 (B,), as in `student_target`
                 ) -> torch.Tensor: # float32 (B,)
-    """Squared error of the student's x0 times 1/s² for each image: the weight SNR + 1 of Salimans & Ho 2022
-    (arXiv:2202.00512, section 4). Raises DiffnbError as `student_target` does."""
+    """Squared error of the student's x0 times 1/s² for each image: where a² + s² = 1, the weight SNR + 1 of Salimans &
+    Ho 2022 (arXiv:2202.00512, section 4). Raises DiffnbError as `student_target` does."""
     target, schedule = student_target(teacher, x_t, t, middle, end), teacher.schedule
     x0 = schedule.to_x0(model(x_t, t, teacher.y), x_t, t, prediction)
     return ((x0 - target) / schedule.signal_noise(t, x_t.ndim)[1]).square().flatten(1).mean(1)
@@ -57,7 +57,7 @@ def distill_steps(model,      # the student's network; changed in place
                   lr=1e-3,    # learning rate at its peak; it falls to zero
                  ) -> Iterator[float]: # the loss of each training step
     """One round of progressive distillation. The student learns the transitions of `schedule.pairs(steps)` and no
-    others. Raises DiffnbError unless the schedule has 2 * steps timesteps."""
+    others. Raises DiffnbError if the schedule has fewer than 2 * steps timesteps."""
     grid = torch.tensor(schedule.timesteps(2 * steps) + [-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0)
     for step in range(total):
@@ -76,7 +76,7 @@ def distill_steps(model,      # the student's network; changed in place
 def halving_rounds(teacher_steps, # of the first teacher
                    steps,         # of the last student
                   ) -> list[int]: # the steps of the student of each round: 16 and 4 give [8, 4]
-    "How progressive distillation gets there. Raises DiffnbError unless halving `teacher_steps` leads to `steps`."
+    "The rounds of progressive distillation. Raises DiffnbError unless halving `teacher_steps` leads to `steps`."
     found, half = [], teacher_steps
     while half % 2 == 0 and half // 2 >= max(1, steps):
         half //= 2

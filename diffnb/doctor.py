@@ -41,7 +41,7 @@ def trend(x,      # where: images seen, ascending, (n,)
     return float(change[0]), *map(float, np.quantile(change[1:], (0.025, 0.975)))
 
 # %% ../nbs/08_doctor.ipynb #c015
-SPIKE_MADS, SPIKE_RATIO = 8, 1.5 # 8 scaled deviations: under 1e-14 for Gaussian noise; 1.5: half as much again matters
+SPIKE_MADS, SPIKE_RATIO = 8, 1.5 # 8 deviations: in Gaussian noise, chance under 1e-14; 1.5: half as much again matters
 
 def _running_median(y):
     return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(y, 5, mode="reflect"), 11), axis=1)
@@ -49,7 +49,7 @@ def _running_median(y):
 def spikes(y # losses, (n,)
           ) -> np.ndarray: # positions of the spikes, int (k,)
     """Rows more than 8 scaled median absolute deviations, and more than a half, above the median of the 11 rows around
-    them."""
+    them, and more than a half above that of the 5 rows before."""
     if len(y) < 2 * LEAST_ROWS:
         return np.array([], dtype=int)
     y = np.log(np.clip(y, 1e-12, 1e300))
@@ -80,7 +80,7 @@ def looks_for(id,   # short name, unique
               # what finding or remedy rests on: "measured: page: number", "reported: paper", "rule of thumb: why"
               *, basis,
              ) -> Callable: # a decorator for look(facts) -> None, str or Problem
-    "Register a check. Raises ValueError if `basis` does not begin with its strength."
+    "Register a check. Raises ValueError if `basis` does not begin with one of BASES."
     if not basis.startswith(BASES):
         raise ValueError(f"basis of {id} is {basis!r:.60}: expected a text that begins with one of {BASES}")
     def register(look):
@@ -93,7 +93,7 @@ Finding = namedtuple("Finding", "id severity title lesson evidence advice effect
 
 def findings(facts # Facts
             ) -> list: # of Finding, the most severe first; severity "good" where all is well
-    "Ask every check whose facts are known."
+    "Run every check whose facts are known."
     found, order = [], ("critical", "moderate", "minor", "good")
     for c in CHECKS.values():
         if any(getattr(facts, need) is None for need in c.needs):
@@ -142,8 +142,8 @@ def _x0_floor(f): # the floor in squared errors of x0, (T,)
 def bin_losses(facts # Facts with metrics and a floor for each timestep
               ) -> dict: # of float64 (BINS,): "loss" and its standard "error", "floor"; in x0: "x0", "x0_floor"
     """The losses of the last third of the rows in each timestep bin, beside the floor. "x0" and "x0_floor" are root
-    mean square errors of x0 per pixel. Within a bin a loss below the floor counts as the same multiple of it at all
-    timesteps, and what lies above it as the same amount."""
+    mean square errors of x0 per pixel. Within a bin a loss below the floor is taken as one multiple of the floor
+    at all its timesteps, an excess over the floor as one amount at all of them."""
     late = facts.late()
     rows = np.stack([late[f"loss_bin_{i}"] for i in range(BINS)])
     with warnings.catch_warnings():
@@ -166,8 +166,8 @@ def _x0_excess(f, excess): # over the floor in each bin, (BINS,) -> squared erro
 def _drift(f, b): # of bin_losses -> (BINS,)
     """How far the excess over the floor in a bin moves a sample, in standard deviations of the pixels, if all its
     errors point one way. With u = x_t / a and sigma = s / a, a sampler follows du = (u - x0) / sigma d(sigma): an error
-    d of x0 adds d / sigma d(sigma) to u. For Gaussian data the rest of the way keeps the ratio of a displacement to the
-    standard deviation of u, sqrt(variance + sigma**2), so these ratios add up. Without the step to the clean image."""
+    e of x0 adds e / sigma d(sigma) to u. For Gaussian data the rest of the way keeps the ratio of a displacement to the
+    standard deviation of u, sqrt(variance + sigma**2), so these ratios add up. Omits the step to the clean image."""
     signal, variance = f.schedule.a / f.schedule.s, _x0_floor(f).max()
     steps = -signal.diff(prepend=signal[:1]) / (1 + variance * signal ** 2).sqrt() # d(sigma) / sigma, in these units
     return _by_bin(f, _x0_excess(f, b["loss"] - b["floor"]).sqrt() * steps).numpy()
@@ -192,18 +192,18 @@ def _above_floor(f):
     ratio = loss / f.floor_mean
     evidence = (
         f"The last third's loss is {loss:.4f} ± {1.96 * error:.4f} (95%); {_best_gaussian(f)} has "
-        f"{f.floor_mean:.4f}: {ratio:.2f} times.")
+        f"{f.floor_mean:.4f}: {ratio:.2f} times as much.")
     if loss - 1.96 * error > f.floor_mean:
         return Problem(
             evidence,
             "Train longer, or raise the learning rate; if neither helps, look for a mistake in data or target.",
             f"At the least the loss should fall by {1 - 1 / ratio:.0%}, to the floor: a linear denoiser gets there.",
             "loss", "critical" if ratio > 1.25 else "moderate", f.retrain(epochs=2 * f.config.training.epochs))
-    # a network that is told the class is not good for beating a denoiser that is not
+    # to beat a denoiser that is not told the class proves little for a network that is told it
     return evidence if loss + 1.96 * error < f.floor_mean and (f.told or not f.config.images.conditional) else None
 @looks_for(
-    "bin-above-floor", "moderate", "Some noise levels are learned worse than a Gaussian would",
-    "07_evaluate: What a loss of 0.03 means", "metrics floor",
+    "bin-above-floor", "moderate", "Some noise levels are learned worse than by a Gaussian denoiser",
+    "07_evaluate: The loss of one model, by timestep", "metrics floor",
     basis="measured: 07_evaluate: from step 250 to 2,000 “the error falls by 23% at t < 200, by 87% at t >= 600”. That "
           "another schedule helps is a rule of thumb")
 def _bin_above_floor(f):
@@ -219,8 +219,8 @@ def _bin_above_floor(f):
     return Problem(f"Timesteps {_stretches(f, [i])}: loss {b['loss'][i]:.4f}, floor {b['floor'][i]:.4f}. There x0 is "
                    f"off by {b['x0'][i]:.2g} per pixel (root mean square), the floor by {b['x0_floor'][i]:.2g}; "
                    f"that can move a sample by {drift[i]:.1g} standard deviations of the pixels. Such bins: {bad}.",
-                   "Look at the samples of that noise level: high t decides composition, low t detail. "
-                   "A longer run, or another schedule, helps.",
+                   "Look at what that noise level decides in the samples: high t composition, low t detail. "
+                   "A longer run, or another schedule, may help.",
                    "Samples that are off by that much less.",
                    "bins", command=f.retrain(epochs=2 * f.config.training.epochs))
 
@@ -236,11 +236,11 @@ def _diverging(f):
     return Problem(
         f"Over the last third of the rows it changed by {fit[0]:+.0%} (95% interval {fit[1]:+.0%} to {fit[2]:+.0%}).",
         "Stop, and train anew with half the learning rate. Until then, sample from a checkpoint before the rise.",
-        f"Every further image makes the model worse; the best rows had {np.nanmin(f.metrics['loss']):.4f}.", "loss",
+        f"Every further image makes the model worse; the best row had {np.nanmin(f.metrics['loss']):.4f}.", "loss",
         command=f.retrain(lr=f.config.training.lr / 2))
 @looks_for(
     "plateau", "minor", "The loss is flat while the learning rate is still high",
-    "07_evaluate: What a loss of 0.03 means",
+    "07_evaluate: Back to the creeping loss",
     basis="reported: Hägele et al. 2024, arXiv:2405.18392: at a constant rate the loss of language models falls "
           "slowly, and fast once the rate decays. For images not measured here")
 def _plateau(f):
@@ -252,14 +252,14 @@ def _plateau(f):
                 "rate. The decay of the rate lowers it once more.")
     return Problem(
         f"Over the last third it changed by {fit[0]:+.1%} (95% interval {fit[1]:+.1%} to {fit[2]:+.1%}), "
-        f"with the learning rate at {rate:.0%} of its peak.",
+        f"with the learning rate at {rate:.0%} of its peak on average.",
         "Do not stop because of it: compare scores of two checkpoints, and let the learning rate decay.",
         "The decay usually lowers the loss once more; 07_evaluate shows scores that improve far more than the loss.",
         "loss", command=f.command("resume") if f.step < f.total else f.command("evaluate"))
 @looks_for(
     "spikes", "moderate", "The loss has spikes", "04_train: A clipped gradient",
     basis="measured: 04_train: one gradient 100 times too large shortens the later steps, “0.054 not clipped, 0.098 "
-          "clipped”. For the rate a rule of thumb")
+          "clipped”. The rate is a rule of thumb")
 def _spikes(f):
     y = f.metrics["loss"]
     at = spikes(y)
@@ -325,7 +325,7 @@ def _good(f): # sentence 1: is the loss good?
     if change > 0.02 and f.config.images.conditional and not f.told:
         verdict = f"{change:.0%} below it, which says little: the network is told the class, and this denoiser is not"
     elif change > 0.02:
-        how = " on average, though not at every noise level" if _weak(f) else ", as far as a loss can be"
+        how = " on average, though not at every noise level" if _weak(f) else ", as far as a loss can tell"
         verdict = (f"good{how}: {change:.0%} below it, so the network knows more than "
                    f"{f.told or 'mean and covariance'}")
     else:
@@ -355,7 +355,7 @@ def _stop(f, found): # sentence 3: may I stop?
     worst = [x for x in found if x.severity == "critical"]
     if worst:
         return (
-            f"Stop, but do not keep it as it is: first mend the critical problem{'s' if worst[1:] else ''} "
+            f"Stop, but do not use this run as it is: first mend the critical problem{'s' if worst[1:] else ''} "
             f"below ({'; '.join(x.title.lower() for x in worst)}).")
     if f.holding:
         return (f"Do not stop yet: {f.step:,} of {f.total:,} steps are done ({f.done:.0%}), and the learning rate "
@@ -402,7 +402,7 @@ def _between(f): # where the run stands between the two curves, and at which noi
                 f"At timesteps {_stretches(f, held)} it has all but arrived: there it knows its images by heart.")
     weak = _weak(f)
     if not weak:
-        return " ".join([*words, "At no timestep is it above its floor."])
+        return " ".join([*words, "In no timestep bin is it clearly above its floor."])
     i = max(weak, key=lambda i: b["x0"][i])
     words.append(
         f"It is weak, above the floor, at timesteps {_stretches(f, weak)}"
@@ -419,7 +419,7 @@ def _no_metrics(f): # why
 def verdict(facts, # Facts
             found, # what findings(facts) returned
            ) -> list: # of sentences
-    "Is my loss good, may I stop? The first three sentences answer; more follow if pictures were scored."
+    "Is my loss good, may I stop? The first three sentences answer; more follow on noise levels and pictures."
     if facts.metrics is None:
         return [
             f"Nothing can be said about the loss: {_no_metrics(facts)}.",
@@ -454,8 +454,8 @@ def optimal_loss(images,     # training images, (N, C, H, W), uint8 or float in 
                  seed=0,     # of the images and the noise
                 ) -> tuple: # (mean squared error per pixel, its standard error), (k,) each, float64
     """The least loss that a denoiser can have on its training images: that of the posterior mean over them, measured on
-    a sample. A model that reaches it knows them by heart. Takes 4 k n N C H W operations in float64; with labels, as
-    many times less as there are classes, if they are of equal size. Raises DiffnbError for timesteps out of range,
+    a sample. A model that reaches it knows them by heart. Takes 4 k n N C H W operations in float64; with labels,
+    divided by the number of classes, if they are of equal size. Raises DiffnbError for timesteps out of range,
     fewer than 2 images to noise, or labels that do not fit."""
     factor, t = x0_to_loss(schedule, prediction), torch.as_tensor(t, dtype=torch.long).flatten()
     if not len(t) or t.min() < 0 or t.max() >= schedule.T or n < 2:

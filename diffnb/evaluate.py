@@ -27,7 +27,7 @@ def loss_by_timestep(model, schedule,
                      seed=0, batch_size=256,
                     ) -> tuple: # (timesteps, a list; losses, float64 array of the same length)
     """Mean squared error at each timestep, on noise that depends on `seed`, timestep and batch alone. Raises
-    DiffnbError for a seed or batch size that cannot be."""
+    DiffnbError for an impossible seed or batch size."""
     check_sampling(batch_size=batch_size, seed=seed)
     timesteps = timesteps or torch.linspace(0, schedule.T - 1, 20).round().long().tolist()
     losses = np.zeros(len(timesteps))
@@ -58,7 +58,7 @@ class Moments:
               mean,     # of their features, (D,)
               scatter,  # sum of the outer products of their deviations from that mean, (D, D)
              ) -> None:
-        "Merge the moments of `n` more; with n < 0 and minus the scatter, take them out again."
+        "Merge the moments of `n` more; with `n` and `scatter` negated, take them out again."
         if self.n == 0:
             self.n, self.mean, self.scatter = n, mean, scatter
             return
@@ -117,7 +117,7 @@ def _warn_if_few(n, dim):
 
 # %% ../nbs/07_evaluate.ipynb #c064
 def kid(a, b,             # features, (N, D) and (M, D)
-        subset_size=1000, # images of either set in each subset; at most N and M
+        subset_size=1000, # images from each set in each subset; capped at N and M
         subsets=100, seed=0,
        ) -> tuple: # (mean, standard deviation) over the subsets
     """Kernel distance: unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv:1801.01401,
@@ -150,7 +150,7 @@ def _distances(x, y, chunk=1000):
         yield d.masked_fill(d <= SAME * torch.maximum(part.norm(dim=1)[:, None], length), 0)
 
 def _realm(points, k, once=False):
-    # -> (points, the distance of each to its k-th neighbour); once: each of several copies
+    # -> (points, the distance of each to its k-th neighbour); once: copies count once
     found = [(d.kthvalue(min(k + 1, len(points))).values, (d == 0).int().argmax(1)) for d in _distances(points, points)]
     reach, first = map(torch.cat, zip(*found))  # the first neighbour is the image itself
     alone = first == torch.arange(len(points), device=first.device)
@@ -174,7 +174,7 @@ def precision_recall(generated, # features (N, D)
 
 def nearest(x,              # features, (N, D)
             reference,      # features, (M, D)
-            # x is a part of reference: the nearest one that is another picture, neither itself nor a copy
+            # for an x that is part of reference: pass over the image itself and its copies
             skip_self=False
            ) -> tuple: # (distances, (N,), infinite where there is no other; indices into reference, (N,))
     "Nearest neighbour of each row, by Euclidean distance. Raises DiffnbError if the reference is empty."
@@ -205,7 +205,7 @@ class Score:
         return [
             text
             for wrong, text in (
-                (self.metric != "Fréchet distance", f"it is a {self.metric}"),
+                (self.metric != "Fréchet distance", f"the metric is {self.metric}"),
                 (
                     self.network != "Inception-v3 2015-12-05" or self.dim != 2048,
                     "not the 2048-d features of Inception-v3 2015-12-05"),
@@ -251,7 +251,7 @@ def score_against_n(f,           # features, (N, D)
                     sizes,       # of the subsets, each from 2 to N
                     repeats=4,   # subsets of each size
                     seed=0,
-                    apart=False, # f is the reference's own: take each subset out of it first, as the floor does
+                    apart=False, # f holds the reference's own features: take each subset out of it first
                    ) -> list:    # of (n, mean)
     """Mean Fréchet distance of random subsets of `f`, for each size. Raises DiffnbError for a size that is not
     possible, or no repeats."""
@@ -286,14 +286,14 @@ class Evaluation:
     curve: list            # (n, score of n of the generated images)
     floor_curve: list      # (n, floor at n)
     extrapolated: float | None # score at infinite n, from a line through the curve; None if n is too small for that
-    # share nearer to a training image than 95% of real images to one that is not their copy; 0.05 is innocent
+    # share nearer to a training image than 95% of real images are to one that is not their copy; 0.05 is innocent
     copied: float
     distances: dict = field(repr=False) # "generated", "real": distances to the nearest training image
     # uint8 (2, K, C, H, W): the nearest generated images, and those training images
     closest: torch.Tensor = field(repr=False)
 
     def facts(self) -> dict: # as JSON holds it
-        "Everything but images and distances; of these, the 5%, 50% and 95% quantiles."
+        "Everything but the images, and of the distances only the 5%, 50% and 95% quantiles."
         of = lambda v: (
             {**asdict(v), "text": str(v), "deviations_from_fid": v.deviations()} if isinstance(v, Score) else v)
         kept = {k: of(v) for k, v in self.__dict__.items() if k not in ("distances", "closest")}
@@ -317,11 +317,11 @@ class Evaluation:
 # %% ../nbs/07_evaluate.ipynb #c086
 LEAST_IMAGES = 16 # with fewer, none of these numbers says anything
 
-def _check_comparable(images, real, n=LEAST_IMAGES): # one of them at least, and how many there are or will be
+def _check_comparable(images, real, n=LEAST_IMAGES): # images: one or more of them; n: how many there are or will be
     shape = tuple(real.take(slice(0, 1)).shape[1:])
     if tuple(images.shape[1:]) != shape:
         raise DiffnbError(f"the images have shape {tuple(images.shape[1:])} and the reference {shape}: "
-                          "resize neither after the fact, sample in the size of the reference or load the reference in "
+                          "resize neither afterwards; sample at the reference's size, or load the reference at "
                           "that of the samples")
     if min(n, len(real)) < LEAST_IMAGES:
         raise DiffnbError(
@@ -349,7 +349,7 @@ def _copying(images, reference, f, f_real, f_new, seed):
     d, index = nearest(f[:10_000], f_real)
     others = _some(f_real, seed, "others", 2000) if f_new is None else f_new[:10_000]
     d_real = nearest(others, f_real, skip_self=True)[0]
-    d_real = d_real[d_real.isfinite()]                           # without a copy of itself, or of anything
+    d_real = d_real[d_real.isfinite()]                           # infinite where there is no other picture
     copied = (d < d_real.quantile(0.05)) | (d == 0) if len(d_real) else d == 0
     first = d.argsort()[:10].cpu()
     mine, theirs = images[first.to(images.device)], reference.take(index.cpu()[first].to(reference.images.device))
@@ -365,7 +365,7 @@ def _at_infinity(curve, dim): # (n, score) pairs
 
 # %% ../nbs/07_evaluate.ipynb #c086a
 def _distance_scores(about, f, f_real, f_new, split, dim, seed):
-    "The Fréchet distances of an Evaluation: model, floor, held-out images, and how all of them depend on n."
+    "The Fréchet distances of an Evaluation: model, floor, held-out images; and how the first two depend on n."
     n, total, real = len(f), len(f_real), Moments(f_real.split(4096))
     new = None if f_new is None else Moments(f_new.split(4096))
     distance = lambda a, b, ref, error=None, split=split: about(

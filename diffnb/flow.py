@@ -16,10 +16,10 @@ def curvature(path # positions at equal distances in s, from noise to image, (st
              ) -> float: # 0: every walk is a straight line at constant speed
     """Mean squared distance of the velocity along a walk from that of the straight line between its ends, divided by
     the mean square of the latter (the measure S of Liu et al. 2023, arXiv:2209.03003, made relative). Raises
-    DiffnbError for less than two steps."""
+    DiffnbError for fewer than two steps."""
     if len(path) < 3:
         raise DiffnbError(f"the path has {len(path)} positions: a walk of one step is straight by definition, so give "
-                          "at least 3, better 50 or more")
+                          "at least 3, preferably 50 or more")
     chord = path[-1] - path[0]
     off = (len(path) - 1) * path.diff(dim=0) - chord
     return (off.square().sum() / (len(path) - 1) / chord.square().sum()).item()
@@ -38,7 +38,7 @@ class Retimed(torch.nn.Module):
                 t,         # timesteps, (B,)
                 y=None,    # as the network takes them
                ) -> torch.Tensor: # the velocity eps - x0, shaped as x_t
-        "Bring x_t to the size that the network knows, ask it, and turn its answer into a velocity."
+        "Scale x_t to the network's own schedule, call it, and convert its output to a velocity."
         a, s = self.schedule.signal_noise(t, x_t.ndim)
         x = (a + s) * x_t
         x0 = self.schedule.to_x0(self.model(x, t, y), x, t, self.prediction)
@@ -71,7 +71,7 @@ class Preconditioned(torch.nn.Module):
     def scales(self, t, # timesteps: an int, or (B,)
                ndim=4   # dimensions of the images, for broadcasting
               ) -> tuple: # c_skip, c_out, c_in: floats, or tensors (B, 1, 1, 1)
-        "What x_t, the output and the input are multiplied by; c_skip x_t is the best linear estimate of x0."
+        "The factors of x_t, of the network's output and of its input; c_skip x_t is the best linear estimate of x0."
         a, s = self.schedule.signal_noise(t, ndim)
         total = (a * self.sigma_data) ** 2 + s ** 2                             # variance of x_t
         return a * self.sigma_data ** 2 / total, s * self.sigma_data / total ** 0.5, 1 / total ** 0.5
@@ -89,7 +89,7 @@ def log_snr_weights(schedule,        # NoiseSchedule
                     factor,          # loss for a squared error of 1 in x0, (T,): x0_to_loss, or 1 / c_out²
                     logit_normal=None, # how timesteps are drawn, see `draw_timesteps`
                    ) -> tuple[torch.Tensor, torch.Tensor]: # log SNR and weight, float64, where there is signal at all
-    """What a mean loss pays for a squared error of 1 in eps, per unit of log SNR: with it, losses of all schedules and
+    """What a squared error of 1 in eps costs in a mean loss, per unit of log SNR: with it, losses of all schedules and
     predictions can be compared (Kingma & Gao 2023, arXiv:2303.00848). Raises DiffnbError if `factor` is not
     one number for each timestep."""
     log_snr, factor = schedule.log_snr(), torch.as_tensor(factor).double()
@@ -99,7 +99,7 @@ def log_snr_weights(schedule,        # NoiseSchedule
     keep = log_snr.isfinite()
     log_snr, factor, chance = log_snr[keep], factor[keep], timestep_probabilities(schedule.T, logit_normal)[keep]
     density = chance / -torch.gradient(log_snr)[0]                              # of log SNR, as training draws it
-    return log_snr, density * factor * torch.exp(-log_snr)                      # error in x0² is error in eps² / SNR
+    return log_snr, density * factor * torch.exp(-log_snr)                      # squared errors: x0's = eps's / SNR
 
 # %% ../nbs/09_flow.ipynb #f080
 @torch.no_grad()

@@ -16,7 +16,7 @@ from .sample import Denoiser
 # %% ../nbs/06_guide.ipynb #c014
 @dataclass(eq=False)
 class Guided(Denoiser):
-    "A Denoiser whose guidance keeps its contrast, or is left out at some timesteps; made by `guided`."
+    "A Denoiser whose guidance is rescaled, or left out at some timesteps; made by `guided`."
     rescale: float = 0.0         # 0 … 1: how far the contrast is brought back to that of the conditional answer
     interval: tuple | None = None # (first, last) timestep with guidance; elsewhere the scale is 1; None: everywhere
 

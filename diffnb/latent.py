@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("std", torch.ones(latent_channels, 1, 1))
 
     def encode_unscaled(self, x0) -> torch.Tensor: # (B, latent_channels, H / factor, W / factor)
-        "What the encoder makes of images, before it is scaled. Raises DiffnbError for images it cannot fold."
+        "The encoder's output for images, not yet scaled. Raises DiffnbError for images it cannot fold."
         c, factor = self.config, self.config["factor"]
         if x0.ndim != 4 or x0.shape[1] != c["in_channels"] or x0.shape[2] % factor or x0.shape[3] % factor:
             raise DiffnbError(f"x0 has shape {tuple(x0.shape)}: expected (batch, {c['in_channels']}, height, width), "
@@ -101,7 +101,7 @@ class _Residual(nn.Module):
 def psnr(x0,    # images, (B, C, H, W), float in [-1, 1]
          other, # what has become of them, same shape
         ) -> float: # decibels
-    "Peak signal-to-noise ratio: the mean squared error on a logarithmic scale, 10 log10(4 / error), as 2 is the range."
+    "Peak signal-to-noise ratio: the mean squared error on a logarithmic scale, 10 log10(4 / error) for a range of 2."
     return 10 * (4 / (x0 - other).square().mean()).log10().item()
 
 # %% ../nbs/12_latent.ipynb #train
@@ -114,7 +114,7 @@ def train_autoencoder(autoencoder, # changed in place
                       seed=0,      # of the order of the images and of the noise
                      ) -> list:    # the loss of each step: mean squared error of a pixel, for pixels in [-1, 1]
     """Train encoder and decoder to give the images back although noise is added to the latents; then scale the latents.
-    While it learns, each channel has variance 1 over the batch, so that the encoder cannot drown the noise."""
+    During training, each channel has variance 1 over the batch, so that the encoder cannot drown the noise."""
     device, losses = autoencoder.mean.device, []
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
@@ -136,7 +136,7 @@ def train_autoencoder(autoencoder, # changed in place
 def scale_latents(autoencoder, # changed in place: its mean and std
                   data,        # ImageData
                  ) -> None:
-    """Measure mean and standard deviation of each latent channel over all images, by which `encode` then divides: the
+    """Measure mean and standard deviation of each latent channel over all images, for `encode` to remove: the
     scaling factor of Rombach et al. 2021 (arXiv:2112.10752, appendix G), one for each channel."""
     autoencoder.mean.zero_()
     autoencoder.std.fill_(1)
@@ -169,7 +169,7 @@ def in_latents(autoencoder, data, # ImageData
 # %% ../nbs/12_latent.ipynb #band
 def band_power(x,       # images or differences of images, (B, C, H, W), float; square
                bands=8, # rings of equal width, from the mean to the finest detail along an axis
-              ) -> torch.Tensor: # (bands,), float64; what lies beyond, in the corners, counts to the last
+              ) -> torch.Tensor: # (bands,), float64; what lies beyond, in the corners, counts in the last
     "Variance by spatial frequency: the power of the Fourier transform, summed over rings. Adds up to the mean square."
     size = x.shape[-1]
     power = torch.fft.fft2(x.cpu().double(), norm="ortho").abs().square().sum(1).mean(0) / (x.shape[1] * size ** 2)

@@ -21,7 +21,7 @@ from .unet import make_network
 # %% ../nbs/05_sample.ipynb #c012
 @dataclass(eq=False)
 class Denoiser:
-    """A network's estimate of the clean image: parameterisation, labels, clipping and guidance in one object.
+    """A network's estimate of the clean image: prediction, labels, clipping and guidance in one object.
     Raises DiffnbError for a prediction that does not suit the schedule, and for labels or guidance that cannot work."""
     model: Callable                # any model(x_t, t, y) -> prediction, of the shape of x_t
     schedule: NoiseSchedule
@@ -88,7 +88,7 @@ def _in_config(model, name): # set of what its parts say: for num_classes {10}, 
     return {config[name] for config in configs if name in config}
 
 def _check_labels(y, null, lengths): # lengths of sentences: a set, empty for a model with classes
-    "`y` as a tensor, or DiffnbError. The range is compared once for a whole walk, so a GPU may be asked."
+    "`y` as a tensor, or DiffnbError. The range is checked once per Denoiser, so waiting for a GPU costs little."
     if y is None:
         return None
     try:
@@ -112,7 +112,7 @@ def _check_guidance(denoiser):
     "Raises DiffnbError unless the model can be guided as asked; nan is refused, too."
     w = denoiser.guidance_scale
     if not (isinstance(w, (int, float)) and abs(w) < 1000):
-        raise DiffnbError(f"guidance_scale={w!r} is not possible: a number between -1000 and 1000; 1 to 8 are usual "
+        raise DiffnbError(f"guidance_scale={w!r} is not possible: it must lie between -1000 and 1000; 1 to 8 are usual "
                           "(command line: --guidance-scale)")
     if w == 1:
         return
@@ -141,7 +141,7 @@ def _check_generators(generator, n):
     if isinstance(generator, (list, tuple)) and len(generator) != n:
         raise DiffnbError(f"{len(generator)} generators for {n} images: give one, or one for each")
 
-def _start(x_T, generator): # also of samplers that draw nothing, so that one can take the place of another
+def _start(x_T, generator): # checks also for samplers that draw nothing, so that samplers are interchangeable
     _check_generators(generator, len(x_T))
     return x_T.float()
 
@@ -159,7 +159,7 @@ class Trained:
     settings: dict            # how it was trained, as its file says
     classes: tuple            # class names; () for an unconditional model
     step: int                 # training steps behind it
-    autoencoder: torch.nn.Module | None = None # makes images of what is sampled; None: those are images (lesson 12)
+    autoencoder: torch.nn.Module | None = None # turns samples into images; None: they are images already (lesson 12)
     student_steps: int | None = None # DDIM steps for which it was distilled; None: any number will do (lesson 11)
 
     @property
@@ -245,7 +245,7 @@ def make_autoencoder(settings # arguments of an Autoencoder, as its `config` hol
 
 def load_model(source,  # run folder, checkpoint, weights file; or embedded: "cifar10", "cifar10-4", "clothes", "digits"
                device="auto", # where to put it: auto, cpu, cuda, cuda:1, mps
-               weights="ema", # or "model": the last weights themselves; "ema2", …: the other horizons of ema_half_lives
+               weights="ema", # or "model": the last weights themselves; "ema2", …: the other averages of ema_half_lives
               ) -> Trained:
     "A trained model, ready to sample. Raises DiffnbError if there is none, or if weights and description disagree."
     tensors, meta = _read_trained(source)
@@ -271,10 +271,10 @@ def load_model(source,  # run folder, checkpoint, weights file; or embedded: "ci
 def save_weights(trained, # Trained
                  path,    # a .safetensors file
                  dtype=torch.float16,
-                 origin=None, # what `diffnb info` shall say of where they come from: name -> text
+                 origin=None, # what `diffnb info` says of their origin: name -> text
                 ) -> Path: # the path
-    """Write the weights alone, for `load_model`; in half precision an eighth of a checkpoint. Raises DiffnbError if it
-    cannot."""
+    """Write the weights alone, for `load_model`; in half precision at most a sixth of a checkpoint. Raises DiffnbError
+    if it cannot."""
     tensors = {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()}
     meta = {"step": trained.step, "config": trained.settings, "model": trained.model.config,
             "data": {"classes": list(trained.classes)}} | ({} if origin is None else {"origin": origin})
@@ -364,7 +364,7 @@ def heun(denoiser,          # as in `ddim`
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):
         x0, eps = denoiser(x, t)
         x_next = euler = a_next * x0 + s_next * eps  # where one slope leads
-        if t_next >= 0 and a > 0:                    # no network at the clean end; no finite slope at pure noise
+        if t_next >= 0 and a > 0:                    # no network at the clean end; at pure noise r is infinite
             _, eps_next = denoiser(euler, t_next)
             # z_next = z + (r_next - r) * mean slope, with z = x / a and r = s / a, and all of it multiplied by a_next
             x_next = a_next / a * x + (s_next - s * a_next / a) * (eps + eps_next) / 2
@@ -404,7 +404,7 @@ def ddim_invert(denoiser,          # Denoiser; its estimates are not clipped her
                 spacing="trailing" # as in `ddim`
                ) -> torch.Tensor:  # x_T, float32, shaped as x0
     """The noise from which `ddim` with eta=0, unclipped, makes about `x0` (Song, Meng & Ermon 2021,
-    arXiv:2010.02502, section 5.4). Walks the transitions backwards with eps taken at the near end of each; the error
+    arXiv:2010.02502, section 5.4). Walks the transitions backwards with eps taken at the cleaner end; the error
     shrinks with the number of steps. Raises DiffnbError for impossible steps or spacing."""
     unclipped, x = replace(denoiser, clip=False), x0.float()
     for (t, t_next), (a, s), _ in reversed(denoiser.schedule.transitions(steps, spacing)):

@@ -25,7 +25,7 @@ from .unet import Attention, make_network, ResBlock
 def count_flops(model, # a UNet or Transformer
                 train=False, # count forward and backward pass, not the forward pass alone
                ) -> int: # floating point operations for one image
-    """Count the operations of convolutions, matrix products and attention: a multiplication and an addition count two.
+    """Count the operations of convolutions, matrix products and attention: a multiply-add counts as two.
     Computes nothing."""
     c = model.config
     with torch.device("meta"):

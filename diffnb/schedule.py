@@ -108,7 +108,7 @@ def _table(self, device):
 def signal_noise(self, t,   # timesteps: an int, or an integer tensor (B,); -1 is the clean end
                  ndim=4     # dimensions of the images, for broadcasting
                 ) -> tuple: # two floats, or two float32 tensors (B, 1, 1, 1) on t's device
-    "Signal and noise level, a and s, at `t`. Raises DiffnbError if `t` is not an integer, or an int out of range."
+    "Signal and noise level, a and s, at `t`. Raises DiffnbError if `t` is not an integer, or is an int out of range."
     if not torch.is_tensor(t):
         return (1.0, 0.0) if _integer(t, "t", -1, self.T - 1) == -1 else (self.a[t].item(), self.s[t].item())
     if t.is_floating_point():
@@ -268,7 +268,7 @@ def target(self, x0,   # clean images, (B, C, H, W), in [-1, 1]
 
 # %% ../nbs/02_schedule.ipynb #c061a
 @patch_to(NoiseSchedule)
-def to_x0(self, output, # what the network said, (B, C, H, W), any float type
+def to_x0(self, output, # the network's output, (B, C, H, W), any float type
           x_t,          # noised images, same shape
           t,            # timesteps, (B,), or an int
           prediction    # "eps", "x0", "v" or, for the flow schedule, "velocity"
@@ -303,7 +303,7 @@ def to_eps(self, x0, # estimate of the clean images, (B, C, H, W), perhaps clipp
     return (x_t.float() - a * x0.float()) / s
 
 # %% ../nbs/02_schedule.ipynb #c080
-_SPACINGS = { # timestep with j more to come after it, of S in all; u = j/(S-1). Fractions, because floats add steps
+_SPACINGS = { # timestep with j more to come after it, of S in all; u = j/(S-1). Fractions are exact, floats round
     "trailing": lambda T, S, j, u: round(Fraction(T * (j + 1), S)) - 1,
     "leading": lambda T, S, j, u: j * (T // S),
     "linspace": lambda T, S, j, u: round((T - 1) * u),
@@ -355,8 +355,8 @@ def image_spectrum(images,     # (N, C, H, W), uint8 or float in [-1, 1]
                    y=None,     # labels, (N,), int64: take variances around the mean of each image's class
                   ) -> torch.Tensor: # variances along the principal directions, (C*H*W,), float64, largest first
     """Eigenvalues of the images' covariance (principal component analysis); with labels, of the pooled covariance
-    within the classes. Warns if there are too few images to know it. Raises DiffnbError for labels that do not fit the
-    images."""
+    within the classes. Warns if there are too few images to determine it. Raises DiffnbError for labels that do not
+    fit the images."""
     device = images.device if images.is_cuda else "cpu"  # other accelerators have no float64
     n, d = len(images), images[0].numel()
     group, counts = _classes(torch.zeros(n, dtype=torch.long) if y is None else y, n)

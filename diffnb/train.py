@@ -86,7 +86,7 @@ def drop_labels(y,         # int64 (B,), sentences (B, L), or None
     return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
 
 # %% ../nbs/04_train.ipynb #c042
-def draw_timesteps(n, T, generator,   # how many, of how many there are; a torch.Generator
+def draw_timesteps(n, T, generator,   # timesteps to draw, timesteps in all, a torch.Generator
                    logit_normal=None, # mean and deviation of logit(t/T), or None: all timesteps alike
                   ) -> torch.Tensor: # int64 (n,) in [0, T), on the generator's device
     "Timesteps for training: uniform, or logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1)."
@@ -262,7 +262,7 @@ def make_averages(model, config) -> dict: # TrainConfig -> EMA by name: "ema", "
 BINS = 10
 
 class Meter:
-    """Sums over the steps since the last row: losses and counts in ten timestep bins, gradient norm, clipped steps,
+    """Sums over the steps since the last reading: losses and counts in ten timestep bins, gradient norm, clipped steps,
     steps."""
     def __init__(self, device): self.sums = torch.zeros(2 * BINS + 3, device=device)
 
@@ -366,7 +366,7 @@ class TrainState:
         shapes["meter"] = self.meter.sums.shape
         if given != shapes.keys() or any(tensors[k].shape != shape for k, shape in shapes.items()):
             raise DiffnbError(
-                "the checkpoint's optimiser state or meter is missing or belongs to another model or optimizer")
+                "the checkpoint's optimiser state or meter is missing or belongs to another model or optimiser")
         if unknown := sorted({k.split(".")[0] for k in tensors} - known):
             raise DiffnbError(f"the checkpoint holds {unknown[0]!r}, which this configuration does not have")
         return moments

@@ -167,12 +167,12 @@ class UNet(nn.Module):
     """`model(x_t, t, y=None)`: x_t (B, in_channels, H, W), t (B,), classes y (B,) -> prediction, shaped as x_t.
     14.4M parameters by default. `UNet(**model.config)` rebuilds it. Raises DiffnbError for settings or inputs that
     cannot work. Ho et al. 2020, appendix B, with the scale-and-shift conditioning of Nichol & Dhariwal 2021."""
-    def __init__(self, image_size=32,        # the size it is made for: names the levels
+    def __init__(self, image_size=32,        # the size it is made for: sets the resolutions of the levels
                  in_channels=3,              # also the number of output channels
                  base_channels=64,           # the width that channel_mult multiplies
                  channel_mult=None,          # one number per level; None: 1, 2.5, 3.5, more 1s in front above 32 pixels
                  blocks=2,                   # residual blocks per level on the way down; one more on the way up
-                 attention=None,  # resolutions, in patches, with attention; None: the first one up to 16; (): none
+                 attention=None,  # resolutions, in patches, with attention; None: first <= 16 below the top; (): none
                  head_dim=None,              # channels per attention head; None: a single head
                  dropout=0.0,                # before each block's last convolution
                  num_classes=None,           # None: no classes; else y is 0..num_classes, the last being the null class
@@ -258,7 +258,7 @@ def _shape(c):
         raise DiffnbError(
             f"image_size={c['image_size']}{of_patches} cannot be halved {levels - 1} times, once per level "
             "of channel_mult "
-            f"after the first: it must be divisible by {2 ** (levels - 1)}. Resize the images or use fewer "
+            f"after the first: {size} must be divisible by {2 ** (levels - 1)}. Resize the images or use fewer "
             "levels")
     if widths[0] // 2 <= c["freq_shift"]:
         raise DiffnbError("freq_shift=1 needs a first width above 2")
@@ -306,11 +306,11 @@ def _check_inputs(c, x_t, t, y):
         raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), "
                           f"height and width divisible by {factor}. Other sizes or channels need another network")
     if not x_t.is_floating_point():
-        raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them of bytes")
+        raise DiffnbError(f"x_t is {x_t.dtype}: expected floats; to_float(images) makes them from bytes")
     b, t = x_t.shape[0], torch.as_tensor(t, device=x_t.device)
     if t.dtype in (torch.bfloat16, torch.float16, torch.bool) or t.shape not in ((), (b,)):
         raise DiffnbError(f"t is {t.dtype} of shape {tuple(t.shape)}: expected integers, shape ({b},) or one number. "
-                          "Half precision cannot hold timesteps: 750 becomes 752 or worse")
+                          "Half precision is too coarse: in bfloat16 750 becomes 752")
     if c["num_classes"] is None:
         if y is not None:
             raise DiffnbError("this model was trained without classes: leave y out, or train one with num_classes")

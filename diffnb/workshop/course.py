@@ -24,7 +24,7 @@ needed = (
     "filelock", "jinja2", "tyro")
 
 def check_environment() -> dict: # package -> version, or None if it is missing
-    "Print what this machine has: versions, devices, and for what is missing what it is for and how to get it."
+    "Print versions and devices; for each missing package, what it is for and how to get it."
     found = {}
     for name in (*needed, *optional):
         try:
@@ -37,7 +37,7 @@ def check_environment() -> dict: # package -> version, or None if it is missing
     elif torch.backends.mps.is_available():
         print("device: Apple GPU (mps)")
     else:
-        print(f"device: CPU, {torch.get_num_threads()} threads; enough for every lesson, slow for CIFAR-10")
+        print(f"device: CPU, {torch.get_num_threads()} thread(s); enough for every lesson, slow for CIFAR-10")
     for name in (n for n, v in found.items() if v is None):
         print(
             f"missing: {name}, "
@@ -104,7 +104,7 @@ def figures_in_words() -> None:
     if not ip:
         return
     from IPython.core.pylabtools import print_figure
-    plt.switch_backend(plt.get_backend())                        # what a first figure does: it would undo the rest
+    plt.switch_backend(plt.get_backend())                        # a first figure does this, and would undo what follows
     def html(fig):
         png = print_figure(fig, base64=True)
         return png and (

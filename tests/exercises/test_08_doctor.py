@@ -54,17 +54,26 @@ def by_loss(early, late, bands, distance): # where the outputs differ most
     return max(bands, key=differ)
 
 
-def newborn(decay_of):
-    return lambda decay, steps, warmup: float(np.prod([decay_of(decay, k, warmup) for k in range(steps)]))
+def octave(part=1.0): # continue the fall of the last doubling
+    return lambda images, loss: float(
+        loss[-20:].mean() - part * (loss[images > images[-1] / 2][:20].mean() - loss[-20:].mean()))
 
 
-def ema(decay, k, warmup): return min(decay, (1 + k) / (10 + k)) if warmup else decay
+def through_logarithms(images, loss):
+    slope, start = np.polyfit(np.log(images), np.log(loss), 1)
+    return float(np.exp(start + slope * np.log(2 * images[-1])))
 
 
-def at_floor(error=lambda x: 1.96 * x.std(ddof=1) / len(x) ** 0.5, least=8, flip=1):
-    def f(x, floor):
-        if len(x) < least:
+def through_late_rows(images, loss):
+    slope, start = np.polyfit(images[-90:], loss[-90:], 1)
+    return float(start + slope * 2 * images[-1])
+
+
+def at_floor(error=lambda x: 1.96 * x.std(ddof=1) / len(x) ** 0.5, least=8, flip=1, apart=True):
+    def f(x, floor, k):
+        if len(x) < least * k:
             return None
+        x = x[::k] if apart else x
         d, e = flip * (x.mean() - floor), error(x)
         return Problem(f"{x.mean():.4f}", "", "") if d > e else f"{x.mean():.4f}" if d < -e else None
     return f
@@ -93,20 +102,18 @@ WRONG = {
         (band(max, lambda first, t, end: not first <= t < end), "costs"), (all_alike, "costs"),
         (lambda *a: (600, 1000), "its loss is worst"), (lambda *a: 2, "not one of the bands")],
     "8.4": [
-        (lambda decay, steps, warmup: 1 - newborn(ema)(decay, steps, warmup), "everything after the beginning"),
-        (lambda decay, steps, warmup: 1 - steps * (1 - decay), "a power of the decay"),
-        (lambda decay, steps, warmup: decay**steps, "the warm-up is missing"),
-        (newborn(lambda decay, k, warmup: max(decay, (1 + k) / (10 + k)) if warmup else decay), "so it is the min"),
-        (newborn(lambda decay, k, warmup: ema(decay, k, True)), "although `warmup` is False"),
-        (lambda decay, steps, warmup: ema(decay, steps - 1, warmup) ** steps, "only the last step's decay")],
+        (lambda images, loss: float(loss[-20:].mean()), "still falls"), (octave(), "slows down"),
+        (through_logarithms, "slows down"), (through_late_rows, "slows down"), (octave(0.25), "too little of the fall"),
+        (lambda images, loss: float(loss[-1]) * 1j, "not a finite float"), (lambda images, loss: None, "not a finite")],
     "8.5": [
-        (at_floor(lambda x: x.std() / len(x) ** 0.5), "1.8 standard errors above"), (at_floor(least=9), "8 are enough"),
-        (at_floor(lambda x: 0), "1.8 standard errors above"), (at_floor(lambda x: 1.96 * x.std()), "divided by √n"),
-        (at_floor(flip=-1), "changed places"), (at_floor(least=0), "seven rows"),
+        (at_floor(apart=False), "how many of them are independent"), (at_floor(least=9), "8 * k suffice"),
+        (at_floor(lambda x: 0), "how many of them are independent"),
+        (at_floor(lambda x: 1.96 * x.std()), "divided by the root"),
+        (at_floor(flip=-1), "changed places"), (at_floor(least=0), "159 rows"),
         (
-            lambda x, floor: (
+            lambda x, floor, k: (
                 Problem(f"{x.mean()}", "", "")
-                if x.mean() - 1.96 * x.std() / len(x) ** 0.5 > floor
+                if x[::k].mean() - 1.96 * x[::k].std() / len(x[::k]) ** 0.5 > floor
                 else f"{x.mean()}"
                 if len(x) > 7
                 else None),

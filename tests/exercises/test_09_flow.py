@@ -1,5 +1,5 @@
 "Wrong answers to the exercises of 09_flow, and the words each must be met with."
-from math import log, pi, sqrt
+from math import pi, sqrt
 
 import torch
 
@@ -22,8 +22,8 @@ def first_flow(x, s, m, std):
     return -m + (s - (1 - s) * var) / ((1 - s) ** 2 * var + s ** 2) * (x - (1 - s) * m)
 
 
-def draws(mean=lambda mean, k: mean + log(k), std=lambda std, k: std):
-    return lambda m, d, size: (mean(m, size / 32), std(d, size / 32))
+def draws(of=lambda schedule: -schedule.log_snr() / 2, moments=lambda x: (x.mean().item(), x.std().item())):
+    return lambda schedule: moments(of(schedule))
 
 
 def to_mean(x_t, t): return x_t                            # one step from s = 1 ends at 0, and so do many
@@ -60,11 +60,13 @@ WRONG = {
         (line(lambda z, x0: z), "subtract its image"),
         (lambda x, s, m, std: x - (m + std * x), "z is taken as x")],
     "9.3": [
-        (draws(lambda mean, k: mean - log(k)), "the wrong way"), (draws(lambda mean, k: mean + 2 * log(k)), "once"),
-        (draws(lambda mean, k: mean * k), "added to the mean"), (draws(lambda mean, k: mean + k), "not the ratio"),
-        (draws(lambda mean, k: mean), "need other draws"), (draws(std=lambda std, k: std * k), "the deviation stays"),
-        (draws(std=lambda std, k: std + log(k)), "only the mean moves"),
-        (lambda mean, std, size: mean, "return two numbers")],
+        (draws(lambda schedule: schedule.log_snr() / 2), "high logit"),
+        (draws(lambda schedule: -schedule.log_snr()), "a ratio of levels"),
+        (draws(lambda schedule: schedule.log_snr()), "the sign, and half"),
+        (draws(lambda schedule: schedule.s.double().logit()), "schedule's own s"),
+        (draws(moments=lambda x: (x.mean().item(), x.var().item())), "this is the variance"),
+        (draws(moments=lambda x: (x.mean().item(), 2 * x.std().item())), "a ratio of levels"),
+        (draws(moments=lambda x: x.mean().item()), "return two numbers")],
     "9.4": [
         (lambda sample: first_of_circle, "this is a first flow"), (lambda sample: to_mean, "too few steps"),
         (lambda sample: wrong_sign, "goes against it"), (lambda sample: twice_the_radius, "after 50 steps it is"),

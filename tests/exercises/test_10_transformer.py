@@ -1,4 +1,6 @@
 "Exercises of lesson 10: stubs fail, solutions pass, and plausible wrong answers get the message meant for them."
+import math
+
 import torch
 
 from common import tests_of
@@ -36,11 +38,21 @@ def design(patch_size, base_channels, depth, **more):
     return lambda: dict(patch_size=patch_size, base_channels=base_channels, depth=depth, **more)
 
 
+def width(half=4, modulation=12, products=4, less=None):
+    "An answer to 10.1 with one part left out, or with the products falling by another factor."
+    def answer(w, n):
+        few = n / half
+        cost = (24 * n + modulation) * w ** 2 + products * n ** 2 * w
+        p, q = 24 * few + modulation, products * (n ** 2 / less if less else few ** 2)
+        return (-q + math.sqrt(q ** 2 + 4 * p * cost)) / (2 * p)
+    return answer
+
+
 WRONG = {
     "10.1": [
-        (lambda w: 12 * w, "attention multiplies twice"), (lambda w: 2 * w, "two layers of the MLP are missing"),
-        (lambda w: 4 * w, "own four layers are missing"), (lambda w: 5.5 * w, "out is missing"),
-        (lambda w: 3 * w, "four times as wide"), (lambda w: 6 * w + 1, "was expected")],
+        (lambda w, n: 2 * w, "only the layers on tokens"), (width(half=2), "not a half"),
+        (width(modulation=0), "modulation is missing"), (width(products=0), "two products are missing"),
+        (width(less=4), "fall to a sixteenth"), (lambda w, n: w, "was expected")],
     "10.2": [
         (slip("x0 is noise"), "noise is not in this target"), (slip("noise alone"), "the images are in the velocity"),
         (slip("images alone"), "the noise is in the velocity"), (slip("amplitudes"), "levels are amplitudes"),

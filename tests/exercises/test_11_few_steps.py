@@ -11,7 +11,17 @@ ndtri, ndtr = torch.special.ndtri, torch.special.ndtr
 def number(x): return torch.tensor(x, dtype=torch.float64)
 
 
-def total(a, s, var): return a ** 2 * var + s ** 2
+def fewest(enough=lambda left, share, v: left >= share * math.sqrt(v), last=True):
+    "An answer to 11.1 with another criterion, or without the step to the clean end."
+    def answer(schedule, v, share):
+        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            steps = schedule.transitions(n)
+            left = math.prod((a * a_next * v + s * s_next) / (a ** 2 * v + s ** 2)
+                             for _, (a, s), (a_next, s_next) in (steps if last else steps[:-1]))
+            if enough(left, share, v):
+                return n
+        return 256
+    return answer
 
 
 def within(p, low, high): # share of the noise in an interval around the jump
@@ -44,12 +54,13 @@ def target(f):
 
 WRONG = {
     "11.1": [
-        (lambda x, a, s, m, v: m + a * v / total(a, s, v) * (x - a * m), "the denoiser's estimate"),
-        (lambda x, a, s, m, v: m + v / total(a, s, v) * (x - a * m), "the ratio of variances"),
-        (lambda x, a, s, m, v: m + math.sqrt(v / total(a, s, v)) * (x - m), "a times the mean"),
-        (lambda x, a, s, m, v: math.sqrt(v / total(a, s, v)) * (x - a * m), "the mean of the data is missing"),
-        (lambda x, a, s, m, v: m + math.sqrt(v) / s * (x - a * m), "the data contribute, too"),
-        (lambda x, a, s, m, v: m + math.sqrt(v / (v + s ** 2)) * (x - a * m), "the signal is scaled by a")],
+        (fewest(lambda left, share, v: left >= share * v), "too little"),
+        (fewest(lambda left, share, v: left ** 2 >= share * v), "are enough"),
+        (fewest(lambda left, share, v: left >= share), "are enough"),
+        (fewest(last=False), "over all steps"),
+        (lambda schedule, v, share: fewest()(schedule, v, share) + 1, "not one of"),
+        (lambda schedule, v, share: fewest()(schedule, v, share) // 2, "too little"),
+        (lambda schedule, v, share: float(fewest()(schedule, v, share)), "a whole number")],
     "11.2": [
         (lambda p, slope: within(p, 0.5 / slope, 0.5 / slope), "climbs from -1 to 1, by 2"),
         (lambda p, slope: within(p, 2 / slope, 2 / slope), "too wide"),

@@ -2,7 +2,6 @@
 import torch
 
 from common import tests_of
-from diffnb.latent import band_power
 
 
 def axes(variances, decibels, d=None):
@@ -11,7 +10,10 @@ def axes(variances, decibels, d=None):
     return int((left / (d or len(variances)) > 4 / 10 ** (decibels / 10)).sum())
 
 
-def rings(x): return band_power(x, 4)
+def bands(x): # power in the bands of |f_x|, and of |f_y|
+    band = (8 * torch.fft.fftfreq(x.shape[-1]).abs()).long().clamp(max=3)
+    power = torch.fft.fft2(x.double()).abs().square().mean((0, 1))
+    return torch.stack([torch.zeros(4, dtype=torch.double).index_add(0, band, p) for p in (power.sum(0), power.sum(1))])
 
 
 def scaled(mean_of, std_of, divide=lambda z, m, s: (z - m) / s):
@@ -41,16 +43,19 @@ WRONG = {
         (lambda v, decibels: len(v) - axes(v, decibels), "may be dropped"),
         (lambda v, decibels: axes(4 * v, decibels), "the peak squared is 4")],
     "12.2": [
-        (lambda schedule, c: schedule, "nothing has changed"),
-        (lambda schedule, c: schedule.shift(1 / c), "the wrong way"),
-        (lambda schedule, c: schedule.shift(c ** 2), "by c**4"),
-        (lambda schedule, c: schedule.shift(c ** 0.5), "falls by c**2"),
-        (lambda schedule, c: schedule.snr() / c ** 2, "a NoiseSchedule was expected")],
+        (lambda schedule, c, d: schedule, "nothing has changed"),
+        (lambda schedule, c, d: schedule.shift(d / c), "the wrong way"),
+        (lambda schedule, c, d: schedule.shift(c), "not scaled at all"),
+        (lambda schedule, c, d: schedule.shift((c / d) ** 2), "by (c/d)**4"),
+        (lambda schedule, c, d: schedule.shift((c / d) ** 0.5), "falls by (c/d)**2"),
+        (lambda schedule, c, d: schedule.snr() / c ** 2, "a NoiseSchedule was expected")],
     "12.3": [
-        (lambda x, other: rings(other) / rings(x), "noise counts as detail"),
-        (lambda x, other: rings(x - other) / rings(x), "this is the share lost"),
-        (lambda x, other: 1 - (rings(x - other) / rings(x)).sqrt(), "take no root"),
-        (lambda x, other: 1 - rings(x - other) / rings(x).sum(), "in the same band")],
+        (lambda x, other: (1 - bands(x - other) / bands(x)).flip(0), "changed places"),
+        (lambda x, other: bands(other) / bands(x), "noise counts as detail"),
+        (lambda x, other: bands(x - other) / bands(x), "this is the share lost"),
+        (lambda x, other: 1 - (bands(x - other) / bands(x)).sqrt(), "take no root"),
+        (lambda x, other: 1 - bands(x - other) / bands(x)[0].sum(), "in the same band"),
+        (lambda x, other: (1 - bands(x - other) / bands(x))[0], "has shape (4,)")],
     "12.4": [
         (lambda quality: (8, 16), "measure all three"),
         (lambda quality: (4, 4), "measure all three"),

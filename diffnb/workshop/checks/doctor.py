@@ -18,7 +18,7 @@ from ...data import to_uint8
 from ...sample import ddim, Denoiser, draw_noise
 from ...schedule import linear_schedule
 from ...train import EMA, train_steps, TrainState
-from ..check import exercise, fresh, same, Wrong
+from ..check import exercise, fresh, Wrong
 from ..datasets import load_data
 from ..settings import TrainConfig
 
@@ -196,78 +196,60 @@ def _costly(answer):
                         f"take the largest distance.{how}")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c015
-def _left(decay, steps, warmup):
-    average = 1.0  # the first weights are 1, all later ones 0
-    for step in range(steps):
-        d = min(decay, (1 + step) / (10 + step)) if warmup else decay
-        average = d * average + (1 - d) * 0.0
-    return average
-
-@exercise("8.4", "How much of the newborn network is left?", minutes=10, level=2)
-def _born(answer):
-    r = torch.rand(1, generator=fresh()).item()
-    for decay, steps in ((0.99, 40 + int(50 * r)), (0.999 + 0.0009 * r, 1200)):
-        want = _left(decay, steps, False)
-        same(
-            answer(decay, steps, False), want, f"the share left after {steps} steps at {decay:.4g}",
-            {
-                "this is the share of everything after the beginning, which is 1 minus what was asked for.": 1 - want,
-                "each step takes a part of what is left, not of the whole: it is a power of the decay, not a "
-                "multiple.": 1 - steps * (1 - decay),
-                "there is one factor too many: the steps are 0 … steps - 1.": _left(decay, steps + 1, False),
-                "there is one factor missing: the steps are 0 … steps - 1.": _left(decay, steps - 1, False),
-                "warm-up was used although `warmup` is False.": _left(decay, steps, True)},
-            atol=1e-4 * want)
-    cases = ((0.7, 25), (0.9, 10))
-    both = lambda of: [float(of(decay, steps)) for decay, steps in cases]
-    want, of_step = both(lambda d, n: _left(d, n, True)), lambda d, k: min(d, (1 + k) / (10 + k))
-    same(
-        both(lambda d, n: answer(d, n, True)), want,
-        "a list of shares left with warm-up, after 25 steps at 0.7 and 10 at 0.9,",
-        {
-            "the warm-up is missing: the decay of step k is min(decay, (1 + k) / (10 + k)).": both(lambda d, n: d**n),
-            "only the last step's decay was used; with warm-up it is different at each step, so multiply them "
-            "all.": both(lambda d, n: of_step(d, n - 1) ** n),
-            "the warm-up begins at step 0 with a decay of 1/10: your product leaves it out.": both(
-                lambda d, n: 10 * _left(d, n, True)),
-            "there is one factor too many: the steps are 0 … steps - 1.": both(lambda d, n: _left(d, n + 1, True)),
-            "the larger of both decays was taken; warm-up makes the decay smaller, so it is the min.": both(
-                lambda d, n: np.prod([max(d, (1 + k) / (10 + k)) for k in range(n)]))},
-        atol=1e-4 * min(want))
+@exercise("8.4", "What would twice the time bring?", minutes=20, level=3)
+def _forecast(answer):
+    rng = _rng()
+    for _ in range(3):
+        a, c, scatter = rng.uniform(0.03, 0.06), rng.uniform(0.9, 1.1), 0.01
+        images = np.arange(15.0, 301) * 6400
+        b = rng.uniform(0.5, 0.7) * a * images[-1] ** c
+        def true(n): return a + b * n ** -c
+        loss, want = true(images) + scatter * a * rng.standard_normal(len(images)), true(2 * images[-1])
+        got = answer(images.copy(), loss.copy())
+        if not isinstance(got, (float, np.floating)) or not math.isfinite(got):
+            raise Wrong(f"{got!r:.40} is not a finite float.")
+        brings = true(images[-1]) - want
+        off = (got - want) / brings
+        where = f"{got:.4f} is forecast where {want:.4f} is right; the last rows are near {true(images[-1]):.4f}"
+        if off > 0.75:
+            raise Wrong(f"{where}. The loss still falls: twice the images bring something.")
+        if off > 0.25:
+            raise Wrong(f"{where}. Your forecast has too little of the fall that is still to come.")
+        if off < -0.25:
+            raise Wrong(f"{where}. The fall slows down, towards a level above 0 that your forecast must know.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c017
-def _near_floor(errors, n=40, floor=0.044): # -> losses
-    z = _rng().standard_normal(n)
+def _near_floor(errors, n=400, k=20, floor=0.044): # -> smoothed losses (n,)
+    z = _rng().standard_normal(n + k - 1)
     z = (z - z.mean()) / z.std(ddof=1)
     scatter = 0.004
-    return floor + errors * scatter / np.sqrt(n) + scatter * z
+    return np.convolve(floor + errors * scatter / np.sqrt(n) + scatter * z, np.ones(k) / k, "valid")
 
-@exercise("8.5", "Above the floor, below it, or nobody knows", minutes=10, level=2)
+@exercise("8.5", "Rows that repeat each other", minutes=15, level=2)
 def _at_floor(answer):
     floor = 0.04 + 0.01 * torch.rand(1, generator=fresh()).item()
-    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor)) for e in (2.2, 1.8, -1.8, -2.2)}
-    if said[2.2] == "well" or said[-2.2] == "problem":
+    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor, 20)) for e in (5, 1, -1, -5)}
+    if said[5] == "well" or said[-5] == "problem":
         raise Wrong("above and below have changed places: a loss above the floor is the problem.")
-    if said[2.2] == "nothing" and said[-2.2] == "nothing":
+    if said[5] == "nothing" and said[-5] == "nothing":
         raise Wrong(
-            "a mean 2.2 standard errors away from the floor was left undecided. The uncertainty of a mean "
-            "is that of a row divided by √n.")
-    if said[2.2] == "nothing":
-        raise Wrong("a mean 2.2 standard errors above the floor should be a Problem.")
-    if said[-2.2] == "nothing":
+            "a mean 5 standard errors away from the floor was left undecided. The uncertainty of a mean of independent "
+            "rows is that of a row divided by the root of their number.")
+    if said[5] == "nothing":
+        raise Wrong("a mean 5 standard errors above the floor should be a Problem.")
+    if said[-5] == "nothing":
+        raise Wrong("a mean 5 standard errors below the floor should be a sentence: that is good news, with a number.")
+    if said[1] == "problem":
         raise Wrong(
-            "a mean 2.2 standard errors below the floor should be a sentence: that is good news, with a number.")
-    if said[1.8] == "problem":
+            "a mean only one standard error above the floor was called a problem. Neighbouring rows repeat each other: "
+            "how many of them are independent?")
+    if said[-1] == "well" or said[1] == "well":
         raise Wrong(
-            "a mean only 1.8 standard errors above the floor was called a problem: it lies within the 95% "
-            "interval, 1.96 of them. Return None.")
-    if said[-1.8] == "well" or said[1.8] == "well":
-        raise Wrong(
-            "a mean within 1.8 standard errors of the floor was called good: it may as well lie above. Return None.")
-    if _kind_of(answer(_near_floor(4, n=7, floor=floor), floor)) != "nothing":
-        raise Wrong("a verdict was passed on seven rows: with fewer than 8, return None.")
-    if _kind_of(answer(_near_floor(4, n=8, floor=floor), floor)) == "nothing":
-        raise Wrong("eight rows, four standard errors above the floor, were left undecided: 8 are enough.")
+            "a mean within one standard error of the floor was called good: it may as well lie above. Return None.")
+    if _kind_of(answer(_near_floor(8, n=159, floor=floor), floor, 20)) != "nothing":
+        raise Wrong("a verdict was passed on 159 rows of k = 20: with fewer than 8 * k, return None.")
+    if _kind_of(answer(_near_floor(12, n=160, floor=floor), floor, 20)) == "nothing":
+        raise Wrong("160 rows of k = 20, twelve standard errors above the floor, were left undecided: 8 * k suffice.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c019
 def _curve(rng, rise=0.0, wiggle=0.15, n=100):

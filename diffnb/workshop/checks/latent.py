@@ -50,44 +50,49 @@ def _axes(answer):
 def _equivalent(answer):
     g = fresh()
     for schedule in (linear_schedule(), cosine_schedule(100)):
-        c = 1.5 + 6 * torch.rand((), generator=g).item()
-        got = answer(schedule, c)
+        c, d = 3 + 4 * torch.rand((), generator=g).item(), 1.2 + torch.rand((), generator=g).item()
+        got = answer(schedule, c, d)
         if not isinstance(got, NoiseSchedule):
             raise Wrong(f"a NoiseSchedule was expected; {type(got).__name__} came back.")
         same(
-            got.log_snr(), schedule.shift(c).log_snr(), f"the log SNR for c = {c:.2f}",
+            got.log_snr(), schedule.shift(c / d).log_snr(), f"the log SNR for c = {c:.2f}, d = {d:.2f}",
             {
-                "nothing has changed: without scaling the latents have c**2 times the variance.": schedule.log_snr(),
-                "this goes the wrong way: unscaled latents stand out more, so the schedule must have more noise.":
-                schedule.shift(1 / c).log_snr(),
+                "nothing has changed: their latents have (c/d)**2 times the variance of yours.": schedule.log_snr(),
+                "this goes the wrong way: where d < c their latents stand out more, so the schedule must have more "
+                "noise.": schedule.shift(d / c).log_snr(),
+                "this is the schedule for latents that are not scaled at all; theirs are divided by d.":
+                schedule.shift(c).log_snr(),
                 "the SNR is a ratio of variances, and shift divides it by the square of its argument already: you "
-                "divided it by c**4.": schedule.shift(c ** 2).log_snr(),
-                "you divided the SNR by c; the variance falls by c**2.": schedule.shift(math.sqrt(c)).log_snr()},
+                "divided it by (c/d)**4.": schedule.shift((c / d) ** 2).log_snr(),
+                "you divided the SNR by c/d; the variance falls by (c/d)**2.":
+                schedule.shift(math.sqrt(c / d)).log_snr()},
             atol=1e-6)
 
 # %% ../../../nbs/workshop/checks/12_latent.ipynb #c012
-def _power(x): # four rings by their definition, without diffnb's function
-    size = x.shape[-1]
-    f = torch.fft.fftfreq(size, dtype=torch.float64)
-    r, power = (f[:, None] ** 2 + f ** 2).sqrt(), torch.fft.fft2(x.double()).abs().square().mean((0, 1))
+def _power(x): # the bands of |f_x| and of |f_y| by their definition, (2, 4)
+    f = torch.fft.fftfreq(x.shape[-1], dtype=torch.float64).abs()
+    power = torch.fft.fft2(x.double()).abs().square().mean((0, 1))
     edges = [0, 0.125, 0.25, 0.375, 1]
-    return torch.stack([power[(r >= a) & (r < b)].sum() for a, b in zip(edges, edges[1:])])
+    inside = [(f >= a) & (f < b) for a, b in zip(edges, edges[1:])]
+    return torch.stack([torch.stack([p[i].sum() for i in inside]) for p in (power.sum(0), power.sum(1))])
 
-@exercise("12.3", "What is kept of each frequency", minutes=10, level=2)
+@exercise("12.3", "Blurred along which direction?", minutes=15, level=2)
 def _kept(answer):
     g = fresh()
     x = torch.randn(6, 1, 32, 32, generator=g)
-    other = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) + 0.3 * torch.randn(x.shape, generator=g)
+    other = F.avg_pool2d(F.pad(x, (1, 1, 0, 0), mode="circular"), (1, 3), 1) + 0.3 * torch.randn(x.shape, generator=g)
     right = 1 - _power(x - other) / _power(x)
     same(
-        answer(x.clone(), other.clone()), right, "the share kept in the four bands",
+        answer(x.clone(), other.clone()), right, "the share kept in the two times four bands",
         {
+            "the directions have changed places: the last dimension of the transform is the frequency along a row, "
+            "f_x.": right.flip(0),
             "this says how much power the other images have, right or wrong: noise counts as detail. Look at the power "
             "of the difference.": _power(other) / _power(x),
             "this is the share lost.": 1 - right,
             "power is the square of an amplitude: take no root.": 1 - (_power(x - other) / _power(x)).sqrt(),
             "divide by the power of the images in the same band, not by that of all bands.":
-            1 - _power(x - other) / _power(x).sum()},
+            1 - _power(x - other) / _power(x)[0].sum()},
         atol=1e-4)
 
 # %% ../../../nbs/workshop/checks/12_latent.ipynb #c015
