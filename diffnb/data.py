@@ -146,7 +146,7 @@ def save_grid(images,  # (N, C, H, W): uint8, or float in [-1, 1]
     if scale > 1:
         images = resize(images, [scale * side for side in images.shape[-2:]])
     png, mark = io.BytesIO(), PngInfo()
-    mark.add_text("Software", "diffnb")                          # a folder read as data skips the grid
+    mark.add_text("Software", "diffnb")                          # reading a folder as data skips this
     grid = rearrange(tile(images, cols, padding=2).expand(3, -1, -1), "c h w -> h w c")
     Image.fromarray(grid.numpy()).save(png, format="PNG", pnginfo=mark)
     return write_whole(path, png.getvalue())

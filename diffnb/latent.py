@@ -56,7 +56,7 @@ class Autoencoder(nn.Module):
     size that `factor` divides will do. `Autoencoder(**a.config)` rebuilds it. Raises DiffnbError for images it cannot
     fold, or numbers that are not whole and above 0."""
     def __init__(self, in_channels=1,     # of the images
-                 factor=4,                # side of the square of pixels that one latent stands for
+                 factor=4,                # side of the squares of pixels that become one position
                  latent_channels=4,       # numbers kept of each square
                  width=64,                # channels of the convolutions
                  blocks=2):               # residual blocks in the encoder, and in the decoder

@@ -356,7 +356,7 @@ def heun(denoiser,          # as in `ddim`
          generator=None,    # as in `ddim`; nothing is drawn from it
          callback=None,     # as in `ddim`
          spacing="trailing" # as in `ddim`
-        ) -> torch.Tensor:  # x0, float32, shaped as x_T; clipping bounds the estimates only, not the result
+        ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] if the denoiser clips
     """Heun's second-order method on the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1),
     deterministic. Two network evaluations in each step, one in the last. Raises DiffnbError for impossible steps or
     spacing."""

@@ -183,7 +183,7 @@ def _divide(state, device):
         model.to(memory_format=torch.contiguous_format)          # FSDP2 divides only this one
         for block in (m for m in model.modules() if isinstance(m, UNITS)):
             fully_shard(block, mesh=mesh)
-        # no backward pass would divide the averages again
+        # averages: no backward pass divides them again
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     state.optimizer, state.meter.sums = make_optimizer(state.model, state.config), state.meter.sums.to(device)
     for name, p in state.model.named_parameters():

@@ -172,7 +172,7 @@ class UNet(nn.Module):
                  base_channels=64,           # the width that channel_mult multiplies
                  channel_mult=None,          # one number per level; None: 1, 2.5, 3.5, more 1s in front above 32 pixels
                  blocks=2,                   # residual blocks per level on the way down; one more on the way up
-                 attention=None,  # resolutions, in patches, with attention; None: first <= 16 below the top; (): none
+                 attention=None,  # resolutions with attention, in patches; None: below the top, first <= 16; (): none
                  head_dim=None,              # channels per attention head; None: a single head
                  dropout=0.0,                # before each block's last convolution
                  num_classes=None,           # None: no classes; else y is 0..num_classes, the last being the null class
@@ -299,8 +299,8 @@ def _checked(c):
 
 # %% ../nbs/03_unet.ipynb #c064
 def _check_inputs(c, x_t, t, y):
-    """Raises if x_t, t or y do not suit configuration `c`; returns t, (B,), and y: None without classes, (B,), or for a
-    network that reads sentences (B, text_length)."""
+    """Raises if x_t, t or y do not suit configuration `c`; returns t, (B,), and y: None without classes,
+    (B, text_length) if the network reads sentences, else (B,)."""
     factor = c["patch_size"] * 2**(len(c.get("channel_mult", [1])) - 1)
     if x_t.ndim != 4 or x_t.shape[1] != c["in_channels"] or x_t.shape[2] % factor or x_t.shape[3] % factor:
         raise DiffnbError(f"x_t has shape {tuple(x_t.shape)}: expected (batch, {c['in_channels']}, height, width), "

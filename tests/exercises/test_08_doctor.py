@@ -109,7 +109,7 @@ WRONG = {
         (at_floor(apart=False), "how many of them are independent"), (at_floor(least=9), "8 * k suffice"),
         (at_floor(lambda x: 0), "how many of them are independent"),
         (at_floor(lambda x: 1.96 * x.std()), "divided by the root"),
-        (at_floor(flip=-1), "changed places"), (at_floor(least=0), "159 rows"),
+        (at_floor(flip=-1), "changed places"), (at_floor(least=0), "319 rows"),
         (
             lambda x, floor, k: (
                 Problem(f"{x.mean()}", "", "")

@@ -219,7 +219,7 @@ def _forecast(answer):
             raise Wrong(f"{where}. The fall slows down, towards a level above 0 that your forecast must know.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c017
-def _near_floor(errors, n=400, k=20, floor=0.044): # -> smoothed losses (n,)
+def _near_floor(errors, n=1600, k=40, floor=0.044): # -> smoothed losses (n,)
     z = _rng().standard_normal(n + k - 1)
     z = (z - z.mean()) / z.std(ddof=1)
     scatter = 0.004
@@ -228,7 +228,7 @@ def _near_floor(errors, n=400, k=20, floor=0.044): # -> smoothed losses (n,)
 @exercise("8.5", "Rows that repeat each other", minutes=15, level=2)
 def _at_floor(answer):
     floor = 0.04 + 0.01 * torch.rand(1, generator=fresh()).item()
-    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor, 20)) for e in (5, 1, -1, -5)}
+    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor, 40)) for e in (5, 0.5, -0.5, -5)}
     if said[5] == "well" or said[-5] == "problem":
         raise Wrong("above and below have changed places: a loss above the floor is the problem.")
     if said[5] == "nothing" and said[-5] == "nothing":
@@ -239,17 +239,17 @@ def _at_floor(answer):
         raise Wrong("a mean 5 standard errors above the floor should be a Problem.")
     if said[-5] == "nothing":
         raise Wrong("a mean 5 standard errors below the floor should be a sentence: that is good news, with a number.")
-    if said[1] == "problem":
+    if said[0.5] == "problem":
         raise Wrong(
-            "a mean only one standard error above the floor was called a problem. Neighbouring rows repeat each other: "
-            "how many of them are independent?")
-    if said[-1] == "well" or said[1] == "well":
+            "a mean only half a standard error above the floor was called a problem. Neighbouring rows repeat each "
+            "other: how many of them are independent?")
+    if said[-0.5] == "well" or said[0.5] == "well":
         raise Wrong(
-            "a mean within one standard error of the floor was called good: it may as well lie above. Return None.")
-    if _kind_of(answer(_near_floor(8, n=159, floor=floor), floor, 20)) != "nothing":
-        raise Wrong("a verdict was passed on 159 rows of k = 20: with fewer than 8 * k, return None.")
-    if _kind_of(answer(_near_floor(12, n=160, floor=floor), floor, 20)) == "nothing":
-        raise Wrong("160 rows of k = 20, twelve standard errors above the floor, were left undecided: 8 * k suffice.")
+            "a mean within half a standard error of the floor was called good: it may as well lie above. Return None.")
+    if _kind_of(answer(_near_floor(8, n=319, floor=floor), floor, 40)) != "nothing":
+        raise Wrong("a verdict was passed on 319 rows of k = 40: with fewer than 8 * k, return None.")
+    if _kind_of(answer(_near_floor(12, n=320, floor=floor), floor, 40)) == "nothing":
+        raise Wrong("320 rows of k = 40, twelve standard errors above the floor, were left undecided: 8 * k suffice.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c019
 def _curve(rng, rise=0.0, wiggle=0.15, n=100):

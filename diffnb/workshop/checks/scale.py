@@ -104,7 +104,7 @@ def check_share(answer):
                 f"{images[0].shape[0]} images and {noises[0].shape[0]} noises.")
         if all(n.equal(noises[0]) for n in noises):
             raise Wrong(
-                f"all {world} ranks use the same noise: one of them alone would learn as much from it.")
+                f"all {world} ranks use the same noise; one rank alone would draw other noise for each image.")
         same(torch.cat(images), x0, f"the images of {world} ranks, one after the other,")
         got = torch.cat(noises)
         if (

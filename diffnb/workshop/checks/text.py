@@ -142,7 +142,8 @@ def check_drop(answer):
     if not got[~gone].equal(y[~gone]):
         raise Wrong("words that are kept have changed.")
     if (some & ~whole).float().mean() > 0.5:
-        raise Wrong("not repaired yet: words are dropped one by one, and the network hardly ever trains without one.")
+        raise Wrong("not repaired yet: words are dropped one by one, and the network hardly ever trains without a "
+                    "sentence.")
     if (some & ~whole).any():
         raise Wrong("some sentences lose only a part of their words.")
     if whole.all() or not whole.any():
