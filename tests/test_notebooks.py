@@ -202,7 +202,13 @@ def seen(cell):
         return re.search(r"^\|[ :-]+\|", cell.source, re.M)
     return any(k.startswith("image/") or k == "text/html" for o in cell.get("outputs", ()) for k in o.get("data", {}))
 
-rules = [skipped, machine, noise, speechless, unmade, astray, misnamed, raw, tiring]
+def deaf(nb, path):
+    "A stream replaced by None: JupyterLab flushes both when a cell displays something, and fails."
+    for i, c in enumerate(nb.cells):
+        if c.cell_type == "code" and re.search(r"redirect_std(?:out|err)\(None\)|sys\.std(?:out|err) = None", c.source):
+            yield f"cell {i}: a stream is None; redirect it to io.StringIO()"
+
+rules = [skipped, machine, noise, speechless, unmade, astray, misnamed, raw, tiring, deaf]
 
 @pytest.mark.parametrize("rule", rules, ids=lambda r: r.__name__)
 @pytest.mark.parametrize("path", paths, ids=names)

@@ -571,8 +571,8 @@ def _score_few(f):
         "scores", command=f.command("evaluate", "--n", str(n)))
 @looks_for(
     "score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores",
-    basis="measured: 07_evaluate: “scatter of the scores of twenty models 0.543, standard error from a single one "
-          "0.562”; the error falls with the root of n")
+    basis="measured: 07_evaluate: “scatter of the scores of twenty models 0.543, standard error from one alone "
+          "0.562 (mean of five)”; the error falls with the root of n")
 def _score_uncertain(f):
     s = f.scores["score"]
     error = s.get("error")
