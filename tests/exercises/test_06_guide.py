@@ -10,11 +10,11 @@ def blend(u, c, w): return u + w * (c - u)
 
 
 def measured(f=lambda eps, toward, s: eps - s * toward, variance=lambda a, s, slope: s ** 2 / a * slope, quiet=False,
-             through=True):
+             through=True, own=True):
     "An answer to 6.3 with one thing changed: what is returned, the variance of x0, or how the slope is found."
     def answer(eps_of, x_t, a, s, m, sigma):
         with torch.set_grad_enabled(torch.is_grad_enabled() if quiet else True):
-            x = x_t.detach().requires_grad_()
+            x = x_t.detach().requires_grad_() if own else x_t.requires_grad_()
             eps = eps_of(x)
             x0 = (x - s * (eps if through else eps.detach())) / a
             (slope,) = torch.autograd.grad(x0[..., 0].sum(), x)
@@ -71,7 +71,7 @@ WRONG = {
         (measured(variance=lambda a, s, slope: 1), "is your V too large"),
         (measured(variance=lambda a, s, slope: s ** 2 / (a ** 2 + s ** 2)), "is your V too large"),
         (measured(variance=lambda a, s, slope: s ** 2 / a ** 2, through=False), "The mean is off"),
-        (measured(quiet=True), "torch.enable_grad()"),
+        (measured(quiet=True), "torch.enable_grad()"), (measured(own=False), "work on x_t.detach()"),
         (lambda eps_of, x_t, a, s, m, sigma: eps_of(x_t).flatten(1), "has shape (600, 2)")],
     "6.4": [
         (lambda checkpoints, judge: checkpoints[max(checkpoints)], "Nothing has changed"),

@@ -46,6 +46,7 @@ WRONG = {
         (lambda schedule, c, d: schedule, "nothing has changed"),
         (lambda schedule, c, d: schedule.shift(d / c), "the wrong way"),
         (lambda schedule, c, d: schedule.shift(c), "not scaled at all"),
+        (lambda schedule, c, d: schedule.shift(max(c / d, d / c)), "the wrong way"),
         (lambda schedule, c, d: schedule.shift((c / d) ** 2), "by (c/d)**4"),
         (lambda schedule, c, d: schedule.shift((c / d) ** 0.5), "falls by (c/d)**2"),
         (lambda schedule, c, d: schedule.snr() / c ** 2, "a NoiseSchedule was expected")],

@@ -44,7 +44,7 @@ def check_witness(answer):
         x = torch.tensor([float(x)])
         byte, level = convert(x).item(), _level(x).item()
         where = f"{x.item():.4f} becomes {byte}"
-        if 0.49 < abs(byte - level) < 0.51:
+        if 0.499 < abs(byte - level) < 0.501:
             raise Wrong(f"{where}, but it lies halfway between two levels ({level:.2f}), where either will do.")
         if abs(byte - level) < 0.5:
             raise Wrong(f"{where}, which is right: the nearest level to {level:.2f}."

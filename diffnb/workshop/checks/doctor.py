@@ -200,8 +200,8 @@ def _costly(answer):
 @exercise("8.4", "What would twice the time bring?", minutes=20, level=3)
 def _forecast(answer):
     rng = _rng()
-    for _ in range(3):
-        a, c, scatter = rng.uniform(0.03, 0.06), rng.uniform(0.9, 1.1), 0.01
+    for c in (0.45, 1.0, 1.5): # slow first: who takes c for known, or the last doubling for the next, fails
+        a, c, scatter = rng.uniform(0.03, 0.06), rng.uniform(c - 0.05, c + 0.05), 0.002
         images = np.arange(15.0, 301) * 6400
         b = rng.uniform(0.5, 0.7) * a * images[-1] ** c
         def true(n): return a + b * n ** -c
@@ -220,7 +220,7 @@ def _forecast(answer):
             raise Wrong(f"{where}. The fall slows down, towards a level above 0 that your forecast must know.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c017
-def _near_floor(errors, n=1600, k=40, floor=0.044): # -> smoothed losses (n,)
+def _near_floor(errors, n, k, floor): # -> smoothed losses (n,)
     scatter = 0.004
     rows = np.convolve(scatter * _rng().standard_normal(n + k - 1), np.ones(k) / k, "valid")
     return floor + errors * scatter / np.sqrt(n) + rows - rows.mean()
@@ -228,28 +228,34 @@ def _near_floor(errors, n=1600, k=40, floor=0.044): # -> smoothed losses (n,)
 @exercise("8.5", "Rows that repeat each other", minutes=15, level=2)
 def _at_floor(answer):
     floor = 0.04 + 0.01 * torch.rand(1, generator=fresh()).item()
-    said = {e: _kind_of(answer(_near_floor(e, floor=floor), floor, 40)) for e in (5, 0.5, -0.5, -5)}
-    if said[5] == "well" or said[-5] == "problem":
+    k = int(torch.randint(25, 60, (), generator=fresh()))
+    def said(errors, n): return _kind_of(answer(_near_floor(errors, n, k, floor), floor, k))
+    far, near, most = ({sign: said(sign * e, 400 * k) for sign in (1, -1)} for e in (2.45, 0.6, 1.55))
+    if far[1] == "well" or far[-1] == "problem":
         raise Wrong("above and below have changed places: a loss above the floor is the problem.")
-    if said[5] == "nothing" and said[-5] == "nothing":
+    if far[1] == "nothing" and far[-1] == "nothing":
         raise Wrong(
-            "a mean 5 standard errors away from the floor was left undecided. The uncertainty of a mean of independent "
-            "rows is that of a row divided by the root of their number.")
-    if said[5] == "nothing":
-        raise Wrong("a mean 5 standard errors above the floor should be a Problem.")
-    if said[-5] == "nothing":
-        raise Wrong("a mean 5 standard errors below the floor should be a sentence: that is good news, with a number.")
-    if said[0.5] == "problem":
+            "a mean 2.45 standard errors away from the floor was left undecided. The uncertainty of a mean of "
+            "independent rows is that of a row divided by the root of their number.")
+    if far[1] == "nothing":
+        raise Wrong("a mean 2.45 standard errors above the floor should be a Problem.")
+    if far[-1] == "nothing":
+        raise Wrong("a mean 2.45 standard errors below the floor should be a sentence: good news, with a number.")
+    if near[1] == "problem":
         raise Wrong(
-            "a mean only half a standard error above the floor was called a problem. Neighbouring rows repeat each "
+            "a mean only 0.6 standard errors above the floor was called a problem. Neighbouring rows repeat each "
             "other: how many of them are independent?")
-    if said[-0.5] == "well" or said[0.5] == "well":
-        raise Wrong(
-            "a mean within half a standard error of the floor was called good: it may as well lie above. Return None.")
-    if _kind_of(answer(_near_floor(8, n=319, floor=floor), floor, 40)) != "nothing":
-        raise Wrong("a verdict was passed on 319 rows of k = 40: with fewer than 8 * k, return None.")
-    if _kind_of(answer(_near_floor(12, n=320, floor=floor), floor, 40)) == "nothing":
-        raise Wrong("320 rows of k = 40, twelve standard errors above the floor, were left undecided: 8 * k suffice.")
+    if most[1] == "problem":
+        raise Wrong("a mean only 1.55 standard errors above the floor was called a problem: it lies within the 95% "
+                    "interval, 1.96 of them. Return None.")
+    if "well" in (near[1], near[-1], most[1], most[-1]):
+        raise Wrong("a mean within the 95% interval of the floor was called good: it may as well lie above. "
+                    "Return None.")
+    if said(8, 8 * k - 1) != "nothing":
+        raise Wrong(f"a verdict was passed on {8 * k - 1} rows of k = {k}: with fewer than 8 * k, return None.")
+    if said(12, 8 * k) == "nothing":
+        raise Wrong(f"{8 * k} rows of k = {k}, twelve standard errors above the floor, were left undecided: 8 * k "
+                    "suffice.")
 
 # %% ../../../nbs/workshop/checks/08_doctor.ipynb #c019
 def _curve(rng, rise=0.0, wiggle=0.15, n=100):

@@ -218,8 +218,8 @@ def _never_moves(answer):
     got, dark = _number(answer(x0, real, network)), [(low, high) for low, high, _ in seen if high < 30]
     span = "[-1, 1]" if dark and dark[0][0] < -0.9 else "[0, 1]"
     if len(dark) == 1:
-        raise Wrong("the score hardly depends on the generated images. What range of values does the network get, for "
-                    "them and for the real ones?")
+        raise Wrong("the network can hardly tell the images of one set apart. What range of values does it get, for "
+                    "each of the two?")
     if dark:
         raise Wrong(
             f"both sets are in {span} now, but this network expects 0 … 255, and to it all of them look nearly black.")

@@ -4,7 +4,7 @@
 __all__ = ['BUDGET', 'NEAR', 'teacher', 'between', 'along', 'plan_of', 'mended']
 
 # %% ../../../nbs/workshop/checks/11_few_steps.ipynb #i0
-import copy, functools, math
+import copy, functools, math, numbers
 import torch
 from torch import nn
 from ...core import addressed
@@ -30,7 +30,7 @@ def teacher(answer):
         for low, high in zip((2, 8, 32), (4, 16, 64)):
             share = (left[low] + left[high]) / 2                       # in the middle, so that rounding does not decide
             got = answer(schedule, var, share)
-            if isinstance(got, bool) or not isinstance(got, int):
+            if isinstance(got, bool) or not isinstance(got, numbers.Integral):
                 raise Wrong(f"a whole number of steps was expected; {got!r:.40} came back.")
             if got == high:
                 continue

@@ -107,6 +107,8 @@ def _measured(answer, m, sigma): # samples (600, 2)
     def model(x_t, t, y=None):
         a, s = schedule.signal_noise(int(t[0]))
         eps = answer(lambda x: _exact(x, t, torch.full((len(x),), 2)), x_t, a, s, m, sigma)
+        if x_t.requires_grad:
+            raise Wrong("the x_t you were given asks for gradients now: work on x_t.detach().requires_grad_().")
         same(torch.zeros_like(eps) if torch.is_tensor(eps) else eps, torch.zeros_like(x_t), "the guided eps")
         return eps
     x_T = draw_noise((600, 1, 1, 2), addressed("measured"))

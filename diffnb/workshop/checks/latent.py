@@ -51,6 +51,7 @@ def _equivalent(answer):
     g = fresh()
     for schedule in (linear_schedule(), cosine_schedule(100)):
         c, d = 3 + 4 * torch.rand((), generator=g).item(), 1.2 + torch.rand((), generator=g).item()
+        c, d = (d, c) if schedule.T == 100 else (c, d)
         got = answer(schedule, c, d)
         if not isinstance(got, NoiseSchedule):
             raise Wrong(f"a NoiseSchedule was expected; {type(got).__name__} came back.")
@@ -58,8 +59,8 @@ def _equivalent(answer):
             got.log_snr(), schedule.shift(c / d).log_snr(), f"the log SNR for c = {c:.2f}, d = {d:.2f}",
             {
                 "nothing has changed: their latents have (c/d)**2 times the variance of yours.": schedule.log_snr(),
-                "this goes the wrong way: where d < c their latents stand out more, so the schedule must have more "
-                "noise.": schedule.shift(d / c).log_snr(),
+                "this goes the wrong way: latents that are divided by less stand out more, so their schedule must have "
+                "more noise.": schedule.shift(d / c).log_snr(),
                 "this is the schedule for latents that are not scaled at all; theirs are divided by d.":
                 schedule.shift(c).log_snr(),
                 "the SNR is a ratio of variances, and shift divides it by the square of its argument already: you "
