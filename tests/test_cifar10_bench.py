@@ -4,6 +4,7 @@ import importlib, json, math, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest, torch
 
 from diffnb.train import make_averages
@@ -137,49 +138,128 @@ def test_shipped_weights_load(common, script, tiny, tmp_path):
     assert ship.better(tmp_path) == "ema2"
 
 
-def test_every_ablation_is_a_possible_run(common, script):
+def test_every_row_is_a_possible_run_of_its_own(common, script):
     ablations = script("ablations")
-    names = [v.name for v in ablations.VARIANTS]
-    assert len(set(names)) == len(names) and "baseline" in names and not ablations.VARIANTS[0].change
-    # no two are the same experiment
-    assert len({(json.dumps(v.change), v.weights) for v in ablations.VARIANTS}) == len(names)
-    for v in ablations.VARIANTS:
-        config = check_config(ablations.BASE.change(**v.change))
-        assert v.claim and v.prediction and v.weights in ("ema", "ema2", "model")
-        # each change changes something
-        assert all(flattened(config)[k] != flattened(ablations.BASE)[k] for k in v.change)
+    a = SimpleNamespace(rows=ablations.ROWS, data_root=None)
+    assert not ablations.ROWS[ablations.BASELINE]
+    assert len({json.dumps(change) for change in ablations.ROWS.values()}) == len(ablations.ROWS)
+    base = flattened(ablations.config_of(ablations.BASELINE, a))
+    for name, change in ablations.ROWS.items():
+        config = flattened(check_config(ablations.config_of(name, a, seed=3)))
+        assert config["seed"] == 3 and all(config[k] != base[k] for k in change if k != "times"), name
         with torch.device("meta"):
-            UNet(
-                image_size=config.images.image_size or 32, base_channels=config.network.base_channels,
-                attention=config.network.attention)
+            UNet(**{k: config[k] for k in ("base_channels", "channel_mult", "patch_size", "attention", "head_dim") if
+                    config[k] is not None}, image_size=config["image_size"] or 32)
 
 
-def test_an_ablation_writes_all_that_must_be_known(common, script, tiny, features, tmp_path, monkeypatch, capsys):
-    ablations, figures = script("ablations"), script("figures")
-    monkeypatch.setattr(
-        ablations, "variant_config", lambda v, a, seed: tiny.change(seed=seed, image_size=8, **v.change))
-    monkeypatch.setattr(
-        ablations, "draw",
-        lambda model, schedule, shape, n, **_: torch.randint(
-            256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-    a = common.arguments("").parse_args(["--out", str(tmp_path), "--device", "cpu"])
-    a.n, a.steps, a.sample_batch = 64, 2, 32
-    real = {
-        split: ablations.Real(torch.rand(80, 12, generator=torch.Generator().manual_seed(i)))
-        for i, split in enumerate(("train", "test"))}
-    def done(v, seed): return (tmp_path / "results" / ablations.file_of(v, seed, 0.5)).exists()
-    variants = {v.name: v for v in ablations.VARIANTS}
-    for name in ("baseline", "no-warmup"):
-        ablations.run(variants[name], 0, 0.5, a, features, 32, real, done)
-    assert done(variants["ema-off"], 0) and done(variants["ema-10%"], 0)                # scored from the baseline's run
-    r = common.read_json(tmp_path / "results" / "no-warmup_s0_0.5s.json")
-    assert {
-        "claim", "prediction", "change", "seed", "seconds", "steps", "images", "n", "sampler", "sampler_steps",
-        "protocol", "device", "torch", "distances", "config"} <= set(r)
-    assert r["config"]["warmup"] == 1 and all(
-        {"frechet", "error", "kid", "kid_std", "n_reference"} <= set(d) for d in r["distances"].values())
-    figures.ablations(tmp_path, tmp_path / "images")
-    assert "| no-warmup |" in (tmp_path / "images" / "cifar10_ablations.md").read_text()
+def test_advice_names_rows_and_each_row_is_advice_or_a_pilot(script):
+    ablations = script("ablations")
+    named = {row for x in ablations.ADVICE for row in x.rows}
+    assert named <= set(ablations.ROWS) and set(ablations.ROWS) <= named | set(ablations.PILOTS)
+    assert len({x.name for x in ablations.ADVICE}) == len(ablations.ADVICE)
+    assert all(x.claim and x.expected and set(x.known) <= set(x.rows) for x in ablations.ADVICE)
+    a = SimpleNamespace(advice=["EMA", "flips", "prediction"], seeds=[0, 1], only=list(ablations.ROWS))
+    asked = ablations.todo(a)
+    assert asked[:2] == [(ablations.BASELINE, 0, ("ema", "ema2", "ema3", "model")), ("no-flip", 0, ("ema",))]
+    assert [(row, seed) for row, seed, _ in asked[5:7]] == [(ablations.BASELINE, 1), ("no-flip", 1)]
+    assert len(asked) == len(set(asked)) == 10
+
+
+@pytest.mark.filterwarnings("ignore:the loss leapt")
+def test_an_ablation_is_trained_scored_and_put_into_the_table(common, script, tmp_path, monkeypatch):
+    ablations, pilots, figures = script("ablations"), script("pilots"), script("figures")
+    monkeypatch.setattr(pilots, "SMALL", pilots.SMALL.change(
+        data="digits", base_channels=16, blocks=1, attention=(2,), head_dim=None, precision="float32", flip=False))
+    monkeypatch.setitem(ablations.ROWS, "half", dict(times=0.5, lr=1e-3))
+    load, drawn = pilots.load_data, []
+    monkeypatch.setattr(pilots, "load_data", lambda name, **how: load(
+        "digits", **{k: v for k, v in how.items() if k != "root"}))
+    quarters = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float().mean(1), 2).flatten(1), "four", 4)
+    monkeypatch.setattr(pilots, "open_features", lambda a: (quarters, 32))
+    def draw(model, schedule, shape, n, **how):
+        drawn.append((model, how["w"]))
+        return torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pilots, "draw", draw)
+    def command(*more):
+        monkeypatch.setattr(sys, "argv", [
+            "ablations.py", "--out", str(tmp_path), "--advice", "more epochs", "EMA", "--only", "half",
+            ablations.BASELINE, "--n", "120", "--core-minutes", "0.01", *more])
+        ablations.main()
+    threads = torch.get_num_threads()
+    try:
+        common.save_json(tmp_path / "speed.json", {name: {
+            "seconds_per_step": 0.01, "images_per_second": 6400.0, "parameters": 7, "gflop_an_image": 1.0}
+            for name in ("half", ablations.BASELINE)})
+        command("--seeds", "0", "1")
+        assert len(drawn) == 2 * (2 * 4 + 2)                     # the baseline's four weights, the other's average
+        assert len({id(model) for model, _ in drawn}) == 10
+        command("--seeds", "0", "1")
+        assert len(drawn) == 20                                  # what is there is not done again
+    finally:
+        torch.set_num_threads(threads)
+    base, half, other = (common.read_json(tmp_path / f"{name}.json") for name in (
+        ablations.BASELINE, "half", "half_s1"))
+    assert (base["steps"], half["steps"]) == (60, 30) and (half["seed"], other["seed"]) == (0, 1)
+    assert half["config"]["lr"] == 1e-3 and half["losses"] != other["losses"]
+    assert base["model"]["x0_error"] != base["ema"]["x0_error"] and "w1" in base["model"] and "w1" not in half["model"]
+    figures.pilots(tmp_path, tmp_path / "images", tmp_path / "pilots.json")
+    rows = {(r["name"], r["seed"]): r for r in common.read_json(tmp_path / "pilots.json")}
+    assert len(rows) == 4 and set(rows[ablations.BASELINE, 1]["other_weights"]) == {"ema2", "ema3", "model"}
+    (tmp_path / "half_s1.json").unlink()                         # a folder that was lost in part: the table remembers
+    figures.pilots(tmp_path, tmp_path / "images", tmp_path / "pilots.json")
+    assert len(common.read_json(tmp_path / "pilots.json")) == 4
+    with pytest.raises(common.DiffnbError, match="no row 'flips'"):
+        command("--only", "flips")
+    with pytest.raises(common.DiffnbError, match="no advice 'half'"):
+        command("--advice", "half")
+
+
+def test_a_classifier_learns_goes_on_where_it_stopped_and_names_samples(common, script, tmp_path, monkeypatch):
+    classify = script("classify")
+    def data(n, seed): # a class is a colour
+        g = torch.Generator().manual_seed(seed)
+        colours = torch.randint(60, 196, (10, 3, 1, 1), generator=torch.Generator().manual_seed(7))
+        labels = torch.arange(n) % 10
+        noise = torch.randint(-30, 30, (n, 3, 32, 32), generator=g)
+        return SimpleNamespace(images=(colours[labels] + noise).byte(), labels=labels, classes=tuple("abcdefghij"))
+    monkeypatch.setattr(classify, "load_data", lambda name, split="train", root=None: data(*{
+        "train": (320, 0), "test": (100, 1)}[split]))
+    def command(out, *more):
+        monkeypatch.setattr(
+            sys, "argv", ["classify.py", "--out", str(tmp_path / out), "--batch", "16", "--lr", "0.02", *more])
+        classify.main()
+        return classify.read_tensors(tmp_path / out / "classifier.safetensors")[0]
+    whole = command("whole", "--epochs", "3")
+    told = common.read_json(tmp_path / "whole" / "classifier.json")
+    assert told["accuracy_on_test"]["all"] > 0.9 and set(told["accuracy_on_test"]) == {"all", *"abcdefghij"}
+    save = classify.save_state
+    def stop(*args, **facts):
+        save(*args, **facts)
+        if facts["epochs"] == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(classify, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command("parts", "--epochs", "3")
+    monkeypatch.setattr(classify, "save_state", save)
+    parts = command("parts", "--epochs", "3")
+    assert all(torch.equal(parts[k], whole[k]) for k in whole)
+
+    again = data(50, 2)
+    swapped = torch.where(again.labels == 0, 1, torch.where(again.labels == 1, 0, again.labels))
+    np.savez(tmp_path / "samples.npz", arr_0=again.images.permute(0, 2, 3, 1).numpy(), arr_1=swapped.numpy())
+    command("whole", "--name", str(tmp_path / "samples.npz"))
+    named = common.read_json(tmp_path / "whole" / "named_samples.json")["named_right"]
+    assert named["a"] == named["b"] == 0 and 0.7 < named["all"] < 0.81 and named["c"] > 0.9
+    command("cas", "--epochs", "12", "--batch", "10", "--images", str(tmp_path / "samples.npz"))
+    found = common.read_json(tmp_path / "cas" / "classifier.json")
+    assert found["n"] == 50 and found["accuracy_on_test"]["a"] < 0.5 < found["accuracy_on_test"]["c"]
+    with pytest.raises(common.DiffnbError, match="train the classifier first"):
+        command("new", "--name", str(tmp_path / "samples.npz"))
+    x = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).float()
+    moved = classify.shifted(x, torch.Generator().manual_seed(0), most=2)
+    for one, original in zip(moved, x):                               # somewhere within the padded image
+        padded = torch.nn.functional.pad(original[None], [2] * 4, mode="reflect")[0]
+        assert any(torch.equal(one, padded[:, i:i + 8, j:j + 8]) for i in range(5) for j in range(5))
 
 
 def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkeypatch, capsys):
@@ -220,6 +300,35 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
             "seconds_scoring", "precision", "batch", "protocol", "device", "torch"} <= set(r)
     opened.clear()
     assert "done" in command(9) and not opened  # all is there: nothing is loaded
+
+
+def test_a_set_of_samples_is_measured_and_copies_are_seen(common, script, tmp_path, monkeypatch):
+    measure = script("measure")
+    quarters = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1), "quarters", 12)
+    def data(name, size=None, *, split="train", root=None):
+        g = torch.Generator().manual_seed(int(split == "test"))
+        images = torch.randint(256, (300, 3, 2, 2), dtype=torch.uint8, generator=g).repeat_interleave(4, 2)
+        return common.diffnb.data.ImageData(images.repeat_interleave(4, 3), None, (), native_size=8, size=8)
+    for module in (measure, script("score")):
+        monkeypatch.setattr(module, "load_data", data)
+    monkeypatch.setattr(measure, "open_features", lambda a: (quarters, 50))
+    monkeypatch.setattr(measure, "resized", lambda images, size: images)
+    new = data("samples", split="test").images.flip(0).roll(1, 1)                   # other colours: nobody's copies
+    for name, images in (("new", new), ("copies", data("cifar10").images.flip(-1))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+        monkeypatch.setattr(sys, "argv", [
+            "measure.py", "--samples", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "out"), "--n", "100",
+            "--device", "cpu"])
+        measure.main()
+    new, copies = (common.read_json(tmp_path / "out" / f"{name}.json") for name in ("new", "copies"))
+    assert copies["neighbours"]["pixels, root mean square"]["samples"]["0.9"] == 0          # mirrored, and found
+    assert new["neighbours"]["pixels, root mean square"]["samples"]["0.01"] > 0.05
+    for r in (new, copies):
+        assert r["neighbours"]["pixels, root mean square"]["real test images"]["0.5"] > 0.1
+        assert set(r["distances"]) == set(r["floor"]) == {"train", "test"} and r["n"] == 300
+        assert 0 <= r["realism"]["samples"]["precision"] <= 1 and set(r["neighbours"]["features"]) == {
+            "samples", "real test images"}
+    assert (tmp_path / "out" / "cache" / "real_32_all.safetensors").exists()
 
 
 def test_statistics_give_the_same_distance(common, script, features, tmp_path):

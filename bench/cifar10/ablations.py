@@ -1,165 +1,129 @@
-"""Advice, tried: one change at a time, at equal time. Item 4.
+"""Common advice, tried on CIFAR-10: one change at a time, at equal time on one thread of a processor.
 
-    # 45 s each; as often as it says
-    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth
-    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --only baseline no-flip --seeds 1 2
-    # beside the baseline, 5 minutes each
-    python bench/cifar10/ablations.py --out runs/ablations --inception weights.pth --long eps width-128
+    python bench/cifar10/ablations.py --speed             # on an idle machine: how many steps fit
+    python bench/cifar10/ablations.py                     # trains and scores every row; stop it, repeat it
+    python bench/cifar10/ablations.py --advice "batch size" --seeds 1 2
+    python bench/cifar10/figures.py --pilots runs/pilots         # bench/cifar10/pilots.json, with these rows
 
-Every variant trains for the same seconds: as many steps as fit at its own measured speed, the learning rate ending
-at zero. On a GPU in bf16 without torch.compile, whose minute would be longer than the training; the seconds begin
-with the first step. Scored by the Fréchet distance of score.py at n = 5,000, 50 DDIM steps, at 32 pixels (64x64
-samples are made smaller). One JSON for each: what is there is not done again.
+Rows are trained and scored as in pilots.py, in the same folder, and some are pilots. Each piece of advice names the
+rows that try it; they are compared with the baseline, the pilot flow-muon-3e-3, or with each other. What we expected
+was written here before a row was trained; `known` marks the rows that had been measured by then.
 """
-from score import *
+from pilots import *
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from diffnb.data import save_grid
-from diffnb.schedule import make_schedule
-from diffnb.train import train_steps
-from diffnb.workshop.run import new_state, ready
-from diffnb.workshop.settings import flattened, pick_precision
-
-BASE = RECIPE.change(compile=False, warmup=200) # short runs: 200 steps instead of 500
+BASELINE = "flow-muon-3e-3"
+ADAMW = dict(optimizer="adamw", lr=1e-3)
+USUAL = dict(schedule="linear", prediction="eps", logit_normal=None, optimizer="adamw", lr=1e-3)
+ROWS = PILOTS | {
+    # `times` the minutes of the others
+    "half": dict(times=0.5), "double": dict(times=2.0),
+    "no-flip": dict(flip=False), "jitter": dict(jitter=0.2), "dropout": dict(dropout=0.1),
+    "no-warmup": dict(warmup=1), "adamw-no-warmup": dict(**ADAMW, warmup=1),
+    "no-clipping": dict(grad_clip=0.0), "adamw-no-clipping": dict(**ADAMW, grad_clip=0.0),
+    "adamw-1e-4": dict(optimizer="adamw", lr=1e-4), "adamw-5e-4": dict(optimizer="adamw", lr=5e-4),
+    "no-decay": dict(decay_share=0.001), "late-decay": dict(decay_share=0.2), "cosine-decay": dict(decay_share=None),
+    "batch-256": dict(batch_size=256), "batch-256-lr": dict(batch_size=256, lr=6e-3),
+    "base-64": dict(base_channels=64, head_dim=32), "base-96": dict(base_channels=96, head_dim=48), # two heads each
+    "attention-none": dict(attention=()), "attention-16": dict(attention=(16,)),
+    "attention-both": dict(attention=(16, 8)),
+    "64-pixels": dict(image_size=64, patch_size=4, shift=2.0),
+    "usual": USUAL,
+    "no-patches": dict(patch_size=1, base_channels=64, channel_mult=None, attention=None, head_dim=None)}
 
 
 @dataclass(frozen=True)
-class Variant:
+class Advice:
     name: str
-    claim: str                                     # what is commonly said
-    prediction: str                                # what we expect at this length, written before measuring
-    change: dict = field(default_factory=dict)     # of BASE
-    weights: str = "ema"  # what is scored: "ema", "ema2" (twice the half-life), "model" (no average)
+    claim: str                  # what is commonly said
+    expected: str               # at this length; written before measuring
+    rows: tuple                 # of ROWS, beside the baseline
+    known: tuple = ()           # rows that had been measured when `expected` was written
+    weights: tuple = ("ema",)   # of the baseline: those that are compared
 
-VARIANTS = [
-    Variant("baseline", "the recipe of common.py", "—"),
-    Variant(
-        "ema-off", "samples need averaged weights",
-        "clearly worse; less so than in long runs, because the learning rate ends at zero", weights="model"),
-    Variant("ema-10%", "the horizon hardly matters between 5% and 10%", "within the scatter of seeds", weights="ema2"),
-    Variant(
-        "no-flip", "mirror half of the images", "no difference: so short a run hardly sees an image twice",
-        {"flip": False}),
-    Variant(
-        "jitter", "colour jitter helps a small data set", "worse: the model learns the jittered colours",
-        {"jitter": 0.2}),
-    Variant(
-        "no-warmup", "the learning rate must rise slowly", "no difference at 5e-4 with AdamW and clipping",
-        {"warmup": 1}),
-    Variant("lr-1e-4", "1e-4 is the safe choice", "clearly worse: too slow for a run of a minute", {"lr": 1e-4}),
-    Variant("lr-1e-3", "1e-3 is too much", "about equal, perhaps better", {"lr": 1e-3}),
-    Variant(
-        "batch-64", "small batches give more steps",
-        "worse at equal time: the GPU is half idle (lr by the square root rule)", {"batch_size": 64, "lr": 2.5e-4}),
-    Variant("width-96", "wider is better at equal time", "worse at a minute, better at many", {"base_channels": 96}),
-    Variant("width-128", "wider is better at equal time", "worse still at a minute", {"base_channels": 128}),
-    Variant("attention-8", "attention belongs at 16x16", "a little worse, and faster", {"attention": (8,)}),
-    Variant(
-        "attention-32", "more attention is better", "worse at equal time: 32x32 has 1,024 tokens", {"attention": (32,)}
-    ),
-    Variant("attention-none", "without attention shapes fall apart", "a little worse by distance", {"attention": ()}),
-    Variant("linear", "the cosine schedule suits small images", "a little worse", {"schedule": "linear"}),
-    Variant("eps", "v is better than eps", "worse in short runs", {"prediction": "eps"}),
-    Variant(
-        "ddpm", "eps and the linear schedule, as in 2020", "worse than either change alone",
-        {"prediction": "eps", "schedule": "linear"}),
-    Variant("dropout", "dropout helps", "worse: nothing is learned by heart in a minute", {"dropout": 0.1}),
-    Variant("no-clipping", "clip the gradient at 1", "no difference", {"grad_clip": 0.0}),
-    Variant(
-        "64-pixels", "train at 64, the pictures look better", "worse at equal time, its samples made smaller again",
-        {"image_size": 64, "shift": 2.0})]
+ADVICE = (
+    Advice(
+        "more epochs", "train longer, the samples get better",
+        "yes: twice the time lowers the distance by a tenth or more, less for each further doubling",
+        ("half", "double")),
+    Advice(
+        "EMA", "sample from averaged weights; the horizon matters",
+        "the rate ends at zero, so the last weights are nearly as good; the three horizons differ by less than seeds",
+        (), weights=("ema", "ema2", "ema3", "model")),
+    Advice(
+        "flips", "mirror half of the images", "no difference: in one or two epochs hardly an image is seen twice",
+        ("no-flip",)),
+    Advice(
+        "colour jitter", "jitter helps a small data set", "worse: the model draws the jittered colours", ("jitter",)),
+    Advice(
+        "warm-up", "the learning rate must rise slowly",
+        "no difference with Muon, whose step has a fixed length, nor with AdamW and clipping",
+        ("no-warmup", "adamw-1e-3", "adamw-no-warmup")),
+    Advice(
+        "learning rate", "1e-4 is safe, 5e-4 is bold, 1e-3 is too much", "with AdamW 1e-3 is best in so short a run",
+        ("adamw-1e-4", "adamw-3e-4", "adamw-5e-4", "adamw-1e-3")),
+    Advice(
+        "learning rate drop", "lower the rate when the loss stops falling",
+        "a decay to zero helps; when it begins matters little; without any the average makes up for most of it",
+        ("no-decay", "late-decay", "cosine-decay")),
+    Advice(
+        "batch size", "256 is better than 64",
+        "at equal time 256 is worse, at either rate: a quarter of the steps; 32 is about equal",
+        ("batch-32", "batch-256", "batch-256-lr")),
+    Advice(
+        "width", "base 128 is better than 96, and 96 than 64",
+        "128 is best or equal, although narrower networks see more images", ("base-64", "base-96")),
+    Advice("size", "more parameters are better", "worse in so short a run", ("middle", "large"), known=("large",)),
+    Advice(
+        "attention", "attention belongs at 16x16",
+        "16x16 costs more than it brings; none at all is a little worse, and faster",
+        ("attention-none", "attention-16", "attention-both")),
+    Advice(
+        "schedule", "cosine is better than linear, flow better than cosine",
+        "linear worst; v on the cosine schedule close to flow",
+        ("eps-linear", "eps-cosine", "v-cosine", "flow-uniform")),
+    Advice(
+        "prediction", "v is better than eps, velocity better than v", "eps worst; v and velocity alike",
+        ("eps-cosine", "v-cosine", "flow-uniform")),
+    Advice(
+        "timesteps", "draw them from a logit-normal distribution", "a little better than uniform, wherever its middle",
+        ("flow-uniform", "logit-0-1", "logit-0.5-1.2", "logit-1.2-1.2")),
+    Advice("dropout", "dropout helps", "worse: nothing is learned by heart in two epochs", ("dropout",)),
+    Advice(
+        "clipping", "clip the gradient at 1", "no difference: Muon and AdamW divide by its size anyway",
+        ("no-clipping", "adamw-1e-3", "adamw-no-clipping")),
+    Advice(
+        "64 pixels", "train at 64, the pictures look better",
+        "a little worse, its samples made smaller again: the same places, the same images, more to predict",
+        ("64-pixels",)),
+    Advice(
+        "patches", "a UNet must see single pixels", "patches of 2x2 are far better at equal time", ("no-patches",)),
+    Advice(
+        "Muon", "AdamW is all you need", "Muon is better at either of two rates",
+        ("muon-1e-3", "adamw-1e-3", "adamw-3e-4"), known=("muon-1e-3",)),
+    Advice(
+        "the usual recipe", "eps, linear schedule, AdamW at 1e-4, base 64, cosine decay",
+        "noise with colour: a quarter of the images, and each teaches less", ("analysed", "usual")))
 
-
-def variant_config(v, a, seed): # -> TrainConfig
-    # the command's size first, so that a rehearsal's small network still changes
-    config = apply(BASE.change(seed=seed), a)
-    scale = config.network.base_channels / BASE.network.base_channels
-    change = {
-        k: max(16, round(x * scale / 16) * 16)
-        if k == "base_channels"
-        else min(x, config.training.batch_size)
-        if k == "batch_size"
-        else x
-        for k, x in v.change.items()}
-    return config.change(**change)
-
-def trained(config, seconds): # -> (TrainState, schedule, facts)
-    "One short run in memory: no files, so nothing but training takes time."
-    config, plan = planned(config, seconds / 60, reserve=0)
-    config, data, net, *_ = resolve(config)
-    device, schedule, losses = (
-        pick_device(config.run.device),
-        make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr), [])
-    state = new_state(net, config, device)
-    network, data = ready(state, device), data.to(device)
-    start = time.perf_counter()
-    for step in train_steps(state, data, schedule, plan["steps"], config.run.precision, network):
-        if step % config.run.log_every == 0 or step == plan["steps"]:
-            losses.append([step, state.meter.read()["loss"]])
-    return (
-        state, schedule,
-        {
-            **plan, "seconds": time.perf_counter() - start, "images": step * config.training.batch_size,
-            "losses": losses, "config": flattened(config)})
-
-def models(state): return {name: ema.model for name, ema in state.averages.items()} | {"model": state.model.eval()}
-
-def run(v, seed, seconds, a, features, batch, real, done):
-    "Train and score one variant; those that change only what is scored share its run."
-    same = [u for u in VARIANTS if u.change == v.change and not done(u, seed)]
-    state, schedule, facts = trained(variant_config(v, a, seed), seconds)
-    c, device = state.config, features.device
-    for u in same:
-        start = time.perf_counter()
-        images = draw(
-            models(state)[u.weights], schedule, (3, c.images.image_size, c.images.image_size), a.n,
-            prediction=c.noise.prediction, sampler="ddim", steps=a.steps, batch=a.sample_batch, device=device,
-            precision=pick_precision("auto", pick_device(a.device), c))
-        f = torch.cat([features(resized(x.to(device), 32)) for x in images.split(batch)])
-        path = a.out / "results" / file_of(u, seed, seconds)
-        save_grid(images[:60], path.with_suffix(".png"), cols=10, scale=2)
-        save_json(
-            path,
-            {
-                "name": u.name, "claim": u.claim, "prediction": u.prediction, "change": u.change, "weights": u.weights,
-                "seed": seed, "asked_seconds": seconds, **facts, "n": a.n, "sampler": "ddim", "sampler_steps": a.steps,
-                "distances": distances(f, real), "scoring_seconds": time.perf_counter() - start, "protocol": PROTOCOL,
-                **machine(a.device)})
-        print(
-            f"{path.stem:30} {read_json(path)['distances']['train']['frechet']:.4f} after "
-            f"{facts['images']:,} images, {facts['seconds']:.0f} s",
-            flush=True)
-
-def file_of(v, seed, seconds): return f"{v.name}_s{seed}_{seconds:g}s.json"
+def todo(a): # -> [(row, seed, weights to score)], every row once
+    found = {}
+    for advice in (x for x in ADVICE if x.name in a.advice):
+        for row in (BASELINE, *advice.rows):
+            found[row] = tuple(dict.fromkeys(found.get(row, ("ema",)) + (advice.weights if row == BASELINE else ())))
+    return [(row, seed, weights) for seed in a.seeds for row, weights in found.items() if row in a.only]
 
 def main():
-    p = scoring_arguments(arguments(__doc__))
-    p.add_argument("--seconds", type=float, help="of training for each; default 45, with --long 300")
+    p = pilot_arguments(__doc__, ROWS)
+    p.add_argument("--advice", nargs="+", default=[x.name for x in ADVICE], help="these pieces of advice")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--only", nargs="+", default=[v.name for v in VARIANTS])
-    p.add_argument("--long", nargs="+", help="these and the baseline, for longer")
-    p.add_argument("--n", type=int, default=5000)
-    p.add_argument("--steps", type=int, default=50, help="of DDIM")
-    a = p.parse_args()
-    seconds, names = a.seconds or (300 if a.long else 45), ["baseline", *a.long] if a.long else a.only
-    if unknown := set(names) - {v.name for v in VARIANTS}:
-        raise DiffnbError(f"no variant {unknown.pop()!r}: choose from {', '.join(v.name for v in VARIANTS)}")
-    def done(v, seed): return (a.out / "results" / file_of(v, seed, seconds)).exists()
-    todo, last = [(v, seed) for seed in a.seeds for v in VARIANTS if v.name in names], 0
-    if all(done(*t) for t in todo):
-        return print("done")
-    features, batch = open_features(a)
-    real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
-    for v, seed in todo:
-        if done(v, seed):
-            continue
-        if (start := time.perf_counter()) - START + max(last, 1.3 * seconds) > 60 * a.minutes:
-            break   # it would not end in time
-        run(v, seed, seconds, a, features, batch, real, done)
-        last = time.perf_counter() - start
-    left = sum(not done(*t) for t in todo)
-    print(f"the time is up, {left} of {len(todo)} remain: repeat the command" if left else "done")
+    a = prepared(p)
+    if unknown := set(a.advice) - {x.name for x in ADVICE}:
+        raise DiffnbError(f"no advice {unknown.pop()!r}: choose from {', '.join(x.name for x in ADVICE)}")
+    if a.speed:
+        return speed(a)
+    for row, seed, weights in todo(a):
+        pilot(row, a, seed, weights)
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,17 +1,13 @@
 r"""The figures of the course and the README, from the results alone: no model, no GPU.
 
-    python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --ablations runs/ablations \
-        --others runs/others --to images
+    python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --others runs/others --to images
     python bench/cifar10/figures.py --pilots runs/pilots
 
 Draws what is there: cifar10_curve_SIZE.png (loss with the Gaussian floor), cifar10_samplers.png (distance against
-network calls), cifar10_guidance.png, cifar10_sizes.png (32 against 64 pixels), cifar10_ablations.png and .md,
-cifar10_others.png (distance against minutes), cifar10_pilots.png with bench/cifar10/pilots.json (all that was
-measured of them).
+network calls), cifar10_guidance.png, cifar10_sizes.png (32 against 64 pixels), cifar10_others.png (distance against
+minutes), cifar10_pilots.png with bench/cifar10/pilots.json (all that pilots.py and ablations.py have measured).
 """
 from common import *
-
-from collections import defaultdict
 
 import matplotlib
 matplotlib.use("Agg")
@@ -126,64 +122,6 @@ def sizes(run64, to):
     save(fig, to, "cifar10_sizes.png")
 
 
-def grouped(folder): # -> {(name, seconds): [results of all seeds]}
-    found = defaultdict(list)
-    for r in results(folder):
-        found[r["name"], r["asked_seconds"]].append(r)
-    return found
-
-def ablation_rows(folder, seconds): # -> list of dicts, best first
-    "Each variant with the mean over its seeds, their range, and its difference to the baseline."
-    groups = {name: rs for (name, s), rs in grouped(folder).items() if s == seconds}
-    base = np.mean([frechet(r) for r in groups["baseline"]]) if "baseline" in groups else np.nan
-    rows = [
-        {
-            "name": name, "values": (v := [frechet(r) for r in rs]), "mean": np.mean(v),
-            "difference": np.mean(v) - base, "error": np.mean([r["distances"]["train"]["error"] for r in rs]),
-            "images": np.mean([r["images"] for r in rs]), **{k: rs[0][k] for k in ("claim", "prediction")}}
-        for name, rs in groups.items()]
-    return sorted(rows, key=lambda r: r["mean"])
-
-def ablation_table(rows, seconds): # markdown
-    lines = [
-        f"| variant, {seconds:g} s | distance | range over seeds | to the baseline | images seen | claim | "
-        "what we expected |",
-        "|---|---:|---|---:|---:|---|---|"]
-    for r in rows:
-        spread = (
-            f"{min(r['values']):.4f}–{max(r['values']):.4f} ({len(r['values'])})"
-            if len(r["values"]) > 1
-            else "one seed")
-        lines.append(
-            f"| {r['name']} | {r['mean']:.4f} | {spread} | {r['difference']:+.4f} | {r['images']:,.0f} | "
-            f"{r['claim']} | {r['prediction']} |")
-    return "\n".join(lines)
-
-def ablations(folder, to):
-    lengths = sorted({s for _, s in grouped(folder)})
-    if not lengths:
-        return
-    all_rows = {s: ablation_rows(folder, s) for s in lengths}
-    fig, axes = plt.subplots(
-        1, len(lengths), figsize=(4.5 * len(lengths), 1 + 0.25 * max(map(len, all_rows.values()))),
-        layout="constrained", squeeze=False)
-    for ax, (seconds, rows) in zip(axes[0], all_rows.items()):
-        for i, r in enumerate(rows[::-1]):
-            color = "black" if r["name"] == "baseline" else "C0"
-            ax.errorbar(r["mean"], i, xerr=1.96 * r["error"], color=color, marker="o", ms=3, lw=0.8, capsize=2)
-            ax.plot(r["values"], [i] * len(r["values"]), "|", color=color, ms=9)
-        ax.set_yticks(range(len(rows)), [r["name"] for r in rows[::-1]], fontsize=7)
-        ax.set(xlabel=UNIT + " (95% interval; | one seed)", title=f"{seconds:g} s of training")
-        ax.xaxis.label.set_fontsize(7)
-        if base := next((r["mean"] for r in rows if r["name"] == "baseline"), None):
-            ax.axvline(base, ls=":", color="black", lw=0.8)
-    fig.suptitle(told(results(folder)), fontsize=8)
-    save(fig, to, "cifar10_ablations.png")
-    print(
-        write_whole(
-            Path(to) / "cifar10_ablations.md",
-            "\n\n".join(ablation_table(rows, s) for s, rows in all_rows.items()) + "\n"))
-
 def others(folder, to):
     rows = results(folder)
     if not rows:
@@ -213,18 +151,24 @@ def pilot_protocol(r): # of a result of pilots.py -> str
             "power); GFLOP: forward and backward")
 
 def pilot_row(r): # a result of pilots.py -> dict
-    averages = {k: v["x0_error"] for k, v in r.items() if isinstance(v, dict) and "x0_error" in v}
+    weights = {k: v for k, v in r.items() if isinstance(v, dict) and ("x0_error" in v or "w1" in v)}
     scores = {what: {w: r["ema"][w][what] for w in ("w1", "w2")} for what in ("frechet", "named_right")}
+    others = {k: {w: v[w] for w in ("w1", "w2")} for k, v in weights.items() if k != "ema" and "w1" in v}
     kept = ("name", "change", "images", "gflop_an_image", "parameters", "core_minutes", "device", "n")
-    return {**{k: r[k] for k in kept}, "gflop": r["images"] * r["gflop_an_image"], "x0_error": averages, **scores,
-            "protocol": pilot_protocol(r)}
+    return {**{k: r[k] for k in kept}, "seed": r.get("seed", 0), "gflop": r["images"] * r["gflop_an_image"],
+            "x0_error": {k: v["x0_error"] for k, v in weights.items() if "x0_error" in v}, **scores,
+            "other_weights": others, "protocol": pilot_protocol(r)}
 
-def pilot_rows(folder): # -> list of dicts, the smallest distance without guidance first
-    read = [(p, read_json(p)) for p in sorted(Path(folder).glob("*.json"))]
-    rows = [pilot_row(r) for p, r in read if r.get("name") == p.stem and "w1" in r.get("ema", {})]
-    if REFERENCE not in {r["name"] for r in rows}:
+def pilot_rows(folder, table): # -> list of dicts, the smallest distance without guidance first
+    "The results in a folder, and those in the table that the folder does not have (any more)."
+    earlier = read_json(table) if Path(table).exists() else []
+    read = [read_json(p) for p in sorted(Path(folder).glob("*.json"))]
+    rows = {(r["name"], r.get("seed", 0)): r for r in earlier}
+    rows |= {(r["name"], r["seed"]): r for r in (
+        pilot_row(r) for r in read if "seconds_per_step" in r and "w1" in r.get("ema", {}))}
+    if (REFERENCE, 0) not in rows:
         raise DiffnbError(f"{folder} has no result of {REFERENCE}, with which the others are compared")
-    return sorted(rows, key=lambda r: r["frechet"]["w1"])
+    return sorted(rows.values(), key=lambda r: r["frechet"]["w1"])
 
 def pilot_bars(ax, rows): # distance without and with guidance
     y = np.arange(len(rows))
@@ -253,8 +197,10 @@ def pilot_errors(ax, rows): # change of the x0 error, per cent; returns the imag
     return picture
 
 def pilots(folder, to, table):
-    rows = pilot_rows(folder)
+    from pilots import PILOTS
+    rows = pilot_rows(folder, table)
     print(save_json(table, rows))
+    rows = [r for r in rows if r["name"] in PILOTS and r.get("seed", 0) == 0]            # ablations have a page
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 1.6 + 0.42 * len(rows)), layout="constrained")
     pilot_bars(left, rows)
     left.set_ylim(len(rows) - 0.5, -0.5)                                 # the rows of both halves are level
@@ -267,7 +213,7 @@ def pilots(folder, to, table):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("run32", "run64", "ablations", "others", "pilots"):
+    for name in ("run32", "run64", "others", "pilots"):
         p.add_argument(f"--{name}", type=Path)
     p.add_argument("--to", type=Path, default=HERE.parent.parent / "images")
     p.add_argument("--pilots-json", type=Path, default=HERE / "pilots.json", help="the table of --pilots")
@@ -279,8 +225,6 @@ def main():
     if a.run64:
         curve(a.run64, 64, a.to)
         sizes(a.run64, a.to)
-    if a.ablations:
-        ablations(a.ablations, a.to)
     if a.others:
         others(a.others, a.to)
     if a.pilots:

@@ -7,15 +7,14 @@
 
 A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so
 many steps as an idle machine does in that time; a disturbance makes it longer and changes nothing else. The learning
-rate is constant for 30% and then falls to zero. Scored are
+rate is constant for 30% and then falls to zero. `ablations.py` trains its rows in the same way. Scored are
 - the error of x0 on 1,000 test images at fixed ratios of signal to noise, which does not depend on schedule,
-  prediction or timesteps of training;
+  prediction or timesteps of training (not of models of enlarged images);
 - the Fréchet distance on 768 Inception features of 1,000 samples to all test images, without guidance and with 2;
 - how many of these samples a linear classifier on the same features calls by the right name (it learned on 10,000
   real training images).
 """
 from score import *
-
 
 from diffnb.data import save_grid, to_float
 from diffnb.sample import save_weights, Trained
@@ -48,7 +47,10 @@ PILOTS = {
 LOG_SNR = (6, 4, 2, 0, -2, -4) # natural logarithm of signal power over noise power
 
 
-def config_of(name, a): return SMALL.change(data_root=a.data_root, **PILOTS[name])
+def config_of(name, a, seed=0): # -> TrainConfig
+    return SMALL.change(data_root=a.data_root, seed=seed, **{k: v for k, v in a.rows[name].items() if k != "times"})
+
+def file_of(name, seed): return f"{name}.json" if seed == 0 else f"{name}_s{seed}.json"
 
 @torch.no_grad()
 def x0_errors(model, schedule, prediction, data, n=1000): # -> {log SNR: mean squared error of x0}
@@ -92,7 +94,8 @@ def namer(tensors): # -> (function: features -> labels, its accuracy on real tes
     return lambda f: torch.from_numpy(net.predict(f.numpy())), net.score(
         tensors["test.features"].numpy(), tensors["test.labels"].numpy())
 
-def score(model, schedule, a, prediction, name): # -> dict
+def score(model, schedule, a, prediction, name, size=32): # -> dict
+    "Samples of another size are made 32 pixels wide before they are looked at."
     network, _ = open_features(a)
     features = bf16(network)
     tensors, facts = real(a, features), {}
@@ -100,8 +103,9 @@ def score(model, schedule, a, prediction, name): # -> dict
     reference = Moments([tensors["test.features"]])
     for w in (1.0, 2.0):
         images = draw(
-            model, schedule, (3, 32, 32), a.n, prediction=prediction, sampler="dpmpp_2m", steps=15, w=w, batch=100,
+            model, schedule, (3, size, size), a.n, prediction=prediction, sampler="dpmpp_2m", steps=15, w=w, batch=100,
             precision="bf16")
+        images = resized(images, 32)
         f = torch.cat([features(x) for x in images.split(50)])
         facts[f"w{w:g}"] = {
             "frechet": frechet_distance(Moments([f]), reference),
@@ -111,10 +115,10 @@ def score(model, schedule, a, prediction, name): # -> dict
 
 def speed(a):
     "Seconds a step of each pilot on one thread of an idle machine; kept in speed.json."
-    data, path = load_data("cifar10", root=a.data_root), a.out / "speed.json"
+    path = a.out / "speed.json"
     found = read_json(path) if path.exists() else {}
-    for name in a.only:
-        config, _, net, *_ = resolve(config_of(name, a))
+    for name in (n for n in a.only if n not in found):
+        config, data, net, *_ = resolve(config_of(name, a))
         seconds, state = time_steps(config, data, net, 5, 2)
         found[name] = {
             "seconds_per_step": seconds, "images_per_second": config.training.batch_size / seconds,
@@ -122,39 +126,51 @@ def speed(a):
         print(name, found[name], flush=True)
         save_json(path, found)
 
-def pilot(name, a):
-    path, plan = a.out / f"{name}.json", read_json(a.out / "speed.json")[name]
-    if path.exists():
-        return
-    config, data, net, *_ = resolve(config_of(name, a))
-    steps = int(a.core_minutes * 60 / plan["seconds_per_step"])
+def train_pilot(name, a, seed): # -> (TrainState, schedule, facts)
+    "As many steps as an idle machine does in the minutes of this row, in memory."
+    plan = read_json(a.out / "speed.json")[name]
+    config, data, net, *_ = resolve(config_of(name, a, seed))
+    steps = int(a.core_minutes * a.rows[name].get("times", 1) * 60 / plan["seconds_per_step"])
     config = config.change(epochs=(steps - 0.5) * config.training.batch_size / len(data))
-    schedule, state, losses = (
-        make_schedule(config.noise.schedule, config.noise.T, config.noise.shift),
-        new_state(net, config, torch.device("cpu")), [])
+    schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift)
+    state, losses, label = new_state(net, config, torch.device("cpu")), [], file_of(name, seed)[:-5]
     start, cpu = time.perf_counter(), time.process_time()
     for step in train_steps(state, data, schedule, steps, config.run.precision):
         if step % 50 == 0 or step == steps:
             losses.append([step, state.meter.read()["loss"]])
             if step % 250 == 0:
                 print(
-                    f"{name} {step}/{steps} loss {losses[-1][1]:.4f} "
+                    f"{label} {step}/{steps} loss {losses[-1][1]:.4f} "
                     f"{step * config.training.batch_size / (time.perf_counter() - start):.0f}/s",
                     flush=True)
     minutes, core_minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu) / 60
-    test = load_data("cifar10", split="test", root=a.data_root)
-    facts = {
-        "name": name, "change": PILOTS[name], "config": flattened(config), **plan, "steps": steps,
+    return state, schedule, {
+        "name": name, "seed": seed, "change": a.rows[name], "config": flattened(config), **plan, "steps": steps,
         "images": steps * config.training.batch_size, "minutes": minutes, "core_minutes": core_minutes,
         "losses": losses, "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
-    for average, ema in state.averages.items():
-        save_weights(
-            Trained(ema.model, schedule, flattened(config), data.classes, steps),
-            a.out / f"{name}_{average}.safetensors")
-        facts[average] = {"x0_error": x0_errors(ema.model, schedule, config.noise.prediction, test)}
-    facts["ema"] |= score(state.ema.model, schedule, a, config.noise.prediction, name)
+
+def weights_of_state(state): # name -> network: each average, and the last weights
+    return {name: ema.model for name, ema in state.averages.items()} | {"model": state.model.eval()}
+
+def pilot(name, a, seed=0, scored=("ema",)): # scored: of which weights samples are drawn
+    path = a.out / file_of(name, seed)
+    if path.exists():
+        return
+    state, schedule, facts = train_pilot(name, a, seed)
+    config, networks = state.config, weights_of_state(state)
+    size, test = config.images.image_size or 32, load_data("cifar10", split="test", root=a.data_root)
+    for weights, model in networks.items():
+        facts[weights] = {}
+        if size == test.native_size:
+            facts[weights]["x0_error"] = x0_errors(model, schedule, config.noise.prediction, test)
+    for weights in scored:
+        label = path.stem if weights == "ema" else f"{path.stem}_{weights}"
+        facts[weights] |= score(networks[weights], schedule, a, config.noise.prediction, label, size)
+    classes = load_data("cifar10", root=a.data_root).classes
+    trained = Trained(networks["ema"], schedule, flattened(config), classes, facts["steps"])
+    save_weights(trained, a.out / f"{path.stem}.safetensors")
     save_json(path, facts)
-    print(name, {k: v for k, v in facts["ema"].items()}, flush=True)
+    print(path.stem, facts["ema"], flush=True)
 
 def score_weights(source, a): # a file, or the name of an embedded model -> dict, also in OUT/scored_NAME.json
     m, name = load_model(source, "cpu"), Path(source).stem
@@ -166,20 +182,30 @@ def score_weights(source, a): # a file, or the name of an embedded model -> dict
     save_json(a.out / f"scored_{name}.json", facts)
     return facts
 
-def main():
-    p = scoring_arguments(arguments(__doc__))
-    p.set_defaults(out=Path("runs/pilots"))
+def pilot_arguments(doc, rows):
+    p = scoring_arguments(arguments(doc))
+    p.set_defaults(out=Path("runs/pilots"), rows=rows)
     [x for x in p._actions if x.dest == "out"][0].required = False
     p.add_argument("--speed", action="store_true")
-    p.add_argument("--only", nargs="*", default=list(PILOTS))
-    p.add_argument("--weights", help="a weights file or the name of a model: score it, train nothing")
+    p.add_argument("--only", nargs="*", default=list(rows), help="these rows")
     p.add_argument("--core-minutes", type=float, default=24)
     p.add_argument("--n", type=int, default=1000)
+    return p
+
+def prepared(p): # the parsed arguments, once the folder is there
     a = p.parse_args()
+    if unknown := set(a.only) - set(a.rows):
+        raise DiffnbError(f"no row {unknown.pop()!r}: choose from {', '.join(a.rows)}")
     a.cache = a.cache or a.out
     a.out.mkdir(parents=True, exist_ok=True)
     quietly()
     torch.set_num_threads(1)
+    return a
+
+def main():
+    p = pilot_arguments(__doc__, PILOTS)
+    p.add_argument("--weights", help="a weights file or the name of a model: score it, train nothing")
+    a = prepared(p)
     if a.speed:
         return speed(a)
     if a.weights:
