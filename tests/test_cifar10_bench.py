@@ -373,6 +373,47 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
     assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
 
 
+def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, script, tmp_path, monkeypatch, capsys):
+    others, figures = script("others"), script("figures")
+    features = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1), "quarters", 12)
+    real = {split: others.Real(255 * torch.rand(80, 12, generator=torch.Generator().manual_seed(i)))
+            for i, split in enumerate(("train", "test"))}
+    steps, asked = [], []
+    def racer(classes):
+        def start(a, device):
+            run = others.clocked(lambda: steps.append(sum(range(10_000))), device, 16)
+            return run, lambda: (None, None, "eps", classes), {"parameters": 7, "batch": 16, "lr": 1e-4, "size": 8}
+        return start
+    def draw(model, schedule, shape, n, *, sampler, steps, w, **how):
+        asked.append((sampler, steps, w, n))
+        g = torch.Generator().manual_seed(steps)
+        spread = 40 if (sampler, steps) == ("dpmpp_2m", 25) else 5                    # this one is nearest
+        return (128 + spread * torch.randn(n, 3, 32, 32, generator=g)).clamp(0, 255).byte()
+    monkeypatch.setattr(others, "RACERS", {"with": racer(10), "without:bf16": racer(0)})
+    monkeypatch.setattr(others, "draw", draw)
+    monkeypatch.setattr(others, "open_features", lambda a: (features, 32))
+    monkeypatch.setattr(others, "real_images", lambda *_: real)
+    def command():
+        monkeypatch.setattr(sys, "argv", [
+            "others.py", "--out", str(tmp_path), "--only", "with", "without:bf16", "--total-minutes", "0.004",
+            "--moments", "0.001", "0.002", "9", "--n", "60", "--n-small", "40", "--device", "cpu"])
+        others.main()
+        return capsys.readouterr().out
+    command()
+    one, other = (common.read_json(tmp_path / "results" / f"{name}.json") for name in ("with", "without_bf16"))
+    for r in (one, other):
+        assert [round(x["minutes"], 3) for x in r["rows"]] == pytest.approx([0.001, 0.002, 0.004], abs=5e-4)
+        assert r["rows"][-1]["images"] > r["rows"][0]["images"] > 0 and r["clock"] == "processor"
+        assert (r["final"]["sampler"], r["final"]["sampler_steps"]) == ("dpmpp_2m", 25)
+        assert set(r["final"]["tried"]) == {"ddim 50", "dpmpp_2m 15", "dpmpp_2m 25"}
+    assert "w2" in one["final"] and "w2" not in other["final"] and (one["precision"], other["precision"]) == (
+        "float32", "bf16")
+    assert sum(images["images"] for images in (one["rows"][-1], other["rows"][-1])) == 16 * len(steps)
+    assert ("dpmpp_2m", 25, 2.0, 60) in asked and command() == "done\n"
+    figures.others(tmp_path, tmp_path / "images")
+    assert (tmp_path / "images" / "cifar10_others.png").stat().st_size > 10_000
+
+
 def forged_pilot(name, frechet, error): # as pilots.py writes it
     x0 = {str(level): error * (1 + level / 10) for level in (6, 4, 2, 0, -2, -4)}
     scores = {w: {"frechet": f, "named_right": f / 10} for w, f in zip(("w1", "w2"), frechet)}

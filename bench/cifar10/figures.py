@@ -20,9 +20,7 @@ from diffnb.train import timestep_probabilities
 from diffnb.workshop.folder import read_config, read_metrics
 
 UNIT = "Fréchet distance (768-d)"
-NAMES = {
-    "ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "ours": "diffnb", "diffusers": "diffusers' example",
-    "ddpm-pytorch": "denoising-diffusion-pytorch"}
+NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)"}
 
 
 def results(folder, pattern="*"): # -> list of dicts
@@ -123,18 +121,27 @@ def sizes(run64, to):
 
 
 def others(folder, to):
-    rows = results(folder)
+    rows = sorted(results(folder), key=lambda r: r["final"]["w1"]["train"]["frechet"])
     if not rows:
         return
-    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    fig, (curves, bars) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for r in rows:
-        ax.errorbar(
-            [x["minutes"] for x in r["rows"]], [frechet(x) for x in r["rows"]],
+        curves.errorbar(
+            [x["minutes"] / 60 for x in r["rows"]], [frechet(x) for x in r["rows"]],
             [1.96 * x["distances"]["train"]["error"] for x in r["rows"]], marker="o", ms=4, lw=1, capsize=2,
-            label=f"{NAMES[r['name']]}: {r['parameters'] / 1e6:.1f}M, batch {r['batch']}, {r['precision']}")
-    ax.set(xlabel="minutes of training", ylabel=UNIT + ", to train", yscale="log")
-    ax.legend(fontsize=7)
-    fig.suptitle(f"{told(rows)}, {rows[0]['sampler_steps']} DDIM steps", fontsize=8)
+            label=f"{r['name']}: {r['parameters'] / 1e6:.1f}M, batch {r['batch']}, {r['precision']}")
+    curves.set(xlabel="core-hours of training" if rows[0]["clock"] == "processor" else "hours of training",
+               ylabel=f"{UNIT}, to train", yscale="log", title=f"n = {rows[0]['n_rows']:,}")
+    curves.legend(fontsize=7)
+    for i, r in enumerate(rows):
+        for k, (w, at) in enumerate((("w1", i - 0.2), ("w2", i + 0.2))):
+            if w in r["final"]:
+                d = r["final"][w]["train"]
+                bars.barh(at, d["frechet"], 0.38, color=f"C{k}", xerr=1.96 * d["error"])
+    bars.set_yticks(range(len(rows)), [r["name"] for r in rows])
+    bars.invert_yaxis()
+    bars.set(xlabel=f"{UNIT}, to train", title=f"at the end, best sampler of each, n = {rows[0]['n']:,}")
+    fig.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}; orange: guidance 2", fontsize=8)
     save(fig, to, "cifar10_others.png")
 
 
