@@ -1,13 +1,12 @@
-"""The CIFAR-10 scripts keep their promises: time limits, restarts, shards, well-formed experiments. No CIFAR-10 and no
-Inception is needed; the digits stand in."""
-import importlib, json, math, os, shutil, signal, subprocess, sys, time
+"""The CIFAR-10 scripts keep their promises: restarts, well-formed experiments, tables. No CIFAR-10 and no Inception is
+needed; the digits stand in."""
+import importlib, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
 
-from diffnb.train import make_averages
 from diffnb.unet import UNet
 from diffnb.workshop.features import Features
 from diffnb.workshop.folder import read_metrics
@@ -40,7 +39,7 @@ def common(script): return script("common")
 def tiny(common):
     return common.TrainConfig.of(
         data="digits", base_channels=16, channel_mult=(1, 2), attention=(4,), norm_groups=8, blocks=1, batch_size=32,
-        device="cpu", precision="float32", sample_steps=2, ema_half_lives=common.HALF_LIVES)
+        device="cpu", precision="float32", sample_steps=2, ema_half_lives=(0.035, 0.07))
 
 
 @pytest.fixture(scope="module")
@@ -48,94 +47,6 @@ def features(script): # stand-in for Inception: 12 numbers of each image
     return Features(
         lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :12] / 255, "means of quarters",
         12)
-
-
-def ends(common, run): return common.last_checkpoint(run / "run")[0]
-
-
-@pytest.mark.filterwarnings("ignore:the loss leapt")
-def test_the_limit_is_kept_and_a_restart_changes_nothing(common, tiny, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common.plan_of(tiny, whole, 0.1)
-    plan = json.loads((whole / "plan.json").read_text())
-    steps = 60
-    plan["config"]["epochs"] *= (steps - 0.5) / (plan["steps"] - 0.5)
-    plan["config"]["sample_every"] = plan["config"]["checkpoint_every"] = 1e6
-    plan["config"]["log_every"] = 5
-    # the same length on every machine
-    (whole / "plan.json").write_text(json.dumps({**plan, "steps": steps, "seconds_per_grid": 0}))
-    shutil.copytree(whole, parts)
-    assert common.train_for(tiny, whole, 0.1, time.perf_counter() + 600, progress=False).step == steps
-
-    stopped = common.train_for(tiny, parts, 0.1, time.perf_counter() + 0.001, progress=False)
-    assert stopped.step == 5                                                            # at the first look at the clock
-    kept = {w: common.join_shards(parts / "weights" / w)[0] for w in ("ema", "ema2")}   # weights are there already
-    assert (
-        common.read_json(parts / "run" / "config.json")["config"]["epochs"]
-        == common.read_json(whole / "run" / "config.json")["config"]["epochs"])
-    assert common.train_for(tiny, parts, 0.1, time.perf_counter() + 600, progress=False).step == steps
-    a, b = ends(common, whole), ends(common, parts)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert any(k.startswith("ema2.") for k in a) and not torch.equal(a["ema.conv_in.weight"], a["ema2.conv_in.weight"])
-    assert not torch.equal(kept["ema2"]["ema.conv_in.weight"], b["ema2.conv_in.weight"].half())
-    lr = read_metrics(parts / "run")["lr"]
-    assert lr[-1] < 0.01 * lr.max()
-    with pytest.raises(common.DiffnbError, match="lr=0.0001"):
-        common.train_for(tiny.change(lr=1.0), parts, 0.1, 0)
-    with pytest.raises(common.DiffnbError, match="total_minutes"):
-        common.train_for(tiny, parts, 9, 0)
-
-
-def test_the_plan_fits_the_time_and_the_averages_the_plan(common, tiny):
-    config, plan = common.planned(tiny, 0.2)
-    assert (
-        plan["steps"] * plan["seconds_per_step"] <= 12
-        and math.ceil(config.training.epochs * 1498 / 32) == plan["steps"])
-    averages = make_averages(torch.nn.Linear(1, 1), config)
-    assert list(averages) == ["ema", "ema2"] and averages["ema2"].share == 2 * averages["ema"].share
-    for memory, ema in zip((0.05, 0.1), averages.values()):  # half of the weight: ln 2 of what is remembered
-        last = range(round((1 - memory * math.log(2)) * 10_000), 10_000)
-        assert math.prod(ema.decay_at(step) for step in last) == pytest.approx(0.5, abs=0.01)
-
-
-def test_shards_come_together_bit_for_bit(common, tmp_path):
-    unet = UNet(image_size=8, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
-    tensors = {f"ema.{k}": v.half() for k, v in unet.state_dict().items()}
-    meta = {
-        "step": 7, "config": flattened(common.TrainConfig()), "model": unet.config,
-        "data": {"classes": list("0123456789")}}
-    paths = common.write_shards(tensors, meta, tmp_path / "weights" / "ema", largest=2**17)
-    assert len(paths) > 2 and all(p.stat().st_size <= 2**17 for p in paths)
-    again, told = common.join_shards(tmp_path / "weights" / "ema")
-    assert (
-        told == json.loads(json.dumps(meta))
-        and again.keys() == tensors.keys()
-        and all(torch.equal(again[k], v) for k, v in tensors.items()))
-    loaded = common.open_model(tmp_path, "ema", "cpu")
-    assert loaded.step == 7 and all(
-        torch.equal(v, tensors[f"ema.{k}"].float()) for k, v in loaded.model.state_dict().items())
-    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["ema"]  # nothing is left beside the shards
-    common.write_shards(tensors, meta, tmp_path / "weights" / "ema")  # fewer of them: the old ones must go
-    assert common.join_shards(tmp_path / "weights" / "ema")[0].keys() == tensors.keys()
-    paths = common.write_shards(tensors, meta, tmp_path / "weights" / "ema", largest=2**17)
-    paths[1].unlink()
-    with pytest.raises(common.DiffnbError, match="all shards"):
-        common.join_shards(tmp_path / "weights" / "ema")
-
-
-def test_shipped_weights_load(common, script, tiny, tmp_path):
-    ship = script("ship")
-    unet = UNet(
-        image_size=8, in_channels=1, base_channels=16, channel_mult=(1, 2), norm_groups=8, num_classes=10)
-    common.write_shards(
-        {f"ema.{k}": v.half() for k, v in unet.state_dict().items()},
-        {"step": 1, "config": flattened(tiny), "model": unet.config, "data": {"classes": list("0123456789")}},
-        tmp_path / "weights" / "ema2")
-    assert common.load_model(ship.ship(tmp_path, "small", "ema2", tmp_path), "cpu").classes == tuple("0123456789")
-    with pytest.raises(common.DiffnbError, match="evaluate.py"):
-        ship.better(tmp_path)
-    common.save_json(tmp_path / "results" / "horizon.json", {"better": "ema2"})
-    assert ship.better(tmp_path) == "ema2"
 
 
 def test_every_row_is_a_possible_run_of_its_own(common, script):
@@ -262,44 +173,49 @@ def test_a_classifier_learns_goes_on_where_it_stopped_and_names_samples(common, 
         assert any(torch.equal(one, padded[:, i:i + 8, j:j + 8]) for i in range(5) for j in range(5))
 
 
-def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkeypatch, capsys):
-    evaluate, opened = script("evaluate"), []
+def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkeypatch):
+    evaluate, figures, asked = script("evaluate"), script("figures"), []
     features = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) / 255, "quarters", 4)
     def open_features(a):
         a.sample_batch = 10
         return features, 10
-    def open_model(out, weights, device):
-        opened.append(weights)
-        return common.load_model("digits", "cpu")
+    def draw(model, schedule, shape, n, **how):
+        asked.append((how["sampler"], how["steps"], how["w"], how["interval"]))
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(len(asked)))
     real = {
         split: evaluate.Real(torch.rand(80, 4, generator=torch.Generator().manual_seed(i)))
         for i, split in enumerate(("train", "test"))}
-    for name, value in (
-        ("open_features", open_features), ("open_model", open_model), ("real_images", lambda *_: real),
-        ("SETTINGS", [("ddim", 2), ("dpmpp_2m", 3)]), ("GUIDANCE", (1, 2))):
+    for name, value in (("open_features", open_features), ("draw", draw), ("real_images", lambda *_: real),
+                        ("STEPS", (2, 3)), ("GUIDANCE", (0, 2)), ("INTERVAL", (10, 70))):
         monkeypatch.setattr(evaluate, name, value)
-    def command(minutes):
-        monkeypatch.setattr(
-            sys, "argv",
-            [
-                "evaluate.py", "--out", str(tmp_path), "--n", "40", "--n-small", "20", "--device", "cpu", "--minutes",
-                str(minutes)])
+    def command(out, *more):
+        monkeypatch.setattr(sys, "argv", [
+            "evaluate.py", "--model", "digits", "--out", str(tmp_path / out), "--n", "40", "--device", "cpu", *more])
         evaluate.main()
-        return capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "START", time.perf_counter())
-    assert "repeat the command" in command(0) and not list((tmp_path / "results").glob("ema*.json"))
-    assert "done" in command(9) and set(opened) == {"ema", "ema2"}
-    results = {p.stem: common.read_json(p) for p in (tmp_path / "results").glob("ema*.json")}
-    assert (
-        len(results) == 5
-        and common.read_json(tmp_path / "results" / "horizon.json")["better"] in ("ema", "ema2")
-        and (tmp_path / "results" / "floor_8.json").exists())
-    for r in results.values():
-        assert {
-            "weights", "sampler", "steps", "n", "w", "size", "scored_at", "distances", "seconds_sampling",
-            "seconds_scoring", "precision", "batch", "protocol", "device", "torch"} <= set(r)
-    opened.clear()
-    assert "done" in command(9) and not opened  # all is there: nothing is loaded
+    with pytest.raises(KeyboardInterrupt):
+        command("settings")
+    assert len(list((tmp_path / "settings" / "results").glob("*.json"))) == 6
+    before = asked[:6]
+    asked.clear()
+    command("settings")                                             # only what was missing
+    assert before == [("dpmpp_2m", 2, 1, None), ("ddim", 2, 1, None), ("dpmpp_2m", 3, 1, None), ("ddim", 3, 1, None),
+                      ("dpmpp_2m", 18, 0, None), ("dpmpp_2m", 18, 2, None)]
+    assert asked == [("dpmpp_2m", 18, 2, (10, 70))]
+    r = common.read_json(tmp_path / "settings" / "results" / "digits_dpmpp_2m18_w2_10-70_at32_n40.json")
+    assert {"sampler", "steps", "n", "w", "interval", "size", "at", "network_calls", "distances", "floor", "precision",
+            "recall", "seconds_sampling", "protocol", "device", "torch"} <= set(r) and r["network_calls"] == 36
+    asked.clear()
+    command("sizes", "--smaller", "clothes")
+    assert len(asked) == 2 and len(list((tmp_path / "sizes" / "results").glob("*.json"))) == 4
+    for path in (tmp_path / "settings" / "results").glob("*.json"):
+        common.save_json(path, {**common.read_json(path), "size": 32})                  # as of a CIFAR-10 model
+    figures.by_steps(tmp_path / "settings", tmp_path / "images")
+    figures.by_guidance(tmp_path / "settings", tmp_path / "images")
+    figures.sizes(tmp_path / "sizes", tmp_path / "images")
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {
+        "cifar10_steps.png", "cifar10_guidance.png", "cifar10_sizes.png"}
 
 
 def test_a_set_of_samples_is_measured_and_copies_are_seen(common, script, tmp_path, monkeypatch):
@@ -370,7 +286,9 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
         assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (
             8, 3, 8, 8)
     assert set(seen) == {4}
-    assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, batch=4, end=0) is None
+    seen.clear()                                                                         # one of two steps is guided
+    score.draw(Model(), schedule, (3, 8, 8), 4, prediction="eps", steps=2, w=2.0, batch=8, interval=(0, 600))
+    assert seen == [4, 8]
 
 
 def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, script, tmp_path, monkeypatch, capsys):
@@ -505,6 +423,12 @@ def test_a_long_run_is_stopped_resumed_and_finished(long, common, tmp_path):
     other.write_text(json.dumps({**json.loads(long.settings.read_text()), "lr": 1.0}))
     with pytest.raises(common.DiffnbError, match="lr=0.002"):
         long.go(out, "--config", other)
+
+
+def test_a_long_run_begins_from_a_preset_or_a_file(long):
+    preset, file = (long.module.settings_of(x) for x in ("cifar10-gpu", long.settings))
+    assert preset.network.base_channels == 192 and file.training.lr == 2e-3
+    assert preset.training.epochs == file.training.epochs == long.module.FOREVER
 
 
 def test_a_stop_of_the_long_run_changes_nothing(long, tmp_path):

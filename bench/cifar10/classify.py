@@ -110,17 +110,19 @@ def train_classifier(a):
         "accuracy_on_test": found, "core_minutes": spent / 60, **machine("cpu")})
     print(found)
 
-def name_samples(a):
-    path = a.out / "classifier.safetensors"
+def load_classifier(folder): # -> function: uint8 images, labels -> accuracy
+    path = Path(folder) / "classifier.safetensors"
     if not path.exists():
-        raise DiffnbError(f"no {path}: train the classifier first, without --name")
+        raise DiffnbError(f"no {path}: train the classifier first, with --out {folder}")
     tensors, meta = read_tensors(path)
     net = network()
     net.load_state_dict(tensors)
+    return lambda images, labels: accuracy(named(net, images), labels, meta["classes"])
+
+def name_samples(a):
     images, labels, _ = samples(a.name)
     found = {
-        "samples": str(a.name), "n": len(images),
-        "named_right": accuracy(named(net, images), labels, meta["classes"]),
+        "samples": str(a.name), "n": len(images), "named_right": load_classifier(a.out)(images, labels),
         "on_test": read_json(a.out / "classifier.json")["accuracy_on_test"]["all"]}
     save_json(a.out / f"named_{Path(a.name).stem}.json", found)
     print(found)

@@ -50,7 +50,7 @@ class Round:
         self.teacher, self.data, self.plan, self.steps, self.step = teacher, data, plan, steps, 0
         self.prediction = "velocity" if teacher.schedule.straight else "v"
         self.model = copy.deepcopy(teacher.model).eval().requires_grad_(True)
-        self.ema = EMA(self.model, share=HALF_LIVES[1])
+        self.ema = EMA(self.model, share=0.07)  # half of its weight on the last 7% of the round
         self.optimizer = torch.optim.AdamW(self.model.parameters(), plan["lr"], weight_decay=0)
         self.guidance = plan["guidance_scale"] if 2 * steps == plan["teacher_steps"] else 1.0
         self.grid = torch.tensor(teacher.schedule.timesteps(2 * steps) + [-1])

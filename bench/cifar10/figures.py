@@ -1,11 +1,11 @@
-r"""The figures of the course and the README, from the results alone: no model, no GPU.
+"""The figures of the course and the README, from the results alone: no model is needed.
 
-    python bench/cifar10/figures.py --run32 runs/c32 --run64 runs/c64 --others runs/others --to images
+    python bench/cifar10/figures.py --evaluated runs/evaluated --sizes runs/sizes --others runs/others --to images
     python bench/cifar10/figures.py --pilots runs/pilots
 
-Draws what is there: cifar10_curve_SIZE.png (loss with the Gaussian floor), cifar10_samplers.png (distance against
-network calls), cifar10_guidance.png, cifar10_sizes.png (32 against 64 pixels), cifar10_others.png (distance against
-minutes), cifar10_pilots.png with bench/cifar10/pilots.json (all that pilots.py and ablations.py have measured).
+Draws what is there: cifar10_steps.png (distance against steps), cifar10_guidance.png, cifar10_sizes.png (32 against 64
+pixels), cifar10_others.png (distance against hours), cifar10_pilots.png with bench/cifar10/pilots.json (all that
+pilots.py and ablations.py have measured).
 """
 from common import *
 
@@ -13,11 +13,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-
-from diffnb.schedule import load_statistics
-from diffnb.schedule import gaussian_loss_floor, make_schedule
-from diffnb.train import timestep_probabilities
-from diffnb.workshop.folder import read_config, read_metrics
 
 UNIT = "Fréchet distance (768-d)"
 NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)"}
@@ -39,81 +34,59 @@ def told(rows): # the conditions, under every figure
     return f"{r['device']}, torch {r['torch']}; n = {', '.join(f'{n:,}' for n in sorted({x['n'] for x in rows}))}"
 
 
-def curve(run, size, to):
-    config, m = read_config(Path(run) / "run")["config"], read_metrics(Path(run) / "run")
-    schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift, config.noise.zero_terminal_snr)
-    name = "cifar10_32" if size == 32 else "cifar10_64_bicubic"
-    spectrum, _ = load_statistics(name, within=config.images.conditional)               # told what the network is
-    by_timestep = gaussian_loss_floor(spectrum, schedule, config.noise.prediction)
-    best = (by_timestep * timestep_probabilities(config.noise.T, config.noise.logit_normal)).sum().item()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    axes[0].plot(m["images"], m["loss"], lw=1, label="training loss")
-    axes[0].axhline(best, ls="--", color="black", lw=1, label=f"best Gaussian denoiser: {best:.4f}")
-    axes[0].set(xlabel="images seen", ylabel=f"loss ({config.noise.prediction}, mean squared error)", yscale="log")
-    axes[0].legend(fontsize=8)
-    axes[1].plot(m["seconds"] / 60, m["images"])
-    axes[1].set(xlabel="minutes", ylabel="images seen")
-    fig.suptitle(f"CIFAR-10 at {size} pixels, {config.noise.schedule} schedule", fontsize=9)
-    save(fig, to, f"cifar10_curve_{size}.png")
-
-def samplers(run, to):
-    most = max((r["n"] for r in results(run) if "sampler" in r and "network_steps" in r), default=0)
-    rows = [r for r in results(run, "ema*_w1_*") if r["n"] == most and r["at"] is None]
+def by_steps(folder, to): # without guidance, at the model's own size
+    rows = [r for r in results(folder) if r["w"] == 1 and r["at"] == r["size"]]
     if len(rows) < 2:
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    real = read_json(Path(run) / "results" / f"floor_{rows[0]['size']}.json")["floor"]["of real images to train"]
     for ax, what, label in ((axes[0], "frechet", UNIT), (axes[1], "kid", "KID, the same features")):
-        for sampler, split in ((s, t) for s in ("ddim", "dpmpp_2m") for t in ("train", "test")):
+        for k, sampler in enumerate(("dpmpp_2m", "ddim")):
             mine = sorted((r for r in rows if r["sampler"] == sampler), key=lambda r: r["steps"])
-            ax.plot(
-                [r["steps"] for r in mine], [r["distances"][split][what] for r in mine],
-                "o-" if split == "train" else "o:", ms=4, lw=1, color="C0" if sampler == "ddim" else "C1",
-                label=f"{NAMES[sampler]}, to {split}")
-        ax.axhline(real[what], ls="--", color="black", lw=1, label=f"real test images to train, n = {real['n']:,}")
-        ax.set(xlabel="steps", ylabel=label, xscale="log")
+            for split, style in (("train", "o-"), ("test", "o:")):
+                ax.plot(
+                    [r["steps"] for r in mine], [r["distances"][split][what] for r in mine], style, ms=4, lw=1,
+                    color=f"C{k}", label=f"{NAMES[sampler]}, to {split}")
+        ax.axhline(rows[0]["floor"]["train"][what], ls="--", color="black", lw=1, label="real test images to train")
         steps = sorted({r["steps"] for r in rows})
+        ax.set(xlabel="steps", ylabel=label, xscale="log")
         ax.set_xticks(steps, [str(s) for s in steps])
         ax.minorticks_off()
-        ax.set_ylim(bottom=min(0, real[what]))
+        ax.set_ylim(bottom=min(0, rows[0]["floor"]["train"][what]))
     axes[0].legend(fontsize=7)
     fig.suptitle(told(rows), fontsize=8)
-    save(fig, to, "cifar10_samplers.png")
+    save(fig, to, "cifar10_steps.png")
 
-def guidance(run, to):
-    rows = sorted((r for r in results(run, "ema*_dpmpp_2m20_w*") if r["at"] is None), key=lambda r: r["w"])
-    sweep = [
-        r
-        for r in rows
-        if r["n"] == min(x["n"] for x in rows)
-        and r["weights"] == next((x["weights"] for x in rows if x["w"] != 1), None)]
-    if len(sweep) < 2:
+def by_guidance(folder, to):
+    rows = [r for r in results(folder, "*_dpmpp_2m*") if r["steps"] == 18 and r["at"] == r["size"]]
+    if not any(r["w"] > 1 for r in rows):
         return
-    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
-    for split in ("train", "test"):
-        ax.errorbar(
-            [r["w"] for r in sweep], [frechet(r, split) for r in sweep],
-            [1.96 * r["distances"][split]["error"] for r in sweep], marker="o", ms=4, lw=1, capsize=3,
-            label=f"to {split}, 95% interval")
-    ax.set(xlabel="guidance w (1: conditional, 0: unconditional)", ylabel=UNIT)
-    ax.legend(fontsize=7)
-    fig.suptitle(f"DPM-Solver++(2M), 20 steps; {told(sweep)}", fontsize=8)
+    columns = [("frechet", UNIT + ", to train"), ("precision", "precision"), ("recall", "recall")]
+    columns += [("named_right", "named right")] * all("named_right" in r for r in rows)
+    fig, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 2.8), layout="constrained")
+    for ax, (what, label) in zip(axes, columns):
+        for k, inside in enumerate((False, True)):
+            mine = [r for r in rows if r["w"] == 1 or (r["interval"] is not None) == inside]
+            mine.sort(key=lambda r: r["w"])
+            values = [frechet(r) if what == "frechet" else r[what]["all"] if what == "named_right" else r[what]
+                      for r in mine]
+            ax.plot([r["w"] for r in mine], values, "o-", ms=4, lw=1, color=f"C{k}",
+                    label="in an interval" if inside else "everywhere")
+        ax.set(xlabel="guidance scale", ylabel=label)
+    axes[0].legend(fontsize=7)
+    fig.suptitle(f"DPM-Solver++(2M), 18 steps; {told(rows)}", fontsize=8)
     save(fig, to, "cifar10_guidance.png")
 
-def sizes(run64, to):
-    rows = [r for r in results(run64) if r.get("at")]
+def sizes(folder, to):
+    rows = sorted(results(folder), key=lambda r: (-r["at"], r["size"]))
     if not rows:
         return
-    rows = sorted(rows, key=lambda r: (-r["at"], r["size"]))
     fig, ax = plt.subplots(figsize=(5.5, 3), layout="constrained")
     for i, r in enumerate(rows):
         ax.bar(i, frechet(r), color=f"C{r['size'] == 64:d}", yerr=1.96 * r["distances"]["train"]["error"], capsize=4)
         ax.annotate(f"{frechet(r):.3g}", (i, frechet(r) / 2), ha="center", color="white", fontsize=8)
     resized = {(32, 64): ", enlarged", (64, 32): ", reduced"}
     labels = [
-        f"trained at {r['size']} px\nfor {r['training_minutes']:g} min\nscored at {r['at']} "
-        f"px{resized.get((r['size'], r['at']), '')}"
-        for r in rows]
+        f"trained at {r['size']} px\nscored at {r['at']} px{resized.get((r['size'], r['at']), '')}" for r in rows]
     ax.set_xticks(range(len(rows)), labels, fontsize=7)
     ax.set(ylabel=UNIT + ", to train")
     fig.suptitle(told(rows), fontsize=8)
@@ -220,18 +193,16 @@ def pilots(folder, to, table):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("run32", "run64", "others", "pilots"):
+    for name in ("evaluated", "sizes", "others", "pilots"):
         p.add_argument(f"--{name}", type=Path)
     p.add_argument("--to", type=Path, default=HERE.parent.parent / "images")
     p.add_argument("--pilots-json", type=Path, default=HERE / "pilots.json", help="the table of --pilots")
     a = p.parse_args()
-    if a.run32:
-        curve(a.run32, 32, a.to)
-        samplers(a.run32, a.to)
-        guidance(a.run32, a.to)
-    if a.run64:
-        curve(a.run64, 64, a.to)
-        sizes(a.run64, a.to)
+    if a.evaluated:
+        by_steps(a.evaluated, a.to)
+        by_guidance(a.evaluated, a.to)
+    if a.sizes:
+        sizes(a.sizes, a.to)
     if a.others:
         others(a.others, a.to)
     if a.pilots:

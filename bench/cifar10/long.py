@@ -1,6 +1,6 @@
 """One long run on a processor: start it, stop it, resume it for days, score it on the way, and end it with a decay.
 
-    long.py --out runs/long --config FILE.json    # start; FILE: settings of a TrainConfig, or a result of pilots.py
+    long.py --out runs/long --config FILE.json    # start; settings of a TrainConfig, a result of pilots.py, or a preset
     long.py --out runs/long                       # resume
     long.py --out runs/long --finish              # let the last quarter begin now; after a stop, resume as before
     long.py --out runs/long --reference           # features of the real images, once; --cache keeps them elsewhere
@@ -25,7 +25,7 @@ from diffnb.workshop.scoring import read_images
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
 from diffnb.workshop.folder import read_config, read_metrics, training_now
-from diffnb.workshop.settings import flattened, pick_precision
+from diffnb.workshop.settings import flattened, pick_precision, PRESETS
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
 DECAY_SHARE = 0.25     # of the whole run
@@ -86,10 +86,13 @@ def steps_done(run): # 0 before the first checkpoint
     saved = checkpoints(run)
     return int(saved[-1].stem.removeprefix("step_")) if saved else 0
 
-def settings_of(path): # JSON file -> TrainConfig
-    "The settings in a file, with what a run without a set end needs."
-    values = read_json(path)
-    config = make_config(values.get("config", values))                   # a result of pilots.py has them under "config"
+def settings_of(path): # JSON file or name of a preset -> TrainConfig
+    "The settings of a preset or in a file, with what a run without a set end needs."
+    if str(path) in PRESETS:
+        config = PRESETS[str(path)]
+    else:
+        values = read_json(path)
+        config = make_config(values.get("config", values))               # a result of pilots.py has them under "config"
     return config.change(epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
 
 def begin_plan(a): # -> dict
@@ -360,7 +363,7 @@ def parsed(): # -> the command's arguments
     p.add_argument("--out", type=Path, required=True, help="folder of the run")
     p.add_argument("--data-root", help="folder with cifar-10-batches-py; default: $DIFFNB_DATA, or ./data")
     p.add_argument("--device", default="auto")
-    p.add_argument("--config", type=Path, help="to begin with: settings of a TrainConfig, or a result of pilots.py")
+    p.add_argument("--config", type=Path, help="to begin with: a file of settings, a result of pilots.py, or a preset")
     p.add_argument("--finish", action="store_true", help="let the decay begin at the newest checkpoint")
     p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin from a --snapshot, or a weights file")
     p.add_argument("--snapshot", type=Path, metavar="FOLDER", help="write all averages there in half precision")

@@ -18,6 +18,7 @@ from torchvision.models.inception import Inception3, InceptionA, InceptionC
 from diffnb.core import addressed
 from diffnb.data import ImageData, resize
 from diffnb.evaluate import Moments, frechet_distance, jackknife_error, kid
+from diffnb.guide import guided
 from diffnb.workshop.features import Features
 from diffnb.sample import Denoiser, dpmpp_2m
 from diffnb.workshop.generate import sample_batches
@@ -176,14 +177,6 @@ def distances(f, real): # features (N, 768), {split: Real} -> {split: dict}
             "kid": mean, "kid_std": std, "n_reference": len(r)}
     return found
 
-def floor(real): # what a perfect model could reach: real images against real images
-    order = torch.randperm(len(real["train"]), generator=addressed(0, "halves")).to(real["train"].features.device)
-    a, b = real["train"].features[order].chunk(2)
-    against = {
-        "test": {"n": len(real["test"]), **distances(real["test"].features, {"train": real["train"]})["train"]},
-        "half of train": {"n": len(a), **distances(a, {"rest": Real(b)})["rest"]}}
-    return {"of real images to train": against["test"], "of half of train to its other half": against["half of train"]}
-
 def floors(real, n): # {split: Real} -> {split: dict}
     "What a perfect model could reach with n samples: n real images of the other split against all of this one."
     found = {}
@@ -195,19 +188,16 @@ def floors(real, n): # {split: Real} -> {split: dict}
 
 def draw(
     model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu",
-    precision="float32", end=None,
-): # -> uint8 (n, C, H, W), or None: out of time
-    """Images 0 … n-1. With guidance half as many at a time, so that the network, which then answers twice, sees the
-    same shapes and compiles once."""
-    y, parts = torch.arange(n) % classes if classes else None, []
-    denoiser = Denoiser(model, schedule, prediction, y, guidance_scale=w)
-    for _, x in sample_batches(
+    precision="float32", interval=None,
+): # -> uint8 (n, C, H, W)
+    """Images 0 … n-1; with `interval`, guidance only from its first timestep to its last. With guidance half as many at
+    a time, so that the network, which then answers twice, sees the same shapes and compiles once."""
+    denoiser = Denoiser(model, schedule, prediction, torch.arange(n) % classes if classes else None)
+    if w != 1:
+        denoiser = guided(denoiser, w, interval=interval)
+    return torch.cat([x for _, x in sample_batches(
         denoiser, shape, list(range(n)), batch_size=batch if w == 1 else batch // 2, sampler=SAMPLERS[sampler],
-        device=device, progress=False, precision=precision, steps=steps):
-        parts.append(x)
-        if end is not None and time.perf_counter() > end and sum(map(len, parts)) < n:
-            return None
-    return torch.cat(parts)
+        device=device, progress=False, precision=precision, steps=steps)])
 
 def scoring_arguments(p):
     p.add_argument("--inception", default=None, help="torch-fidelity's weights file; default: $DIFFNB_INCEPTION")
