@@ -244,7 +244,7 @@ def test_a_set_of_samples_is_measured_and_copies_are_seen(common, script, tmp_pa
         assert set(r["distances"]) == set(r["floor"]) == {"train", "test"} and r["n"] == 300
         assert 0 <= r["realism"]["samples"]["precision"] <= 1 and set(r["neighbours"]["features"]) == {
             "samples", "real test images"}
-    assert (tmp_path / "out" / "cache" / "real_32_all.safetensors").exists()
+    assert (tmp_path / "out" / "cache" / "real_32_all_bf16.safetensors").exists()
 
 
 def test_statistics_give_the_same_distance(common, script, features, tmp_path):
@@ -271,7 +271,13 @@ def test_our_inception_is_torch_fidelitys(script):
         score.pool_inside(ours)
         h = torch.randn(2, 8, 9, 9)
         with torch.no_grad():
-            assert torch.allclose(ours.eval()(h), block.eval()(h), atol=1e-6)
+            theirs_out = block.eval()(h)
+            assert torch.allclose(ours.eval()(h), theirs_out, atol=1e-6)
+            score.fold_norms(ours)
+            assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in ours.modules())
+            assert torch.allclose(ours(h), theirs_out, atol=1e-5)
+            half = ours.to(torch.bfloat16)(h.to(torch.bfloat16)).float()
+            assert (half - theirs_out).norm() < 0.02 * theirs_out.norm()
 
 
 def test_guidance_sees_the_same_shapes(script): # so that a compiled network is compiled once
@@ -553,7 +559,7 @@ def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         score.real_images(8, features, cache=tmp_path, batch=500)
     real = score.real_images(8, features, cache=tmp_path, batch=500)
-    assert seen == [500, 500, 498, 0, 299] and [p.name for p in tmp_path.iterdir()] == ["real_8_all.safetensors"]
+    assert seen == [500, 500, 498, 0, 299] and [p.name for p in tmp_path.iterdir()] == ["real_8_all_bf16.safetensors"]
     images = load_data("digits").images
     assert torch.equal(real["train"].features, images.float().mean((2, 3)))
     assert score.features_in_parts(features, images, tmp_path / "x", each=40).equal(real["train"].features)
@@ -625,7 +631,7 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(script, tmp_path, monkeypatc
     test = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(few, "open_features", lambda a: (lambda x: x.flatten(1)[:, :8].float(), 50))
     monkeypatch.setitem(sys.modules, "pilots", SimpleNamespace(
-        bf16=lambda f: f, real=lambda *_: {"test.features": test},
+        real=lambda *_: {"test.features": test},
         namer=lambda _: (lambda f: torch.arange(len(f)) % 5, 0.9)))
     assert distilled(few, whole, "--score", "--n", "20") == 0
     scores = json.loads((whole / "scores.json").read_text())

@@ -142,8 +142,8 @@ def ship(a, plan): # the last student in half precision, with its origin, into t
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 def score(a, plan): # every finished student, and the first teacher with as many and more steps -> OUT/scores.json
-    from pilots import bf16, namer, real
-    features, path = bf16(open_features(a)[0]), a.out / "scores.json"
+    from pilots import namer, real
+    (features, batch), path = open_features(a), a.out / "scores.json"
     tensors, done = real(a, features), read_json(path) if path.exists() else {}
     name_of, accuracy = namer(tensors)
     reference, last = Moments([tensors["test.features"]]), plan["teacher_steps"]
@@ -157,7 +157,7 @@ def score(a, plan): # every finished student, and the first teacher with as many
         m = load_model(source, a.device)
         images = draw(m.model, m.schedule, m.shape, a.n, prediction=m.prediction, sampler=sampler, steps=steps, w=w,
                       batch=100, device=next(m.model.parameters()).device, precision=plan["precision"])
-        f = torch.cat([features(x) for x in images.split(50)])
+        f = torch.cat([features(x) for x in images.split(batch)])
         done[name] = {
             "frechet": frechet_distance(Moments([f]), reference), "network_calls": steps * (1 if w == 1 else 2),
             "named_right": (name_of(f) == torch.arange(a.n) % 10).float().mean().item(), "n": a.n,

@@ -67,12 +67,6 @@ def x0_errors(model, schedule, prediction, data, n=1000): # -> {log SNR: mean sq
         found[level] = (torch.cat(guesses) - x0).square().mean().item()
     return found
 
-def bf16(features): # half a day of pilots is enough without float32; the real images are seen through the same glasses
-    def f(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return features(x).float()
-    return f
-
 def real(a, features): # -> ({"train": features and labels of 10,000 images, "test": of all}), kept in the cache
     path = a.cache / "pilots_real.safetensors"
     if not path.exists():
@@ -80,9 +74,9 @@ def real(a, features): # -> ({"train": features and labels of 10,000 images, "te
         for split in ("train", "test"):
             data = load_data("cifar10", split=split, root=a.data_root)
             found |= {
-                f"{split}.features": torch.cat([features(x) for x in data.images[:10_000].split(50)]),
+                f"{split}.features": features(data.images[:10_000], 25),
                 f"{split}.labels": data.labels[:10_000]}
-        write_tensors(path, found, {"network": "Inception-v3 2015-12-05, 768 features, in bf16"})
+        write_tensors(path, found, {"network": features.name, "dim": features.dim})
     return read_tensors(path)[0]
 
 def namer(tensors): # -> (function: features -> labels, its accuracy on real test images)
@@ -96,8 +90,7 @@ def namer(tensors): # -> (function: features -> labels, its accuracy on real tes
 
 def score(model, schedule, a, prediction, name, size=32): # -> dict
     "Samples of another size are made 32 pixels wide before they are looked at."
-    network, _ = open_features(a)
-    features = bf16(network)
+    features, batch = open_features(a)
     tensors, facts = real(a, features), {}
     name_of, accuracy = namer(tensors)
     reference = Moments([tensors["test.features"]])
@@ -106,7 +99,7 @@ def score(model, schedule, a, prediction, name, size=32): # -> dict
             model, schedule, (3, size, size), a.n, prediction=prediction, sampler="dpmpp_2m", steps=15, w=w, batch=100,
             precision="bf16")
         images = resized(images, 32)
-        f = torch.cat([features(x) for x in images.split(50)])
+        f = features(images, batch)
         facts[f"w{w:g}"] = {
             "frechet": frechet_distance(Moments([f]), reference),
             "named_right": (name_of(f) == torch.arange(a.n) % 10).float().mean().item()}
@@ -211,7 +204,7 @@ def main():
     if a.weights:
         return print(score_weights(a.weights, a))
     if not a.only:
-        return real(a, bf16(open_features(a)[0]))
+        return real(a, open_features(a)[0])
     for name in a.only:
         pilot(name, a)
 

@@ -2,8 +2,9 @@
 of either split.
 
 The network is the Inception-v3 of 2015-12-05 up to Mixed_6e, built of torchvision's blocks, so that torch-fidelity
-need not be installed; a test holds the two side by side. Its arithmetic is float32 without TF32, whatever else the
-device would do.
+need not be installed; a test holds the two side by side. Its weights and activations are bf16, for real images and
+samples alike: on a processor with bf16 instructions that is three times as fast as float32 (67 and 22 images/s on two
+threads), and changed the distances between 800 test, training and generated images by 0.3 to 0.5%.
 """
 from common import *
 
@@ -13,6 +14,7 @@ from collections import OrderedDict
 import numpy as np
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import Inception3, InceptionA, InceptionC
 
 from diffnb.core import addressed
@@ -26,7 +28,7 @@ from diffnb.workshop.generate import sample_batches
 LAYERS = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c "
           "Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e").split()
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
-PROTOCOL = ("768-d features of Inception-v3 2015-12-05, float32; image k from noise addressed by (seed 0, k), class k "
+PROTOCOL = ("768-d features of Inception-v3 2015-12-05, in bf16; image k from noise addressed by (seed 0, k), class k "
             "mod 10; reference: all images of the split named, not augmented")
 
 
@@ -81,17 +83,20 @@ def inception(path, device="cpu"): # -> Features
     if missing := [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]:
         raise DiffnbError(f"{path} holds no {missing[0]}: it is not the FID Inception")
     net.load_state_dict({k: tensors.get(k, v) for k, v in wanted.items()})
+    fold_norms(net.eval().requires_grad_(False))
     for block in net:
         if isinstance(block, (InceptionA, InceptionC)):
             pool_inside(block)
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = net.to(device, torch.bfloat16, memory_format=torch.channels_last)
     def features(x):
-        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-        try:
-            return net((stretch(x.float()) - 128) / 128).mean((2, 3))
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-    return Features(features, "Inception-v3 2015-12-05", 768, str(device))
+        x = ((stretch(x.float()) - 128) / 128).to(torch.bfloat16, memory_format=torch.channels_last)
+        return net(x).float().mean((2, 3))
+    return Features(features, "Inception-v3 2015-12-05, bf16", 768, str(device))
+
+def fold_norms(net): # batch norm into the convolution before it
+    for block in net.modules():
+        if hasattr(block, "conv") and hasattr(block, "bn"):
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
 
 def resized(images, size): # uint8, as diffnb.data resizes real images: bicubic, antialiased, rounded to bytes
     return images if images.shape[-1] == size else resize(images, size)
@@ -120,7 +125,7 @@ def features_in_parts(features, images, folder, batch=256, each=500): # ImageDat
 def real_images(size, features, root=None, cache=None, limit=None, batch=256): # -> {"train": Real, "test": Real}
     """Features of both splits in the size asked for; kept in the folder `cache`. `limit`: only so many of each, for a
     rehearsal."""
-    name = f"real_{size}_{limit or 'all'}"
+    name = f"real_{size}_{limit or 'all'}_bf16"
     path, parts = cache and Path(cache) / f"{name}.safetensors", cache and Path(cache) / f"{name}.parts"
     if path and path.exists():
         return {k: Real(v.to(features.device)) for k, v in read_tensors(path)[0].items()}
@@ -144,7 +149,7 @@ def write_statistics(real, size, path, **facts):
     return write_tensors(
         path, tensors,
         {
-            "network": "Inception-v3 2015-12-05", "dim": 768, "data": "cifar10", "size": size,
+            "network": "Inception-v3 2015-12-05, bf16", "dim": 768, "data": "cifar10", "size": size,
             "filter": "native" if size == 32 else "bicubic", "n": {k: len(r) for k, r in real.items()}, **facts})
 
 def read_statistics(path): # -> ({"train": Moments, "test": Moments}, meta)
@@ -216,4 +221,4 @@ def open_features(a): # -> (Features, images at a time)
         quietly()
     device = pick_device(a.device)
     a.sample_batch = a.sample_batch or (2500 if device.type == "cuda" else 32)
-    return inception(path, device), 500 if device.type == "cuda" else 32
+    return inception(path, device), 500 if device.type == "cuda" else 25
