@@ -69,11 +69,13 @@ def test_advice_names_rows_and_each_row_is_advice_or_a_pilot(script):
     assert named <= set(ablations.ROWS) and set(ablations.ROWS) <= named | set(ablations.PILOTS)
     assert len({x.name for x in ablations.ADVICE}) == len(ablations.ADVICE)
     assert all(x.claim and x.expected and set(x.known) <= set(x.rows) for x in ablations.ADVICE)
-    a = SimpleNamespace(advice=["EMA", "flips", "prediction"], seeds=[0, 1], only=list(ablations.ROWS))
+    assert all(set(x.all_weights) <= {ablations.BASELINE, *x.rows} for x in ablations.ADVICE)
+    a = SimpleNamespace(advice=["flips", "learning rate decay"], seeds=[0, 4], only=list(ablations.ROWS))
     asked = ablations.todo(a)
-    assert asked[:2] == [(ablations.BASELINE, 0, ("ema", "ema2", "ema3", "model")), ("no-flip", 0, ("ema",))]
-    assert [(row, seed) for row, seed, _ in asked[5:7]] == [(ablations.BASELINE, 1), ("no-flip", 1)]
-    assert len(asked) == len(set(asked)) == 10
+    assert asked[:5] == [(ablations.BASELINE, seed, ablations.WEIGHTS) for seed in (0, 1, 2)] + [
+        ("no-flip", 0, ("ema",)), ("no-flip", 4, ("ema",))]
+    assert {w for row, _, w in asked if row == "no-decay"} == {ablations.WEIGHTS}
+    assert len(asked) == len(set(asked)) == 3 + 2 * 4
 
 
 @pytest.mark.filterwarnings("ignore:the loss leapt")
@@ -98,14 +100,22 @@ def test_an_ablation_is_trained_scored_and_put_into_the_table(common, script, tm
         ablations.main()
     threads = torch.get_num_threads()
     try:
-        common.save_json(tmp_path / "speed.json", {name: {
-            "seconds_per_step": 0.01, "images_per_second": 6400.0, "parameters": 7, "gflop_an_image": 1.0}
-            for name in ("half", ablations.BASELINE)})
+        speeds = {ablations.BASELINE: {
+            "seconds_per_step": 0.01, "images_per_second": 6400.0, "parameters": 7, "gflop_an_image": 1.0}}
+        common.save_json(tmp_path / "speed.json", speeds)
+        with pytest.raises(common.DiffnbError, match="has no speed of half"):
+            command()
+        speeds["half"] = speeds[ablations.BASELINE]
+        common.save_json(tmp_path / "speed.json", speeds)
+        monkeypatch.setattr(sys, "argv", [
+            "pilots.py", "--out", str(tmp_path), "--only", ablations.BASELINE, "--n", "120", "--core-minutes", "0.01"])
+        pilots.main()                                            # draws from one average only
+        assert len(drawn) == 2
         command("--seeds", "0", "1")
-        assert len(drawn) == 2 * (2 * 4 + 2)                     # the baseline's four weights, the other's average
-        assert len({id(model) for model, _ in drawn}) == 10
+        assert len(drawn) == 2 + 2 * (3 * 4 + 2)                 # the baseline's four weights, the other's average
+        assert len({id(model) for model, _ in drawn[2:]}) == 14
         command("--seeds", "0", "1")
-        assert len(drawn) == 20                                  # what is there is not done again
+        assert len(drawn) == 30                                  # what is there is not done again
     finally:
         torch.set_num_threads(threads)
     base, half, other = (common.read_json(tmp_path / f"{name}.json") for name in (
@@ -115,10 +125,11 @@ def test_an_ablation_is_trained_scored_and_put_into_the_table(common, script, tm
     assert base["model"]["x0_error"] != base["ema"]["x0_error"] and "w1" in base["model"] and "w1" not in half["model"]
     figures.pilots(tmp_path, tmp_path / "images", tmp_path / "pilots.json")
     rows = {(r["name"], r["seed"]): r for r in common.read_json(tmp_path / "pilots.json")}
-    assert len(rows) == 4 and set(rows[ablations.BASELINE, 1]["other_weights"]) == {"ema2", "ema3", "model"}
+    assert len(rows) == 5 and 0 <= base["clipped"] <= 1
+    assert set(rows[ablations.BASELINE, 1]["other_weights"]) == {"ema2", "ema3", "model"}
     (tmp_path / "half_s1.json").unlink()                         # a folder that was lost in part: the table remembers
     figures.pilots(tmp_path, tmp_path / "images", tmp_path / "pilots.json")
-    assert len(common.read_json(tmp_path / "pilots.json")) == 4
+    assert len(common.read_json(tmp_path / "pilots.json")) == 5
     with pytest.raises(common.DiffnbError, match="no row 'flips'"):
         command("--only", "flips")
     with pytest.raises(common.DiffnbError, match="no advice 'half'"):
@@ -164,6 +175,10 @@ def test_a_classifier_learns_goes_on_where_it_stopped_and_names_samples(common, 
     command("cas", "--epochs", "12", "--batch", "10", "--images", str(tmp_path / "samples.npz"))
     found = common.read_json(tmp_path / "cas" / "classifier.json")
     assert found["n"] == 50 and found["accuracy_on_test"]["a"] < 0.5 < found["accuracy_on_test"]["c"]
+    with pytest.raises(common.DiffnbError, match="begun with epochs=3, and now 4"):
+        command("whole", "--epochs", "4")
+    with pytest.raises(common.DiffnbError, match="begun with images="):
+        command("cas", "--epochs", "12", "--batch", "10")
     with pytest.raises(common.DiffnbError, match="train the classifier first"):
         command("new", "--name", str(tmp_path / "samples.npz"))
     x = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).float()
@@ -203,9 +218,11 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
     assert before == [("dpmpp_2m", 2, 1, None), ("ddim", 2, 1, None), ("dpmpp_2m", 3, 1, None), ("ddim", 3, 1, None),
                       ("dpmpp_2m", 18, 0, None), ("dpmpp_2m", 18, 2, None)]
     assert asked == [("dpmpp_2m", 18, 2, (10, 70))]
-    r = common.read_json(tmp_path / "settings" / "results" / "digits_dpmpp_2m18_w2_10-70_at32_n40.json")
+    step = common.load_model("digits", "cpu").step
+    r = common.read_json(tmp_path / "settings" / "results" / f"digits_step{step}_dpmpp_2m18_w2_10-70_at32_n40.json")
     assert {"sampler", "steps", "n", "w", "interval", "size", "at", "network_calls", "distances", "floor", "precision",
-            "recall", "seconds_sampling", "protocol", "device", "torch"} <= set(r) and r["network_calls"] == 36
+            "recall", "seconds_sampling", "protocol", "device", "torch"} <= set(r)
+    assert r["network_calls"] == 18 + 1                          # one of its timesteps lies between 10 and 70
     asked.clear()
     command("sizes", "--smaller", "clothes")
     assert len(asked) == 2 and len(list((tmp_path / "sizes" / "results").glob("*.json"))) == 4
@@ -230,32 +247,43 @@ def test_a_set_of_samples_is_measured_and_copies_are_seen(common, script, tmp_pa
     monkeypatch.setattr(measure, "open_features", lambda a: (quarters, 50))
     monkeypatch.setattr(measure, "resized", lambda images, size: images)
     new = data("samples", split="test").images.flip(0).roll(1, 1)                   # other colours: nobody's copies
-    for name, images in (("new", new), ("copies", data("cifar10").images.flip(-1))):
+    for name, images in (("new", new), ("copies", data("cifar10").images.flip(-1)), ("dull", new // 8 + 112)):
         np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
         monkeypatch.setattr(sys, "argv", [
             "measure.py", "--samples", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "out"), "--n", "100",
             "--device", "cpu"])
         measure.main()
-    new, copies = (common.read_json(tmp_path / "out" / f"{name}.json") for name in ("new", "copies"))
+    new, copies, dull = (common.read_json(tmp_path / "out" / f"{name}.json") for name in ("new", "copies", "dull"))
     assert copies["neighbours"]["pixels, root mean square"]["samples"]["0.9"] == 0          # mirrored, and found
     assert new["neighbours"]["pixels, root mean square"]["samples"]["0.01"] > 0.05
     for r in (new, copies):
         assert r["neighbours"]["pixels, root mean square"]["real test images"]["0.5"] > 0.1
         assert set(r["distances"]) == set(r["floor"]) == {"train", "test"} and r["n"] == 300
-        assert 0 <= r["realism"]["samples"]["precision"] <= 1 and set(r["neighbours"]["features"]) == {
-            "samples", "real test images"}
+        assert set(r["neighbours"]["features"]) == {"samples", "real test images"}
+    assert dull["realism"]["samples"]["recall"] < 0.1 < new["realism"]["samples"]["recall"]
+    assert 0 < new["realism"]["samples"]["recall"] and new["realism"]["n"] == 300
+    np.savez(tmp_path / "new.npz", arr_0=data("x").images[:200].permute(0, 2, 3, 1).numpy())     # others, same name
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], str(tmp_path / "new.npz"), *sys.argv[3:]])
+    measure.main()
+    again = common.read_json(tmp_path / "out" / "new.json")
+    assert again["n"] == again["realism"]["n"] == 200 and again["distances"] != new["distances"]
     assert (tmp_path / "out" / "cache" / "real_32_all_bf16.safetensors").exists()
 
 
-def test_statistics_give_the_same_distance(common, script, features, tmp_path):
-    score = script("score")
-    real = {
-        split: score.Real(torch.rand(300, 12, generator=torch.Generator().manual_seed(i)))
-        for i, split in enumerate(("train", "test"))}
-    moments, meta = score.read_statistics(score.write_statistics(real, 32, tmp_path / "stats.safetensors"))
-    assert meta["n"] == {"train": 300, "test": 300}
-    direct = score.frechet_distance(real["test"].features, real["train"].features)
-    assert score.frechet_distance(real["test"].features, moments["train"]) == pytest.approx(direct, rel=1e-4)
+def test_rows_of_one_cost_have_the_same_number_of_steps(script, tmp_path, monkeypatch, capsys):
+    ablations, pilots, timed = script("ablations"), script("pilots"), []
+    def resolve(config):
+        return config, None, None
+    def time_steps(config, *_):
+        timed.append(config)
+        return float(len(timed)), SimpleNamespace(model=torch.nn.Linear(1, 1))
+    for name, value in (("resolve", resolve), ("time_steps", time_steps), ("count_flops", lambda *_, **__: 1e9)):
+        monkeypatch.setattr(pilots, name, value)
+    names = [ablations.BASELINE, "muon-1e-3", "no-flip", "double", "cosine-decay", "eps-linear", "adamw-1e-4",
+             "batch-32", "no-clipping", "dropout", "64-pixels"]
+    pilots.speed(SimpleNamespace(out=tmp_path, rows=ablations.ROWS, only=names, data_root=None))
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [found[n]["seconds_per_step"] for n in names] == [1, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6]
 
 
 def test_our_inception_is_torch_fidelitys(script):
@@ -267,6 +295,12 @@ def test_our_inception_is_torch_fidelitys(script):
     torch.manual_seed(0)
     for ours, block in (
         (score.InceptionA(8, 4), fidelity.InceptionA(8, 4)), (score.InceptionC(8, 4), fidelity.InceptionC(8, 4))):
+        for m in ours.modules():                                   # norms that do something
+            if isinstance(m, torch.nn.BatchNorm2d):
+                for v in (m.weight, m.running_var):
+                    torch.nn.init.uniform_(v, 0.5, 2)
+                for v in (m.bias, m.running_mean):
+                    torch.nn.init.uniform_(v, -1, 1)
         block.load_state_dict(ours.state_dict())
         score.pool_inside(ours)
         h = torch.randn(2, 8, 9, 9)
@@ -305,8 +339,10 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     steps, asked = [], []
     def racer(classes):
         def start(a, device):
+            net = torch.nn.Linear(1, 1)
             run = others.clocked(lambda: steps.append(sum(range(10_000))), device, 16)
-            return run, lambda: (None, None, "eps", classes), {"parameters": 7, "batch": 16, "lr": 1e-4, "size": 8}
+            return run, lambda: net, lambda: (net, None, "eps", classes), {
+                "parameters": 7, "batch": 16, "lr": 1e-4, "size": 8}
         return start
     def draw(model, schedule, shape, n, *, sampler, steps, w, **how):
         asked.append((sampler, steps, w, n))
@@ -317,13 +353,30 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     monkeypatch.setattr(others, "draw", draw)
     monkeypatch.setattr(others, "open_features", lambda a: (features, 32))
     monkeypatch.setattr(others, "real_images", lambda *_: real)
-    def command():
+    def command(*names):
         monkeypatch.setattr(sys, "argv", [
-            "others.py", "--out", str(tmp_path), "--only", "with", "without:bf16", "--total-minutes", "0.004",
+            "others.py", "--out", str(tmp_path), "--only", *names, "--total-minutes", "0.004",
             "--moments", "0.001", "0.002", "9", "--n", "60", "--n-small", "40", "--device", "cpu"])
         others.main()
         return capsys.readouterr().out
-    command()
+    score = others.final_scores
+    monkeypatch.setattr(others, "final_scores", lambda *_: 1 / 0)                        # after training
+    with pytest.raises(ZeroDivisionError):
+        command("with")
+    trained = len(steps)
+    monkeypatch.setattr(others, "final_scores", score)
+    command("with")
+    assert len(steps) == trained                                                       # it is not trained again
+    command("without:bf16")
+    run = []
+    monkeypatch.setattr(others.subprocess, "run", run.append)
+    (tmp_path / "results" / "with.json").rename(tmp_path / "with.json")
+    (tmp_path / "results" / "without_bf16.json").rename(tmp_path / "without_bf16.json")
+    assert "not done: with, without:bf16" in command("with", "without:bf16")
+    assert [words[-2:] for words in run] == [["--only", "with"], ["--only", "without:bf16"]]
+    assert all(words[2:-2] == sys.argv[1:3] + sys.argv[6:] for words in run)
+    for name in ("with", "without_bf16"):
+        (tmp_path / f"{name}.json").rename(tmp_path / "results" / f"{name}.json")
     one, other = (common.read_json(tmp_path / "results" / f"{name}.json") for name in ("with", "without_bf16"))
     for r in (one, other):
         assert [round(x["minutes"], 3) for x in r["rows"]] == pytest.approx([0.001, 0.002, 0.004], abs=5e-4)
@@ -333,9 +386,20 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     assert "w2" in one["final"] and "w2" not in other["final"] and (one["precision"], other["precision"]) == (
         "float32", "bf16")
     assert sum(images["images"] for images in (one["rows"][-1], other["rows"][-1])) == 16 * len(steps)
-    assert ("dpmpp_2m", 25, 2.0, 60) in asked and command() == "done\n"
+    assert ("dpmpp_2m", 25, 2.0, 60) in asked and command("with", "without:bf16") == "done\n"
     figures.others(tmp_path, tmp_path / "images")
     assert (tmp_path / "images" / "cifar10_others.png").stat().st_size > 10_000
+
+
+def test_a_model_in_terms_of_sigma_becomes_one_in_terms_of_t(script):
+    others, schedule = script("others"), importlib.import_module("diffnb.schedule")
+    sigmas = torch.linspace(0.01, 20, 100).double()
+    ours, x0 = schedule.NoiseSchedule(1 / (1 + sigmas**2)), torch.rand(5, 3, 4, 4) * 2 - 1
+    oracle = others.eps_at(lambda x, sigma: (x - x0) / sigma, sigmas)                  # knows the image
+    noise, t = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7, 30, 60, 99])
+    x_t = ours.add_noise(x0, noise, t)
+    assert torch.allclose(oracle(x_t, t), noise, atol=1e-2)
+    assert torch.allclose(ours.to_x0(oracle(x_t, t), x_t, t, "eps"), x0, atol=1e-4)
 
 
 def forged_pilot(name, frechet, error): # as pilots.py writes it

@@ -54,10 +54,14 @@ def rate_at(step, total, peak): # up in a line for the first quarter, then down 
 def optimizer_of(net):
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-def load_state(net, optimizer, path): # -> (epochs done, processor seconds)
+def load_state(net, optimizer, path, plan): # -> (epochs done, processor seconds)
     if not path.exists():
         return 0, 0.0
     tensors, meta = read_tensors(path)
+    if changed := [k for k in plan if meta["plan"][k] != plan[k]]:
+        k = changed[0]
+        raise DiffnbError(f"{path.parent} was begun with {k}={meta['plan'][k]!r}, and now {plan[k]!r} is asked for: "
+                          "repeat the first command, or choose another --out")
     net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
     for i, p in enumerate(net.parameters()):
         optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{i}"].clone()
@@ -70,8 +74,9 @@ def save_state(net, optimizer, path, **meta):
 def learn(images, labels, a): # -> (ResNet, processor seconds); goes on from the last epoch in OUT/state.safetensors
     torch.manual_seed(a.seed)
     net, path = network(), a.out / "state.safetensors"
-    optimizer = optimizer_of(net)
-    done, spent = load_state(net, optimizer, path)
+    optimizer, plan = optimizer_of(net), {
+        "images": str(a.images), "n": len(images), **{k: getattr(a, k) for k in ("epochs", "batch", "lr", "seed")}}
+    done, spent = load_state(net, optimizer, path, plan)
     steps = len(images) // a.batch
     for epoch in range(done, a.epochs):
         began, net = time.process_time(), net.train()
@@ -87,7 +92,7 @@ def learn(images, labels, a): # -> (ResNet, processor seconds); goes on from the
             optimizer.step()
             optimizer.zero_grad()
         spent += time.process_time() - began
-        save_state(net, optimizer, path, epochs=epoch + 1, processor_seconds=spent)
+        save_state(net, optimizer, path, epochs=epoch + 1, processor_seconds=spent, plan=plan)
         print(f"epoch {epoch + 1} of {a.epochs}, loss {loss.item():.3f}, {spent / 60:.1f} core-minutes", flush=True)
     return net.eval(), spent
 
@@ -102,6 +107,7 @@ def train_classifier(a):
     else:
         data = load_data("cifar10", root=a.data_root)
         images, labels = data.images, data.labels
+    images, labels = images[:a.n], labels[:a.n]
     net, spent = learn(images, labels, a)
     found = accuracy(named(net, test.images), test.labels, test.classes)
     write_tensors(a.out / "classifier.safetensors", net.state_dict(), {"classes": list(test.classes)})
@@ -133,6 +139,7 @@ def main():
     p.add_argument("--data-root", help="folder with cifar-10-batches-py; default: $DIFFNB_DATA, or ./data")
     p.add_argument("--images", type=Path, help="learn from these samples: a folder of PNGs or an .npz")
     p.add_argument("--name", type=Path, help="name these samples")
+    p.add_argument("--n", type=int, help="learn from the first so many only: as many real images as there are samples")
     p.add_argument("--epochs", type=int, default=12)
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=0.2, help="the highest rate")

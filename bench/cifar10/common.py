@@ -42,15 +42,7 @@ def arguments(doc):
         "--out", type=Path, required=True, help="folder for what is written; the same folder continues what is in it")
     p.add_argument("--data-root", help="folder with cifar-10-batches-py; default: $DIFFNB_DATA, or ./data")
     p.add_argument("--device", default="auto")
-    p.add_argument("--base-channels", type=int, help="width of the network; smaller for a rehearsal")
-    p.add_argument("--batch-size", type=int, help="of training")
     return p
-
-def apply(config, a): # a TrainConfig with what the command line says
-    given = {k: getattr(a, k) for k in ("base_channels", "batch_size", "data_root") if getattr(a, k) is not None}
-    if given.get("base_channels", 32) % 32:
-        given["norm_groups"] = 8       # a rehearsal's widths are not divisible by 16
-    return config.change(device=a.device, **given)
 
 def run_main(main):
     "Errors that the user can mend are told without a traceback."

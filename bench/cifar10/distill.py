@@ -157,7 +157,7 @@ def score(a, plan): # every finished student, and the first teacher with as many
         m = load_model(source, a.device)
         images = draw(m.model, m.schedule, m.shape, a.n, prediction=m.prediction, sampler=sampler, steps=steps, w=w,
                       batch=100, device=next(m.model.parameters()).device, precision=plan["precision"])
-        f = torch.cat([features(x) for x in images.split(batch)])
+        f = torch.cat([features(x) for x in images.split(batch)]).cpu()
         done[name] = {
             "frechet": frechet_distance(Moments([f]), reference), "network_calls": steps * (1 if w == 1 else 2),
             "named_right": (name_of(f) == torch.arange(a.n) % 10).float().mean().item(), "n": a.n,

@@ -32,11 +32,11 @@ def jobs(a):
         job(a.model, "dpmpp_2m", GUIDED_STEPS, w, interval) for w in GUIDANCE
         for interval in ((None, INTERVAL) if w > 1 else (None,))]
 
-def name_of(j, n): # of its files
+def name_of(j, step, n): # of its files
     model = Path(j["model"])
     model = model.parent.name if model.name == "run" else model.stem
     inside = "" if j["interval"] is None else "_{}-{}".format(*j["interval"])
-    return f"{model}_{j['sampler']}{j['steps']}_w{j['w']:g}{inside}_at{j['at']}_n{n}"
+    return f"{model}_step{step}_{j['sampler']}{j['steps']}_w{j['w']:g}{inside}_at{j['at']}_n{n}"
 
 class Evaluator:
     "Draws and measures, one job after the other; keeps models, real images and the last samples."
@@ -71,15 +71,16 @@ class Evaluator:
         return self.real[size]
 
     def measure(self, j): # -> dict, also in OUT/results
-        path = self.a.out / "results" / f"{name_of(j, self.a.n)}.json"
-        if path.exists():
+        m = self.model(j["model"])
+        path = self.a.out / "results" / f"{name_of(j, m.step, self.a.n)}.json"
+        if path.exists() and (not self.classifier or "named_right" in read_json(path)):
             return read_json(path)
-        m, real, (images, seconds) = self.model(j["model"]), self.real_at(j["at"]), self.images_of(j)
+        real, (images, seconds) = self.real_at(j["at"]), self.images_of(j)
         f = torch.cat([self.features(resized(x.to(self.device), j["at"])) for x in images.split(self.batch)])
         train = real["train"].features
         order = torch.randperm(len(train), generator=addressed(0, "train"))[:len(f)].to(train.device)
         facts = {
-            **j, "n": self.a.n, "step": m.step, "size": m.shape[-1], "network_calls": calls(j),
+            **j, "n": self.a.n, "step": m.step, "size": m.shape[-1], "network_calls": calls(j, m.schedule),
             "distances": distances(f, real), "floor": floors(real, self.a.n),
             **dict(zip(("precision", "recall"), precision_recall(f, train[order]))),
             "seconds_sampling": seconds, "protocol": PROTOCOL, **machine(self.a.device)}
@@ -90,8 +91,9 @@ class Evaluator:
         print(f"{path.stem:45} to train {facts['distances']['train']['frechet']:.4f}; {seconds:.0f} s", flush=True)
         return facts
 
-def calls(j): # of the network for one image
-    return j["steps"] * (1 if j["w"] == 1 else 2) # an interval saves some of them
+def calls(j, schedule): # of the network for one image: a guided step asks twice
+    first, last = j["interval"] or (0, schedule.T)
+    return j["steps"] + (j["w"] != 1) * sum(first <= t <= last for t in schedule.timesteps(j["steps"]))
 
 def main():
     p = scoring_arguments(arguments(__doc__))

@@ -34,8 +34,13 @@ def told(rows): # the conditions, under every figure
     return f"{r['device']}, torch {r['torch']}; n = {', '.join(f'{n:,}' for n in sorted({x['n'] for x in rows}))}"
 
 
+def alike(rows): # of one model and one n, or they do not belong into one figure
+    if len(kinds := {(r["model"], r["step"], r["n"]) for r in rows}) > 1:
+        raise DiffnbError(f"results of different models or numbers of samples: {sorted(kinds)}. Move some elsewhere")
+    return rows
+
 def by_steps(folder, to): # without guidance, at the model's own size
-    rows = [r for r in results(folder) if r["w"] == 1 and r["at"] == r["size"]]
+    rows = alike([r for r in results(folder) if r["w"] == 1 and r["at"] == r["size"]])
     if len(rows) < 2:
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
@@ -57,7 +62,7 @@ def by_steps(folder, to): # without guidance, at the model's own size
     save(fig, to, "cifar10_steps.png")
 
 def by_guidance(folder, to):
-    rows = [r for r in results(folder, "*_dpmpp_2m*") if r["steps"] == 18 and r["at"] == r["size"]]
+    rows = alike([r for r in results(folder, "*_dpmpp_2m*") if r["steps"] == 18 and r["at"] == r["size"]])
     if not any(r["w"] > 1 for r in rows):
         return
     columns = [("frechet", UNIT + ", to train"), ("precision", "precision"), ("recall", "recall")]
@@ -125,8 +130,9 @@ REFERENCE = "flow-muon-3e-3" # the pilot with which the others are compared
 def pilot_protocol(r): # of a result of pilots.py -> str
     return (f"{r['n']:,} samples, image k from noise addressed by (seed 0, k), class k mod 10, "
             f"{r['sampler_steps']} steps of {r['sampler']}, network in bf16; 768-d features of Inception-v3 2015-12-05 "
-            "in bf16, against all test images; named right: by a linear classifier on these features of 10,000 real "
-            f"training images, which names a share {r['ema']['namer_on_real']:.4f} of the test images right; "
+            "with weights in bf16, against all test images; named right: by a linear classifier on these features of "
+            f"10,000 real training images, which names a share {r['ema']['namer_on_real']:.4f} of the test images "
+            "right; "
             "x0 error: mean squared error, pixels in [-1, 1], of the first 1,000 test images at log SNR (natural, of "
             "power); GFLOP: forward and backward")
 

@@ -290,16 +290,8 @@ def draw_to(folder, m, a, n, w, precision): # -> uint8 (n, C, H, W)
         device=a.device, precision=precision, batch_size=a.sample_batch, progress=sys.stderr.isatty())
     return read_images(folder, n)[0]
 
-def reference(a, size, features, batch): # -> {"train": Real, "test": Real}
-    "Real images, and their statistics in a file small enough to commit."
-    real = real_images(size, features, a.data_root, a.cache, a.real, batch)
-    path = a.cache / f"cifar10_{size}_inception768.safetensors"
-    if not path.exists() and not a.real:
-        print(write_statistics(real, size, path, **machine(a.device)), flush=True)
-    return real
-
 def floors_for(a, size, real, n): # as score.floors, computed once
-    path = a.cache / f"floor_{size}_{a.real or 'all'}_n{n}.json"
+    path = a.cache / f"floor_{size}_{a.real or 'all'}_n{n}_bf16.json"
     if not path.exists():
         save_json(path, floors(real, n))
     return read_json(path)
@@ -313,7 +305,7 @@ class Scoring:
         self.config = make_config(self.m.settings)
         self.precision = pick_precision("auto", pick_device(a.device), self.config)
         self.features, self.batch = open_features(a)
-        self.real = reference(a, self.size, self.features, self.batch)
+        self.real = real_images(self.size, self.features, a.data_root, a.cache, a.real, self.batch)
 
     def measure(self, n, w): # -> dict
         "Draw with guidance w, save the first hundred as a grid (a column for each class), and measure."
@@ -384,7 +376,8 @@ def parsed(): # -> the command's arguments
 def main():
     a = parsed()
     if a.reference:
-        return list(reference(a, 32, *open_features(a)))
+        features, batch = open_features(a)
+        return list(real_images(32, features, a.data_root, a.cache, a.real, batch))
     if a.score:
         return tell(score_long(a))
     if a.snapshot:

@@ -3,12 +3,14 @@
     diffnb sample cifar10 --n 10000 --sampler dpmpp_2m --steps 18 --out runs/w1.npz
     python bench/cifar10/measure.py --samples runs/w1.npz --out runs/measured --cache runs/real
 
-Fréchet distance and KID as score.py says, beside as many real images of the other split; precision and recall (k = 3)
-among as many training images, beside those of test images; and how near the nearest training image or its mirror image
+Fréchet distance and KID as score.py says, beside real images of the other split; precision and recall (k = 3) among as
+many training images, beside those of as many test images; and how near the nearest training image or its mirror image
 is in pixels, beside test images, and by features, without mirror images. What is done is kept: stop it, repeat it.
-OUT/NAME.json.
+Writes OUT/NAME.json.
 """
 from score import *
+
+import hashlib
 
 from diffnb.evaluate import nearest, precision_recall
 from diffnb.workshop.scoring import read_images
@@ -17,7 +19,7 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 
 def some(x, n, what): # n of them, chosen by an address
-    return x[torch.randperm(len(x), generator=addressed(0, what))[:n]]
+    return x[torch.randperm(len(x), generator=addressed(0, what))[:n].to(x.device)]
 
 def quantiles(d): return {f"{q:g}": torch.quantile(d.float(), q).item() for q in QUANTILES}
 
@@ -30,10 +32,11 @@ def nearest_pixels(images, train): # uint8 -> distances per pixel value (root me
 
 def realism(f, real, n): # features -> precision and recall, with those of real test images
     "Precision: share of samples among training images; recall: share of training images among samples."
+    n = min(n, len(f), len(real["train"]), len(real["test"]))
     train, test = some(real["train"].features, n, "train"), some(real["test"].features, n, "test")
     names = ("precision", "recall")
     return {"samples": dict(zip(names, precision_recall(some(f, n, "samples"), train))),
-            "real test images": dict(zip(names, precision_recall(test, train))), "n": min(n, len(f))}
+            "real test images": dict(zip(names, precision_recall(test, train))), "n": n}
 
 def neighbours(images, f, real, a): # -> how near samples and test images are to training images
     train, test = (load_data("cifar10", split=split, root=a.data_root).images[:a.real] for split in ("train", "test"))
@@ -46,12 +49,17 @@ def neighbours(images, f, real, a): # -> how near samples and test images are to
 def measured(a): # -> dict
     features, batch = open_features(a)
     images = resized(read_images(a.samples)[0], 32)
-    f = features_in_parts(features, images, a.out / f"{a.samples.stem}.features", batch)
+    path = a.out / f"{a.samples.stem}.json"
+    asked = {"images": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16], "n_realism": a.n_realism,
+             "n_neighbours": a.n, "real": a.real}
+    if path.exists() and read_json(path)["asked"] == asked:
+        return read_json(path)
+    f = features_in_parts(features, images, a.out / f"{asked['images']}.features", batch).to(features.device)
     real = real_images(32, features, a.data_root, a.cache, a.real, batch)
     return {
-        "samples": str(a.samples), "n": len(images), "distances": distances(f, real),
+        "samples": str(a.samples), "n": len(images), "asked": asked, "distances": distances(f, real),
         "floor": floors(real, len(images)), "realism": realism(f, real, a.n_realism),
-        "neighbours": neighbours(images, f, real, a), "protocol": PROTOCOL, **machine(a.device)}
+        "neighbours": neighbours(images, f, real, a), "network": features.name, **machine(a.device)}
 
 def main():
     p = scoring_arguments(arguments(__doc__))
@@ -60,10 +68,9 @@ def main():
     p.add_argument("--n", type=int, default=2000, help="images whose nearest neighbours are looked for")
     a = p.parse_args()
     a.cache = a.cache or a.out / "cache"
-    path = a.out / f"{a.samples.stem}.json"
-    if not path.exists():
-        save_json(path, measured(a))
-    print(json.dumps(read_json(path), indent=1))
+    found = measured(a)
+    save_json(a.out / f"{a.samples.stem}.json", found)
+    print(json.dumps(found, indent=1))
 
 if __name__ == "__main__":
     run_main(main)

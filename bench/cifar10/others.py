@@ -5,14 +5,16 @@ smalldiffusion.
     OMP_NUM_THREADS=2 python bench/cifar10/others.py --out runs/others                # all of them, one by one
     python bench/cifar10/figures.py --others runs/others
 
-Each trains on the same images for --total-minutes: of processor time on a processor, all threads together; of wall time
-on a GPU. At the --moments its average is scored, while the clock stands still: --n-small samples by one sampler. At the
-end --n-small samples by each of SAMPLERS choose the best one, which then draws --n; models with classes are scored
-without guidance and with it. Each is sampled by diffnb, with its own schedule and kind of prediction. The clock begins
-with the first step; reading images counts. NAME:bf16 is NAME with autocast to bfloat16, one switch in each library. A
-race that is cut off begins anew.
+Each trains on the same images for --total-minutes: of processor time on a processor, all threads together, which equals
+wall time times threads only while nothing else runs (`wall_minutes` tells); of wall time on a GPU. At the --moments its
+average is scored, while the clock stands still: --n-small samples by one sampler. When the time is up the average is
+saved, so that scoring can be interrupted. Then --n-small samples by each of SAMPLERS_TRIED choose the best one, which
+draws --n; models with classes are scored without guidance and with it. Each is sampled by diffnb, with its own schedule
+and kind of prediction. The clock begins with the first step; reading images counts, except in worker processes
+(ddpm-pytorch's). NAME:bf16 is NAME with autocast to bfloat16, one switch in each library. Training that is cut off
+begins anew. Drawing costs as much time again as training, for the large networks.
 - ours: the preset cifar10-20min, for the length of the race, its decay included. Its clock begins with loading and
-  measuring the speed, so that the others are not charged for what they do not do.
+  measuring the speed, so that the others are not charged for what they do not do. One average, as the others have.
 - analysed, analysed-64: the preset cifar10-analysed, a usual recipe, at 32 pixels and with images enlarged to 64, whose
   samples are made smaller before they are scored.
 - diffusers: examples/unconditional_image_generation/train_unconditional.py, its own UNet2DModel (113.7M parameters),
@@ -21,23 +23,23 @@ race that is cut off begins anew.
 - ddpm-pytorch: the Trainer with its defaults, on a folder of PNGs, and Unet(dim=64, dim_mults=(1, 2, 4, 8)),
   GaussianDiffusion(image_size=32), as in its README.
 - smalldiffusion: network, schedule, batch and rate of its examples/cifar_unet.py, its training loop; images from
-  memory. Its average (torch_ema: 0.9999, from which the first steps are exempt) is written here in three lines.
+  memory. Its average is torch_ema's with 0.9999, which begins faster, written here in three lines.
 """
 from score import *
 
-import contextlib, copy, io
+import contextlib, copy, io, itertools, subprocess
 
 from PIL import Image
 
 from diffnb.data import save_grid, to_float
-from diffnb.schedule import NoiseSchedule, linear_schedule, make_schedule
+from diffnb.schedule import NoiseSchedule, linear_schedule
 from diffnb.train import train_steps
 from diffnb.unet import count_parameters
 from diffnb.workshop.run import new_state, ready
 from diffnb.workshop.settings import PRESETS
 
-# A racer is (run, snapshot, facts): run(seconds) trains for about so long and returns (images, seconds) of it;
-# snapshot() gives (model(x_t, t, y), schedule, prediction, classes).
+# A racer is (run, average, snapshot, facts): run(seconds) trains for about so long and returns (images, seconds) of it;
+# average() is the averaged network; snapshot() gives (model(x_t, t, y), schedule, prediction, classes) of it.
 
 SAMPLERS_TRIED = (("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m", 25))
 
@@ -59,24 +61,38 @@ def clocked(step, device, batch): # -> run: step() once and again until the time
         return images, clock(device) - start
     return run
 
+def changed(config, a): # a TrainConfig with what the command line says
+    given = {k: getattr(a, k) for k in ("base_channels", "batch_size", "data_root") if getattr(a, k) is not None}
+    if "base_channels" in given:
+        given |= {"norm_groups": 8, "head_dim": None}      # a rehearsal's widths are not divisible by 16 or 64
+    return config.change(device=a.device, **given)
+
+def seconds_a_step(config, net, data, device, steps=4): # by the clock that counts; the network is thrown away
+    state, times = new_state(net, config, device), []
+    for _ in train_steps(state, data, config.noise.make_schedule(), steps, config.run.precision, ready(state, device)):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock(device))
+    return (times[-1] - times[0]) / (steps - 1)
+
 def preset(config, a, device):
     "One of our recipes, planned for the length of the race."
     start = clock(device)
-    config, data, net, *_ = resolve(apply(config, a))
-    seconds, _ = time_steps(config, data, net, *((30, 5) if device.type == "cuda" else (3, 1)))
-    if device.type != "cuda":
-        seconds *= torch.get_num_threads()
+    config, data, net, *_ = resolve(changed(config, a))
+    if config.training.ema_half_lives:
+        config = config.change(ema_half_lives=config.training.ema_half_lives[:1])
+    data = data.to(device)
+    seconds = seconds_a_step(config, net, data, device)
     spent = clock(device) - start
     total = max(10, int(0.97 * (60 * a.total_minutes - spent) / seconds))
     config = config.change(epochs=(total - 0.5) * config.training.batch_size / len(data))
-    schedule, state = make_schedule(config.noise.schedule, config.noise.T), new_state(net, config, device)
-    steps = train_steps(state, data.to(device), schedule, total, config.run.precision, ready(state, device))
+    schedule, state = config.noise.make_schedule(), new_state(net, config, device)
+    steps = train_steps(state, data, schedule, total, config.run.precision, ready(state, device))
     facts = {
         "parameters": count_parameters(state.model), "batch": config.training.batch_size, "lr": config.training.lr,
-        "precision": config.run.precision, "compiled": bool(config.run.compile), "seconds_before": spent,
-        "size": config.images.image_size}
+        "precision": config.run.precision, "seconds_before": spent, "size": config.images.image_size}
     return (
-        clocked(lambda: next(steps, False), device, config.training.batch_size),
+        clocked(lambda: next(steps, False), device, config.training.batch_size), lambda: state.ema.model,
         lambda: (state.ema.model, schedule, config.noise.prediction, len(data.classes)), facts)
 
 def ours(a, device): return preset(PRESETS["cifar10-20min"], a, device)
@@ -117,12 +133,13 @@ def diffusers(a, device, half=False):
         ema.step(unet.parameters())
         loss.detach().item()  # the example logs every step, and so waits for the device
     averaged = UNet2DModel.from_config(unet.config).to(device).eval()
-    def snapshot():
+    def average():
         ema.copy_to(averaged.parameters())
-        return lambda x, t, y=None: averaged(x, t).sample, linear_schedule(), "eps", 0
+        return averaged
     return (
-        clocked(step, device, batch), snapshot,
-        {"parameters": count_parameters(unet), "batch": batch, "lr": 1e-4, "compiled": False})
+        clocked(step, device, batch), average,
+        lambda: (lambda x, t, y=None: averaged(x, t).sample, linear_schedule(), "eps", 0),
+        {"parameters": count_parameters(unet), "batch": batch, "lr": 1e-4})
 
 def png_folder(data, folder): # what the Trainer reads; written once
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,48 +171,46 @@ def ddpm_pytorch(a, device, half=False):
         while clock(device) - start < seconds:
             step()
         return (trainer.step - before) * batch, clock(device) - start
-    def snapshot():
-        model = trainer.ema.ema_model.eval()
-        return (
-            lambda x, t, y=None: model.model(x, t), NoiseSchedule(model.alphas_cumprod.double().cpu()),
-            {"pred_v": "v", "pred_noise": "eps", "pred_x0": "x0"}[model.objective], 0)
+    model = trainer.ema.ema_model.eval()
+    schedule = NoiseSchedule(model.alphas_cumprod.double().cpu())
+    kind = {"pred_v": "v", "pred_noise": "eps", "pred_x0": "x0"}[model.objective]
     return (
-        run, snapshot,
-        {
-            "parameters": count_parameters(diffusion.model), "batch": batch, "lr": 1e-4, "compiled": False})
+        run, lambda: trainer.ema.ema_model.model, lambda: (lambda x, t, y=None: model.model(x, t), schedule, kind, 0),
+        {"parameters": count_parameters(diffusion.model), "batch": batch, "lr": 1e-4})
 
 def smalldiffusion(a, device, half=False):
     from accelerate import Accelerator
     from smalldiffusion import Scaled, ScheduleSigmoid, training_loop, Unet
     data, batch, c = load_data("cifar10", root=a.data_root), a.batch_size or 256, a.base_channels or 128
-    images = to_float(data.images[: a.real])
+    images = data.images[: a.real]
     class Flipped(torch.utils.data.Dataset):
         def __len__(self): return len(images)
-        def __getitem__(self, i): return images[i].flip(-1) if torch.rand(()) < 0.5 else images[i]
+        def __getitem__(self, i):
+            x = to_float(images[i])
+            return x.flip(-1) if torch.rand(()) < 0.5 else x
     loader = torch.utils.data.DataLoader(Flipped(), batch_size=min(batch, len(images)), shuffle=True)
     model, theirs = Scaled(Unet)(32, 3, 3, ch=c, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,)), ScheduleSigmoid(N=1000)
+    averaged, updates = copy.deepcopy(model).to(device).eval(), itertools.count(1)
     accelerator = Accelerator(mixed_precision="bf16" if half else "no", cpu=device.type == "cpu")
-    average = {"step": 0, "model": None}
     loop = training_loop(loader, model, theirs, epochs=10**6, lr=2e-4, accelerator=accelerator)
-    def step():
+    def step(): # the generator stops before the optimiser's step: what it shows is the network after the last one
         with contextlib.redirect_stderr(io.StringIO()):                                  # its bar
-            seen = next(loop)
-        raw = accelerator.unwrap_model(seen.model)
-        average["model"] = average["model"] or copy.deepcopy(raw)
-        average["step"] += 1
-        decay = min(0.9999, (1 + average["step"]) / (10 + average["step"]))
+            next(loop)
+        n = next(updates)
         with torch.no_grad():
-            for mean, p in zip(average["model"].parameters(), raw.parameters()):
-                mean.lerp_(p, 1 - decay)
+            for mean, p in zip(averaged.parameters(), model.parameters()):
+                mean.lerp_(p, 1 - min(0.9999, (1 + n) / (10 + n)))
     sigmas = theirs.sigmas.double()
-    def snapshot():
-        model = average["model"].eval()
-        def eps(x, t, y=None): # their noised images are larger: x0 + sigma * noise
-            sigma = sigmas[t.cpu()].to(x).view(-1, 1, 1, 1)
-            return model(x * (1 + sigma**2).sqrt(), sigma)
-        return eps, NoiseSchedule(1 / (1 + sigmas**2)), "eps", 0
-    return (clocked(step, device, loader.batch_size), snapshot,
-            {"parameters": count_parameters(model), "batch": loader.batch_size, "lr": 2e-4, "compiled": False})
+    return (
+        clocked(step, device, loader.batch_size), lambda: averaged,
+        lambda: (eps_at(averaged, sigmas), NoiseSchedule(1 / (1 + sigmas**2)), "eps", 0),
+        {"parameters": count_parameters(model), "batch": loader.batch_size, "lr": 2e-4})
+
+def eps_at(model, sigmas): # of a model(x0 + sigma * noise, sigma) -> model(x_t, t, y)
+    def eps(x, t, y=None):
+        sigma = sigmas[t.cpu()].to(x).view(-1, 1, 1, 1)
+        return model(x * (1 + sigma**2).sqrt(), sigma)
+    return eps
 
 LIBRARIES = {"diffusers": diffusers, "ddpm-pytorch": ddpm_pytorch, "smalldiffusion": smalldiffusion}
 RACERS = {
@@ -220,41 +235,53 @@ def best_sampler(snapshot, a, size, device, features, batch, real): # -> (name, 
         found[sampler, steps] = frechet_distance(Moments([seen(x, features, batch)]), real["train"].moments)
     return min(found, key=found.get), {f"{sampler} {steps}": d for (sampler, steps), d in found.items()}
 
-def final_scores(snapshot, a, size, device, features, batch, real, name): # -> dict
+def final_scores(snapshot, a, size, device, features, batch, real, label): # -> dict
     (sampler, steps), tried = best_sampler(snapshot, a, size, device, features, batch, real)
     found = {"sampler": sampler, "sampler_steps": steps, "tried": tried, "n_tried": a.n_small}
     for w in (1.0, 2.0) if snapshot()[3] else (1.0,):
         x = drawn(snapshot, a, a.n, sampler, steps, size, device, w)
         found[f"w{w:g}"] = distances(seen(x, features, batch), real)
-        save_grid(x[:100], a.out / "results" / f"{name}_w{w:g}.png", cols=10, scale=2)
+        save_grid(x[:100], a.out / "results" / f"{label}_w{w:g}.png", cols=10, scale=2)
     return found
 
-def race(name, a, features, batch, real):
-    "One racer: train, and score at each moment. The result appears when all is scored."
+def train_racer(name, racer, a, features, batch, real, path): # until the time is up; leaves its average in `path`
+    run, average, snapshot, facts = racer
     device, (sampler, steps) = pick_device(a.device), SAMPLERS_TRIED[1]
-    torch.manual_seed(0)
-    # as PyTorch comes: ours sets them for itself
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    run, snapshot, facts = RACERS[name](a, device)
-    rows, images, seconds, size = [], 0, facts.get("seconds_before", 0.0), facts.get("size") or 32
+    rows, images, seconds, wall = [], 0, facts.get("seconds_before", 0.0), 0.0
     for moment in sorted({m for m in a.moments if m < a.total_minutes} | {a.total_minutes}):
+        began = time.perf_counter()
         made = run(max(0, 60 * moment - seconds))
-        images += made[0]
-        seconds += made[1]
+        images, seconds, wall = images + made[0], seconds + made[1], wall + time.perf_counter() - began
         if not images:
             continue                                  # nothing but preparation so far
-        x = drawn(snapshot, a, a.n_small, sampler, steps, size, device)
+        average()
+        x = drawn(snapshot, a, a.n_small, sampler, steps, facts.get("size") or 32, device)
         rows.append({"minutes": seconds / 60, "images": images, "distances": distances(seen(x, features, batch), real)})
         print(
             f"{name:14} {seconds / 60:6.2f} min {images:10,} images  {rows[-1]['distances']['train']['frechet']:.4f}",
             flush=True)
-    final = final_scores(snapshot, a, size, device, features, batch, real, name.replace(":", "_"))
+    write_tensors(path, {k: v.contiguous() for k, v in average().state_dict().items()}, {
+        **facts, "rows": rows, "wall_minutes": wall / 60, "n_rows": a.n_small, "sampler": sampler,
+        "sampler_steps": steps})
+
+def race(name, a, features, batch, real):
+    "One racer: train, score on the way, and draw at the end. The result appears when all is scored."
+    device, label = pick_device(a.device), name.replace(":", "_")
+    path = a.out / "weights" / f"{label}.safetensors"
+    torch.manual_seed(0)
+    # as PyTorch comes: ours sets them for itself
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+    racer = _, average, snapshot, facts = RACERS[name](a, device)
+    if not path.exists():
+        train_racer(name, racer, a, features, batch, real, path)
+    tensors, trained = read_tensors(path)
+    average().load_state_dict(tensors)
+    final = final_scores(snapshot, a, facts.get("size") or 32, device, features, batch, real, label)
     save_json(
-        a.out / "results" / f"{name.replace(':', '_')}.json",
+        a.out / "results" / f"{label}.json",
         {
-            "name": name, "precision": "bf16" if name.endswith(":bf16") else "float32", **facts, "rows": rows,
-            "n_rows": a.n_small, "sampler": sampler, "sampler_steps": steps, "final": final, "n": a.n,
-            "threads": torch.get_num_threads(), "clock": "wall" if device.type == "cuda" else "processor",
+            "name": name, "precision": "bf16" if name.endswith(":bf16") else "float32", **trained, "final": final,
+            "n": a.n, "threads": torch.get_num_threads(), "clock": "wall" if device.type == "cuda" else "processor",
             "protocol": PROTOCOL + "; models with classes drawn by class, the others have none",
             "versions": versions(), **machine(a.device)})
 
@@ -273,18 +300,26 @@ def main():
     p.add_argument("--total-minutes", type=float, default=120, help="an hour of two cores")
     p.add_argument("--moments", type=float, nargs="+", default=[20, 60], help="minutes at which to score on the way")
     p.add_argument("--n", type=int, default=5000)
-    p.add_argument("--n-small", type=int, default=1000)
+    p.add_argument("--n-small", type=int, default=500)
+    p.add_argument("--base-channels", type=int, help="width of the networks; smaller for a rehearsal")
+    p.add_argument("--batch-size", type=int, help="of training")
     a = p.parse_args()
     def done(name): return (a.out / "results" / f"{name.replace(':', '_')}.json").exists()
-    if not (todo := [name for name in a.only if not done(name)]):
+    todo = [name for name in a.only if not done(name)]
+    if len(todo) > 1: # a process for each: accelerate has one precision in a process, and memory is given back
+        words = [w for w in sys.argv[1:] if w not in (*RACERS, "--only")]
+        for name in todo:
+            subprocess.run([sys.executable, __file__, *words, "--only", name])
+        todo = [name for name in todo if not done(name)]
+        return print("done" if not todo else f"not done: {', '.join(todo)}")
+    if not todo:
         return print("done")
     features, batch = open_features(a)
     real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
-    for name in todo:
-        try:
-            race(name, a, features, batch, real)
-        except ImportError as e:
-            print(f"{name} is left out, its library cannot be imported: {e}")
+    try:
+        race(todo[0], a, features, batch, real)
+    except ImportError as e:
+        print(f"{todo[0]} is left out, its library cannot be imported: {e}")
 
 if __name__ == "__main__":
     run_main(main)

@@ -37,13 +37,14 @@ PILOTS = {
     "v-cosine": dict(schedule="cosine", prediction="v", **FLAT),
     "eps-cosine": dict(schedule="cosine", prediction="eps", **FLAT),
     "eps-linear": dict(schedule="linear", prediction="eps", **FLAT), "flow-uniform": FLAT,
-    "logit-0-1": dict(logit_normal=(0.0, 1.0)), "logit-0.5-1.2": dict(logit_normal=(-0.5, 1.2)),
-    "logit-1.2-1.2": dict(logit_normal=(-1.2, 1.2)), "batch-32": dict(batch_size=32),
+    "logit-0-1": dict(logit_normal=(0.0, 1.0)), "logit-m0.5-1.2": dict(logit_normal=(-0.5, 1.2)),
+    "logit-m1.2-1.2": dict(logit_normal=(-1.2, 1.2)), "batch-32": dict(batch_size=32),
     "large-logit-0-1": dict(**LARGE, logit_normal=(0.0, 1.0)),
     "large-adamw-1e-3": dict(**LARGE, logit_normal=(0.0, 1.0), optimizer="adamw", lr=1e-3),
     "analysed": dict(
         patch_size=1, base_channels=64, channel_mult=None, attention=None, head_dim=None, schedule="linear",
         prediction="eps", **FLAT, optimizer="adamw", lr=1e-4, warmup=200, decay_share=None, ema_half_lives=None)}
+WEIGHTS = ("ema", "ema2", "ema3", "model") # the averages of SMALL, and the last weights
 LOG_SNR = (6, 4, 2, 0, -2, -4) # natural logarithm of signal power over noise power
 
 
@@ -68,7 +69,7 @@ def x0_errors(model, schedule, prediction, data, n=1000): # -> {log SNR: mean sq
     return found
 
 def real(a, features): # -> ({"train": features and labels of 10,000 images, "test": of all}), kept in the cache
-    path = a.cache / "pilots_real.safetensors"
+    path = a.cache / "pilots_real_bf16.safetensors"
     if not path.exists():
         found = {}
         for split in ("train", "test"):
@@ -112,12 +113,23 @@ def speed(a):
     found = read_json(path) if path.exists() else {}
     for name in (n for n in a.only if n not in found):
         config, data, net, *_ = resolve(config_of(name, a))
-        seconds, state = time_steps(config, data, net, 5, 2)
-        found[name] = {
-            "seconds_per_step": seconds, "images_per_second": config.training.batch_size / seconds,
-            "parameters": count_parameters(state.model), "gflop_an_image": count_flops(state.model, train=True) / 1e9}
+        same = [n for n in found if cost_of(n, a) == cost_of(name, a)]
+        if same:
+            found[name] = found[same[0]]             # chance must not give one of them more steps
+        else:
+            seconds, state = time_steps(config, data, net, 9, 2)
+            found[name] = {
+                "seconds_per_step": seconds, "images_per_second": config.training.batch_size / seconds,
+                "parameters": count_parameters(state.model),
+                "gflop_an_image": count_flops(state.model, train=True) / 1e9}
         print(name, found[name], flush=True)
         save_json(path, found)
+
+def cost_of(name, a): # the settings on which the time of a step depends
+    config = config_of(name, a)
+    t = config.training
+    return (config.network, config.images.image_size, config.images.jitter, t.batch_size, t.optimizer,
+            bool(t.grad_clip), t.ema_half_lives)
 
 def train_pilot(name, a, seed): # -> (TrainState, schedule, facts)
     "As many steps as an idle machine does in the minutes of this row, in memory."
@@ -126,11 +138,13 @@ def train_pilot(name, a, seed): # -> (TrainState, schedule, facts)
     steps = int(a.core_minutes * a.rows[name].get("times", 1) * 60 / plan["seconds_per_step"])
     config = config.change(epochs=(steps - 0.5) * config.training.batch_size / len(data))
     schedule = make_schedule(config.noise.schedule, config.noise.T, config.noise.shift)
-    state, losses, label = new_state(net, config, torch.device("cpu")), [], file_of(name, seed)[:-5]
+    state, losses, clipped, label = new_state(net, config, torch.device("cpu")), [], [], file_of(name, seed)[:-5]
     start, cpu = time.perf_counter(), time.process_time()
     for step in train_steps(state, data, schedule, steps, config.run.precision):
         if step % 50 == 0 or step == steps:
-            losses.append([step, state.meter.read()["loss"]])
+            read = state.meter.read()
+            losses.append([step, read["loss"]])
+            clipped.append(read["clipped"])
             if step % 250 == 0:
                 print(
                     f"{label} {step}/{steps} loss {losses[-1][1]:.4f} "
@@ -140,18 +154,22 @@ def train_pilot(name, a, seed): # -> (TrainState, schedule, facts)
     return state, schedule, {
         "name": name, "seed": seed, "change": a.rows[name], "config": flattened(config), **plan, "steps": steps,
         "images": steps * config.training.batch_size, "minutes": minutes, "core_minutes": core_minutes,
-        "losses": losses, "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
+        "losses": losses, "clipped": sum(clipped) / len(clipped),
+        "n": a.n, "sampler": "dpmpp_2m", "sampler_steps": 15, **machine("cpu")}
 
 def weights_of_state(state): # name -> network: each average, and the last weights
     return {name: ema.model for name, ema in state.averages.items()} | {"model": state.model.eval()}
 
 def pilot(name, a, seed=0, scored=("ema",)): # scored: of which weights samples are drawn
     path = a.out / file_of(name, seed)
-    if path.exists():
+    if path.exists() and all("w1" in read_json(path)[weights] for weights in scored):
         return
+    real(a, open_features(a)[0])                             # what is missing had better be missing now
     state, schedule, facts = train_pilot(name, a, seed)
     config, networks = state.config, weights_of_state(state)
     size, test = config.images.image_size or 32, load_data("cifar10", split="test", root=a.data_root)
+    trained = Trained(networks["ema"], schedule, flattened(config), test.classes, facts["steps"])
+    save_weights(trained, a.out / f"{path.stem}.safetensors")
     for weights, model in networks.items():
         facts[weights] = {}
         if size == test.native_size:
@@ -159,9 +177,6 @@ def pilot(name, a, seed=0, scored=("ema",)): # scored: of which weights samples 
     for weights in scored:
         label = path.stem if weights == "ema" else f"{path.stem}_{weights}"
         facts[weights] |= score(networks[weights], schedule, a, config.noise.prediction, label, size)
-    classes = load_data("cifar10", root=a.data_root).classes
-    trained = Trained(networks["ema"], schedule, flattened(config), classes, facts["steps"])
-    save_weights(trained, a.out / f"{path.stem}.safetensors")
     save_json(path, facts)
     print(path.stem, facts["ema"], flush=True)
 
@@ -189,11 +204,19 @@ def prepared(p): # the parsed arguments, once the folder is there
     a = p.parse_args()
     if unknown := set(a.only) - set(a.rows):
         raise DiffnbError(f"no row {unknown.pop()!r}: choose from {', '.join(a.rows)}")
-    a.cache = a.cache or a.out
+    a.cache, a.device = a.cache or a.out, "cpu"
     a.out.mkdir(parents=True, exist_ok=True)
     quietly()
     torch.set_num_threads(1)
     return a
+
+def check_speeds(names, a):
+    "Before hours of training, not after."
+    path = a.out / "speed.json"
+    known = read_json(path) if path.exists() else {}
+    if missing := [n for n in names if n not in known]:
+        raise DiffnbError(
+            f"{path} has no speed of {', '.join(missing)}: run this command with --speed on an idle machine")
 
 def main():
     p = pilot_arguments(__doc__, PILOTS)
@@ -205,6 +228,7 @@ def main():
         return print(score_weights(a.weights, a))
     if not a.only:
         return real(a, open_features(a)[0])
+    check_speeds(a.only, a)
     for name in a.only:
         pilot(name, a)
 

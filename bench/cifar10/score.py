@@ -139,32 +139,6 @@ def real_images(size, features, root=None, cache=None, limit=None, batch=256): #
         shutil.rmtree(parts)
     return {k: Real(v.to(features.device)) for k, v in found.items()}
 
-def write_statistics(real, size, path, **facts):
-    """Mean and covariance (its upper triangle) of both splits: small enough to commit, enough for a Fréchet distance
-    without any real image."""
-    tensors = {}
-    for split, r in real.items():
-        upper = torch.triu_indices(*r.moments.cov.shape, device=r.moments.cov.device)
-        tensors |= {f"{split}.mean": r.moments.mean, f"{split}.cov": r.moments.cov[*upper].float()}
-    return write_tensors(
-        path, tensors,
-        {
-            "network": "Inception-v3 2015-12-05, bf16", "dim": 768, "data": "cifar10", "size": size,
-            "filter": "native" if size == 32 else "bicubic", "n": {k: len(r) for k, r in real.items()}, **facts})
-
-def read_statistics(path): # -> ({"train": Moments, "test": Moments}, meta)
-    tensors, meta = read_tensors(path)
-    found = {}
-    for split, n in meta["n"].items():
-        m, mean, values = Moments(), tensors[f"{split}.mean"], tensors[f"{split}.cov"].double()
-        cov = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        rows, cols = torch.triu_indices(*cov.shape)
-        cov[rows, cols] = values
-        cov[cols, rows] = values
-        m.n, m.mean, m.scatter = n, mean, cov * (n - 1)
-        found[split] = m
-    return found, meta
-
 
 # ---- scores
 
@@ -183,7 +157,8 @@ def distances(f, real): # features (N, 768), {split: Real} -> {split: dict}
     return found
 
 def floors(real, n): # {split: Real} -> {split: dict}
-    "What a perfect model could reach with n samples: n real images of the other split against all of this one."
+    """What a perfect model could reach with n samples: n real images of the other split against all of this one. There
+    are 10,000 test images, so the floor to train is that of at most so many; `n` says of how many."""
     found = {}
     for split, other in (("train", "test"), ("test", "train")):
         order = torch.randperm(len(real[other]), generator=addressed(0, "floor"))[:n]
@@ -206,7 +181,7 @@ def draw(
 
 def scoring_arguments(p):
     p.add_argument("--inception", default=None, help="torch-fidelity's weights file; default: $DIFFNB_INCEPTION")
-    p.add_argument("--cache", type=Path, help="where features of real images are kept (220 MB)")
+    p.add_argument("--cache", type=Path, help="where features of real images are kept (184 MB)")
     p.add_argument("--real", type=int, help="only so many real images of each split, for a rehearsal")
     p.add_argument("--sample-batch", type=int, help="images sampled at a time; default 2500 on a GPU, else 32")
     return p
