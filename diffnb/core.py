@@ -100,7 +100,8 @@ def default_on_cuda(setting, device) -> bool:
 def has_native_bf16(device) -> bool:
     "True if the device has native bf16 instructions; without them PyTorch emulates bf16."
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device): # asks the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return (
         device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -125,9 +125,11 @@ def kid(a, b,             # features, (N, D) and (M, D)
     size = min(subset_size, len(a), len(b))
     if size < 2 or subsets < 1:
         raise DiffnbError("a kernel distance needs at least two images on either side, and one subset")
+    a = _where_float64(a)
+    b = b.to(a.device)
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     pick = lambda x, k, which: x[
-        torch.randperm(len(x), generator=addressed(seed, "kid", k, which))[:size].to(x.device)].to(**_exact(x))
+        torch.randperm(len(x), generator=addressed(seed, "kid", k, which))[:size].to(x.device)].double()
     values = []
     for k in range(subsets):
         x, y = pick(a, k, "a"), pick(b, k, "b")
@@ -135,17 +137,17 @@ def kid(a, b,             # features, (N, D) and (M, D)
         values.append((within - 2 * kernel(x, y).mean()).item())
     return float(np.mean(values)), float(np.std(values))
 
-def _exact(x): return dict(device="cpu" if x.device.type == "mps" else x.device, dtype=torch.float64)
+def _where_float64(x): return x.cpu() if x.device.type == "mps" else x # MPS has none, not even on the way to the CPU
 
 # %% ../nbs/07_evaluate.ipynb #c072
 SAME = 1e-5 # features come in float32: two of them nearer than this share of their length differ by rounding alone
 
 def _distances(x, y, chunk=1000):
     "Yield Euclidean distances (chunk, M) of x's rows to y's, in float64; those of equal rows are 0."
-    y = y.to(**_exact(y))
+    y = _where_float64(y).double()
     length = y.norm(dim=1)
     for part in x.split(chunk):
-        part = part.to(y)
+        part = part.to(y.device).double()
         d = torch.cdist(part, y)
         yield d.masked_fill(d <= SAME * torch.maximum(part.norm(dim=1)[:, None], length), 0)
 

@@ -48,7 +48,11 @@ def as_flow(denoiser # Denoiser of any schedule and prediction
            ) -> Denoiser: # on the straight path, with prediction="velocity"; labels, clipping and guidance as before
     """The same estimates on the straight path of equal signal-to-noise ratios (Gao et al. 2025; Karras et al. 2022,
     arXiv:2206.00364, section 2). Timestep t stays t. Where the old walk starts from x_T, this one starts from
-    x_T / (a + s), with the old levels a and s of the last timestep, and its images are the same."""
+    x_T / (a + s), with the old levels a and s of the last timestep, and its images are the same. Raises DiffnbError for
+    guidance with `rescale`, whose effect depends on what the network predicts."""
+    if getattr(denoiser, "rescale", 0):
+        raise DiffnbError(f"rescale={denoiser.rescale} matches contrasts of what the network predicts, and those of a "
+                          "velocity are others: convert the denoiser without it, and apply `guided` to the result")
     a, s = denoiser.schedule.a, denoiser.schedule.s
     straight = NoiseSchedule((a / (a + s)) ** 2, s / (a + s))
     model = Retimed(denoiser.model, denoiser.schedule, denoiser.prediction)
@@ -92,7 +96,7 @@ def log_snr_weights(schedule,        # NoiseSchedule
     """What a squared error of 1 in eps costs in a mean loss, per unit of log SNR: with it, losses of all schedules and
     predictions can be compared (Kingma & Gao 2023, arXiv:2303.00848). Raises DiffnbError if `factor` is not
     one number for each timestep."""
-    log_snr, factor = schedule.log_snr(), torch.as_tensor(factor).double()
+    log_snr, factor = schedule.log_snr(), torch.as_tensor(factor).cpu().double()
     if factor.shape != log_snr.shape:
         raise DiffnbError(f"factor has shape {tuple(factor.shape)}: expected {tuple(log_snr.shape)}, a number for each "
                           "timestep of the schedule")
@@ -115,6 +119,7 @@ def couple(x0,     # images, (B, C, H, W)
         labels = "" if y is None else f" and {len(y)} labels"
         raise DiffnbError(f"x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}{labels} do not fit: expected a noise, "
                           "and a label if any, for each image")
+    y = y if y is None else y.to(x0.device)
     n, index = len(x0), torch.arange(len(x0), device=x0.device)
     cost, order = torch.cdist(x0.flatten(1), noise.flatten(1)).square(), index.clone()
     for k in [*range(1, 1 << (n - 1).bit_length())] * sweeps:                   # i ^ k pairs each with another, at once

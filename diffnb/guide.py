@@ -5,6 +5,7 @@ __all__ = ['Guided', 'guided']
 
 # %% ../nbs/06_guide.ipynb #i0
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 # %% ../nbs/06_guide.ipynb #i1
 import torch
@@ -14,6 +15,14 @@ from .core import DiffnbError
 from .sample import Denoiser
 
 # %% ../nbs/06_guide.ipynb #c014
+def _check_interval(interval, T): # -> (first, last), two ints
+    pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    whole = pair and all(isinstance(t, Integral) and not isinstance(t, bool) for t in interval)
+    if not (whole and 0 <= interval[0] <= interval[1] < T):
+        raise DiffnbError(f"interval={interval!r:.60} must be (first, last): two whole numbers, timesteps with "
+                          f"0 <= first <= last <= {T - 1}")
+    return int(interval[0]), int(interval[1])
+
 @dataclass(eq=False)
 class Guided(Denoiser):
     "A Denoiser whose guidance is rescaled, or left out at some timesteps; made by `guided`."
@@ -24,9 +33,8 @@ class Guided(Denoiser):
         super().__post_init__()
         if not 0 <= self.rescale <= 1:
             raise DiffnbError(f"rescale={self.rescale} must lie between 0 and 1")
-        first, last = self.interval or (0, 0)
-        if not 0 <= first <= last:
-            raise DiffnbError(f"interval={self.interval} must be (first, last) timesteps with 0 <= first <= last")
+        if self.interval is not None:
+            self.interval = _check_interval(self.interval, self.schedule.T)
 
     def inside(self, t) -> torch.Tensor: # bool, shaped as t
         "True at the timesteps of the interval, both ends included (Kynkäänniemi et al. 2024, arXiv:2404.07724)."

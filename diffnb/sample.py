@@ -189,14 +189,17 @@ class Trained:
                  guidance_scale=1.0,     # 0 unconditional, 1 conditional, above 1 guided
                  clip=True,              # bound each estimate of x0 to [-1, 1]; latents have no bounds
                 ) -> Denoiser:
-        """This model as samplers take it. Raises DiffnbError for labels it does not know, or guidance it was not
-        trained for."""
+        """This model as samplers take it. Raises DiffnbError for labels it does not know, and for labels left out or
+        guidance that it was not trained for."""
         denoiser = Denoiser(
             self.model, self.schedule, self.prediction, y, clip and self.autoencoder is None, guidance_scale)
         if guidance_scale != 1 and not self.settings["label_dropout"]:
             raise DiffnbError(
                 f"guidance_scale={guidance_scale:g}: this model never saw a withheld label (label_dropout "
                 "was 0), so there is nothing to guide away from (command line: --guidance-scale)")
+        if y is None and denoiser.null is not None and not self.settings["label_dropout"] and not self.student_steps:
+            raise DiffnbError("this model was told a label with every image (label_dropout was 0) and never learned to "
+                              "draw without: give y, a class or a sentence for each image (command line: --class)")
         return denoiser
 
 # %% ../nbs/05_sample.ipynb #c037b
@@ -268,15 +271,25 @@ def load_model(source,  # run folder, checkpoint, weights file; or embedded: "ci
     ready = [m and m.to(pick_device(device)).eval().requires_grad_(False) for m in (model, autoencoder)]
     return replace(trained, model=ready[0], autoencoder=ready[1])
 
+def _unwrapped(model): # the network inside torch.compile, DataParallel or DistributedDataParallel
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    if not isinstance(getattr(model, "config", None), dict):
+        raise DiffnbError(f"this model ({type(model).__name__}) has no `config`, the arguments it is built with: "
+                          "expected a network of `make_network`, such as a UNet")
+    return model
+
 def save_weights(trained, # Trained
                  path,    # a .safetensors file
                  dtype=torch.float16,
                  origin=None, # what `diffnb info` says of their origin: name -> text
                 ) -> Path: # the path
     """Write the weights alone, for `load_model`; in half precision at most a sixth of a checkpoint. Raises DiffnbError
-    if it cannot."""
-    tensors = {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in trained.model.state_dict().items()}
-    meta = {"step": trained.step, "config": trained.settings, "model": trained.model.config,
+    if it cannot, or if the model does not say how it is built."""
+    model = _unwrapped(trained.model)
+    tensors = {f"ema.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    meta = {"step": trained.step, "config": trained.settings, "model": model.config,
             "data": {"classes": list(trained.classes)}} | ({} if origin is None else {"origin": origin})
     if trained.student_steps is not None:
         meta["student_steps"] = trained.student_steps
@@ -397,6 +410,10 @@ def dpmpp_2m(denoiser,          # as in `ddim`
     return x
 
 # %% ../nbs/05_sample.ipynb #c069
+def _check_images(x0):
+    if not x0.is_floating_point():
+        raise DiffnbError(f"x0 must be float in [-1, 1], got {x0.dtype}; use to_float(images)")
+
 @torch.no_grad()
 def ddim_invert(denoiser,          # Denoiser; its estimates are not clipped here, whatever it says
                 x0,                # images, (B, C, H, W), float in [-1, 1]
@@ -405,10 +422,13 @@ def ddim_invert(denoiser,          # Denoiser; its estimates are not clipped her
                ) -> torch.Tensor:  # x_T, float32, shaped as x0
     """The noise from which `ddim` with eta=0, unclipped, makes about `x0` (Song, Meng & Ermon 2021,
     arXiv:2010.02502, section 5.4). Walks the transitions backwards with eps taken at the cleaner end; the error
-    shrinks with the number of steps. Raises DiffnbError for impossible steps or spacing."""
+    shrinks with the number of steps. Raises DiffnbError for impossible steps or spacing, and for uint8 images."""
+    _check_images(x0)
     unclipped, x = replace(denoiser, clip=False), x0.float()
     for (t, t_next), (a, s), _ in reversed(denoiser.schedule.transitions(steps, spacing)):
-        x0_hat, eps = unclipped(x, max(t_next, 0))  # the network was not trained at the clean end, -1
+        if t_next < 0:                              # the network was not trained at the clean end, -1: ask it at 0 …
+            x = denoiser.schedule.signal_noise(0)[0] * x                   # … where a clean image is that much darker
+        x0_hat, eps = unclipped(x, max(t_next, 0))
         x = a * x0_hat + s * eps
     return x
 
@@ -425,12 +445,16 @@ def inpaint(denoiser,       # as in `ddim`
             mask,           # 1 where known, 0 where to invent; broadcasts to x0
             sampler=ddim,
             generator=None, # as in `ddim`
+            callback=None,  # as in `ddim`; called after the known part is put back
             **settings      # of the sampler: steps, spacing, …
            ) -> torch.Tensor: # float32, shaped as x0
     """Fill in the rest: after each step the known part is put back, noised to that step's level (Lugmayr et al. 2022,
-    arXiv:2201.09865, eq. 8). Raises DiffnbError as the sampler does."""
+    arXiv:2201.09865, eq. 8). Raises DiffnbError as the sampler does, and for uint8 images."""
+    _check_images(x0)
+    mask = mask.to(x0.device, torch.float32)         # a bool mask cannot be subtracted from 1
     def keep(t, t_next, x, estimate):
         a, s = denoiser.schedule.signal_noise(t_next)
-        return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
+        x = mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x
+        return _report(callback, t, t_next, x, estimate)
     x_T = draw_noise(x0.shape, generator, x0.device)
     return sampler(denoiser, x_T, generator=generator, callback=keep, **settings)

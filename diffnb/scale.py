@@ -83,6 +83,17 @@ def _fresh_store(store, rank, world_size, minutes=10):
 # %% ../nbs/13_scale.ipynb #c032
 UNITS = ResBlock, Attention, TransformerBlock # what is compiled, divided or recomputed as one
 
+def _own_gpu(device):
+    "The number of this rank's GPU. Raises DiffnbError if there is none, or if `device` names one for all ranks."
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if torch.device(device if device != "auto" else "cuda").index is not None:
+        raise DiffnbError(f"device {device!r} is one GPU, and each rank needs its own: use cuda, and say which GPUs by "
+                          "CUDA_VISIBLE_DEVICES")
+    if local >= there:
+        raise DiffnbError(f"rank {local} of this machine has no GPU of its own: there are {there}. Start as many "
+                          f"processes (torchrun --nproc-per-node {there}), or train on the CPU (--device cpu)")
+    return local
+
 class Ranks(SingleProcess):
     """Backend for one of several processes, started by torchrun, that train one model: DDP, or FSDP2 with `shard`.
     Raises DiffnbError if another rank does not join within `minutes`."""
@@ -90,9 +101,10 @@ class Ranks(SingleProcess):
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(_own_gpu(device))
         patience = timedelta(minutes=minutes)
         store = _fresh_store(next(dist.rendezvous("env://", timeout=patience))[0], self.rank, self.world_size, minutes)
+        self.store, self.turns = store, 0
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience, rank=self.rank,
                                 world_size=self.world_size, store=store)
 
@@ -122,8 +134,21 @@ class Ranks(SingleProcess):
         return self.sum(torch.tensor(int(bool(flag)))).item() > 0      # on the CPU: does not wait for a GPU
 
     def first(self, work) -> object:
-        "Call `work` on rank 0, then on the others; returns its result."
-        done = work() if self.rank == 0 else None
+        """Call `work` on rank 0, then on the others, which wait however long it takes; returns its result. Raises
+        DiffnbError on the others if it fails on rank 0."""
+        self.turns += 1
+        key = f"first/{self.turns}"
+        if self.rank == 0:
+            try:
+                done = work()
+            except BaseException:
+                self.store.set(key, "failed")
+                raise
+            self.store.set(key, "done")
+        while not self.store.check([key]):                       # fails if the store is gone; a barrier would time out
+            time.sleep(0.01)
+        if self.store.get(key) != b"done":
+            raise DiffnbError(f"rank {self.rank} stops because rank 0 has failed; its own message says why")
         dist.barrier()
         return done if self.rank == 0 else work()
 
@@ -161,7 +186,8 @@ class Ranks(SingleProcess):
         try:
             yield
         except RuntimeError as e:
-            if not re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE):
+            known = re.search("gloo|nccl|connection|peer|timed out", str(e), re.IGNORECASE)
+            if not known and not isinstance(e, dist.DistError):
                 raise
             raise DiffnbError(
                 f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died; its "

@@ -192,13 +192,20 @@ def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
     return values.exp() if torch.is_tensor(values) else math.exp(values)
 
 # %% ../nbs/02_schedule.ipynb #c051
+def _check_kind(schedule):
+    "Raises DiffnbError for curves of which a alone would not determine s."
+    if not schedule.straight and (schedule.alpha_bar + schedule.s ** 2 - 1).abs().max() > 1e-9:
+        raise DiffnbError("this schedule has neither a + s = 1 nor a**2 + s**2 = 1, so what happens to its s is not "
+                          "defined: make the new one by hand, as NoiseSchedule(alpha_bar, s)")
+
 @patch_to(NoiseSchedule)
 def shift(self, scale # how many times longer the side of the image is; 2 from 32x32 to 64x64
          ) -> NoiseSchedule: # a new one
     """SNR divided by scale**2, log SNR lowered by 2 log(scale) (Hoogeboom et al. 2023, arXiv:2301.11093; Chen 2023).
-    Raises DiffnbError unless 0 < scale < inf."""
+    Raises DiffnbError unless 0 < scale < inf, and for a schedule with neither a + s = 1 nor a**2 + s**2 = 1."""
     if not 0 < scale < math.inf:
         raise DiffnbError(f"scale must be a number above 0, got {scale!r}")
+    _check_kind(self)
     if self.straight: # keep a + s = 1
         return NoiseSchedule((self.a / (self.a + self.s * scale)) ** 2, self.s * scale / (self.a + self.s * scale))
     return NoiseSchedule(self.alpha_bar / (self.alpha_bar + (1 - self.alpha_bar) * scale ** 2))
@@ -207,7 +214,8 @@ def shift(self, scale # how many times longer the side of the image is; 2 from 3
 def zero_terminal_snr(self) -> NoiseSchedule: # a new one
     """sqrt(alpha_bar) moved and stretched so that the first stays and the last is 0 (Lin et al. 2024, arXiv:2305.08891,
     algorithm 1).
-    Raises DiffnbError for the flow schedule, which ends at pure noise as it is."""
+    Raises DiffnbError for the flow schedule, which ends at pure noise as it is, and as in `shift`."""
+    _check_kind(self)
     if self.straight:
         raise DiffnbError("the flow schedule ends at pure noise already: leave zero_terminal_snr out")
     a = self.alpha_bar.sqrt()
@@ -440,7 +448,7 @@ def gaussian_loss_floor(images,           # (N, C, H, W), or their spectrum, (D,
             raise DiffnbError("a spectrum has no labels: pass the images with y, or their spectrum within the classes")
         spectra = _class_spectra(images, y)
     else:
-        spectra = [(1.0, images.double().cpu() if images.ndim == 1 else image_spectrum(images))]
+        spectra = [(1.0, images.cpu().double() if images.ndim == 1 else image_spectrum(images))]
     if not all((spectrum >= 0).all() for _, spectrum in spectra):
         raise DiffnbError("a spectrum holds variances: every entry must be a number, 0 or above")
     a, s = schedule.a[:, None], schedule.s[:, None]

@@ -325,8 +325,8 @@ class TrainState:
             ema.update(self.model, self.step)
 
     def tensors(self, ranks=SingleProcess()) -> dict: # name -> tensor
-        """The state as named tensors, whole on every rank: model.*, ema.* (and ema2.*, …), the optimiser's exp_avg.*,
-        exp_avg_sq.*, momentum_buffer.*, meter, and autoencoder.* if there is one."""
+        """The state as named tensors, of which rank 0 alone gets those that are divided: model.*, ema.*, ema2.*, …, the
+        optimiser's exp_avg.*, exp_avg_sq.*, momentum_buffer.*, meter, and autoencoder.* if there is one."""
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for name, ema in self.averages.items():
             found |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
@@ -334,7 +334,12 @@ class TrainState:
             found |= {f"{m}.{name}": v for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
         if self.autoencoder is not None:
             found |= {f"autoencoder.{k}": v for k, v in self.autoencoder.state_dict().items()}
-        return {k: unsharded(v) for k, v in found.items()} | {"meter": self.meter.total(ranks)}
+        kept = {"meter": self.meter.total(ranks)}
+        for k, v in found.items():
+            whole = unsharded(v)                                 # gathered one at a time: a GPU may not hold them all
+            if whole is v or ranks.rank == 0:
+                kept[k] = v if whole is v else whole.cpu()
+        return kept
 
     def restore(self, tensors, step, seconds, processor_seconds=0.0) -> None:
         "Put a state back. Raises DiffnbError if the tensors do not fit this model or its optimiser."

@@ -1,7 +1,8 @@
 """What the page of the command line leaves to a machine: presets, averages by name, what is refused before work starts,
 and the shell around it."""
-import errno, functools, inspect, io, json, os, re, shlex, signal, subprocess, sys, time
+import errno, functools, inspect, io, json, os, re, shlex, shutil, signal, subprocess, sys, time, warnings
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,7 @@ from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from diffnb import __version__
-from diffnb.sample import load_model
+from diffnb.sample import load_model, save_weights
 from diffnb.workshop.cli import _without_preset, commands, main
 from diffnb.workshop.facts import gather
 from diffnb.workshop.folder import read_config
@@ -27,6 +28,15 @@ def test_a_preset_is_the_configuration_of_its_name(name, monkeypatch):
     check_config(PRESETS[name])
     assert main(["train", "--preset", name]) == main(["train", f"--preset={name}"]) == 0
     assert seen == [PRESETS[name]] * 2
+
+def test_a_student_sampled_in_other_steps_is_warned_about(tmp_path):
+    save_weights(replace(load_model("digits", "cpu"), student_steps=4), tmp_path / "student.safetensors")
+    command = ["sample", str(tmp_path / "student.safetensors"), "--n", "2", "--device", "cpu", "--out"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([*command, str(tmp_path / "its_own.png")]) == 0
+    with pytest.warns(UserWarning, match="distilled for ddim with 4 steps.* with 2 steps its images may be worse"):
+        assert main([*command, str(tmp_path / "other.png"), "--steps", "2"]) == 0
 
 def test_what_stands_after_a_preset_changes_it_and_what_stands_before_does_not(monkeypatch):
     seen = []
@@ -158,6 +168,31 @@ def test_a_check_before_training_is_made_by_one_process_and_is_no_dry_run(how, r
     monkeypatch.setenv("WORLD_SIZE", ranks)
     assert main(["train", "--data", "digits", "--check", *how]) == 1
     assert "run `diffnb check` first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args, env, words", [
+    (["--shard"], {}, "torchrun"), (["--dry-run"], dict(WORLD_SIZE="2"), "leave torchrun"),
+    (["--dry-run", "--shard"], {}, "leave torchrun")])
+def test_options_that_this_start_cannot_follow_are_refused(args, env, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--data", "digits", *TINY, "--run", str(tmp_path / "x"), *args]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
+    if args == ["--shard"]: # the same for a run that goes on
+        assert main(["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", str(tmp_path / "x")]) == 0
+        assert main(["resume", str(tmp_path / "x"), "--shard"]) == 1 and words in capsys.readouterr().err
+
+
+def test_pictures_beside_the_grids_of_a_run_are_no_grids(tmp_path):
+    pytest.importorskip("tensorboard")
+    from diffnb.workshop.curves import to_tensorboard
+    run = tmp_path / "r"
+    assert main(["train", "--data", "digits", *TINY, "--epochs", "0.05", "--run", str(run)]) == 0
+    [grid] = (run / "samples").iterdir()
+    shutil.copy(grid, run / "samples/step_best.png")
+    to_tensorboard()(run)
+    assert list((run / "tensorboard").iterdir())
 
 
 def test_evaluate_shows_the_loss_of_a_run_beside_its_floor(tmp_path, capsys):

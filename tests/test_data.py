@@ -1,5 +1,6 @@
 "Data: what needs damaged files, fake archives or real data sets, and so is not on the lesson's page."
-import functools, hashlib, http.server, os, pickle, shutil, subprocess, sys, tarfile, threading, time, zipfile
+import errno, functools, hashlib, http.server, os, pickle, shutil, subprocess, sys, tarfile, threading, time, warnings
+import weakref, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from diffnb.core import DiffnbError, addressed, write_whole
 from diffnb.data import batch_indices, filters, ImageData, resize, save_grid, show_images, to_float
+from diffnb.workshop import datasets
 from diffnb.workshop.datasets import load_data
 
 
@@ -242,6 +244,55 @@ def test_memory_map_is_not_written_to(tmp_path):
     before = data.images.clone()
     data.images[:] = 0                             # only this process's copy changes
     assert load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images.equal(before)
+
+
+@pytest.mark.parametrize("refused", ["c", "cr"])
+def test_a_cache_larger_than_the_memory_is_read_all_the_same(refused, tmp_path, monkeypatch):
+    "Linux refuses to map more than its memory, unless it is told that nobody will write."
+    picture(tmp_path / "f" / "a.png")
+    def read(): return load_data(tmp_path / "f", size=8, root=tmp_path, progress=False).images
+    before, plain = read().clone(), np.load
+    def load(path, mmap_mode=None, **how):
+        if mmap_mode and mmap_mode in refused:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return plain(path, mmap_mode=mmap_mode, **how)
+    monkeypatch.setattr(np, "load", load)
+    monkeypatch.setattr("diffnb.workshop.datasets.decode", lambda *a: pytest.fail("decoded again"))
+    if refused == "cr":
+        with pytest.raises(DiffnbError, match="cannot be mapped into memory .*smaller size"):
+            read()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read().equal(before)
+
+
+def test_windows_renames_and_removes_no_open_file(tmp_path, monkeypatch):
+    picture(tmp_path / "f" / "a.png")
+    opened, plain, replace, unlink = [], np.lib.format.open_memmap, os.replace, Path.unlink
+    def open_memmap(*args, **how):
+        out = plain(*args, **how)
+        opened.append((str(args[0]), weakref.ref(out)))
+        return out
+    def refuse(path):
+        if any(name == str(path) and out() is not None for name, out in opened):
+            raise PermissionError(errno.EACCES, "used by another process")
+    monkeypatch.setattr(np.lib.format, "open_memmap", open_memmap)
+    monkeypatch.setattr(os, "replace", lambda a, b: refuse(a) or replace(a, b))
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: refuse(path) or unlink(path, missing_ok))
+    assert len(load_data(tmp_path / "f", size=8, root=tmp_path, progress=False)) == 1 and opened
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DiffnbError, match="Repair or remove it"):
+        load_data(tmp_path / "g", size=8, root=tmp_path, progress=False)
+
+
+def test_a_named_set_is_not_said_to_be_converted(monkeypatch):
+    assert load_data("digits", channels=1).images.equal(load_data("digits").images)    # as runs record it: the default
+    colours = torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), ("a",)
+    monkeypatch.setitem(datasets.named_sets, "cifar10", lambda *_, **__: colours)
+    with pytest.raises(DiffnbError, match="channels=1: the set cifar10 has 3 channels"):
+        load_data("cifar10", channels=1)
 
 
 def test_no_write_access_is_said(tmp_path):

@@ -1,5 +1,5 @@
 "The reader of folders and files: what it takes, what it leaves and says, and what it makes of every kind of picture."
-import io, itertools, multiprocessing, os, shutil, struct, threading, time, zlib
+import errno, io, itertools, multiprocessing, os, shutil, struct, threading, time, zlib
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -704,6 +704,27 @@ def test_ctrl_c_while_decoding_is_quick_and_leaves_nothing(tmp_path, monkeypatch
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
     put(tmp_path / "d", "1.png")
     def full(*_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np.lib.format, "open_memmap", full)
-    with pytest.raises(DiffnbError, match="cannot write the cache .*No space left.*--data-root"):
+    with monkeypatch.context() as m, pytest.raises(DiffnbError, match="cannot write the cache .*No space.*--data-root"):
+        m.setattr(np.lib.format, "open_memmap", full)
         read(tmp_path / "d")
+    # after that it would be too late: a write to a mapped file kills the process
+    with monkeypatch.context() as m, pytest.raises(DiffnbError, match="cannot write the cache .*No space.*--data-root"):
+        m.setattr(os, "posix_fallocate", full, raising=False)
+        m.setattr(datasets, "decode", lambda *_: pytest.fail("decoded first"))
+        read(tmp_path / "d")
+    def unable(*_): raise OSError(errno.EOPNOTSUPP, "not supported")
+    monkeypatch.setattr(os, "posix_fallocate", unable, raising=False)
+    assert len(read(tmp_path / "d")) == 1
+    shutil.rmtree(tmp_path / "root")
+    monkeypatch.delattr(os, "posix_fallocate")                           # as on Windows
+    assert len(read(tmp_path / "d")) == 1
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no space")
+def test_the_space_of_the_cache_is_reserved(tmp_path, monkeypatch):
+    put(tmp_path / "d", "1.png")
+    asked, real = [], os.posix_fallocate
+    def note(f, *where): asked.append(where) or real(f, *where)
+    monkeypatch.setattr(os, "posix_fallocate", note)
+    read(tmp_path / "d")
+    [file] = (tmp_path / "root/cache").glob("*.npy")
+    assert asked == [(0, file.stat().st_size)]

@@ -12,6 +12,7 @@ from PIL import Image
 import diffnb.evaluate as ev
 from diffnb.core import DiffnbError, addressed
 from diffnb.workshop.datasets import load_data
+from diffnb.flow import log_snr_weights
 from diffnb.evaluate import (Moments, Score, evaluate, frechet_distance, jackknife_error, kid, loss_by_timestep,
                              nearest, precision_recall, score_against_n)
 from diffnb.schedule import load_statistics, write_statistics
@@ -204,6 +205,31 @@ def test_copies_of_real_images_change_nothing_and_copies_of_samples_cost_recall(
     made, real = cloud(140, 4, "made"), cloud(140, 4, "real")
     assert precision_recall(made, real.repeat(4, 1)) == precision_recall(made, real)
     assert precision_recall(made[:35].repeat(4, 1), real)[1] < 0.5 * precision_recall(made, real)[1]
+
+class OnApple(torch.Tensor):
+    "Stands in for a tensor on an Apple GPU: there is no float64 there, nor on the way to the CPU."
+    device = torch.device("mps")
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        asked = [*args[1:], *(kwargs or {}).values()]
+        if func is torch.Tensor.double or any(torch.float64 in (a, getattr(a, "dtype", None)) for a in asked):
+            raise TypeError("MPS has no float64")
+        done = super().__torch_function__(func, types, args, kwargs)
+        to_cpu = func is torch.Tensor.to and any(torch.device("cpu") == a or a == "cpu" for a in asked)
+        return done.as_subclass(torch.Tensor) if to_cpu or func is torch.Tensor.cpu else done
+
+def test_scores_of_features_on_an_apple_gpu_are_those_on_the_cpu():
+    a, b = cloud(60, 8, 0), cloud(60, 8, 1)
+    x, y = a.as_subclass(OnApple), b.as_subclass(OnApple)
+    with pytest.raises(TypeError, match="MPS"):
+        x.to(device="cpu", dtype=torch.float64)
+    assert kid(x, y, 30, 3) == kid(x, b, 30, 3) == kid(a, y, 30, 3) == kid(a, b, 30, 3)
+    assert precision_recall(x, y) == precision_recall(x, b) == precision_recall(a, y) == precision_recall(a, b)
+    assert nearest(x, y)[1].equal(nearest(a, b)[1]) and frechet_distance(x, y) == frechet_distance(a, b)
+    values, schedule = a.square().flatten()[:20], linear_schedule(20)
+    assert log_snr_weights(schedule, values.as_subclass(OnApple))[1].equal(log_snr_weights(schedule, values)[1])
+    assert gaussian_loss_floor(values.as_subclass(OnApple), linear_schedule(20)).equal(
+        gaussian_loss_floor(values, linear_schedule(20)))
 
 def test_kid_is_repeatable_and_changes_with_the_seed():
     a, b = cloud(300, 8, 0), cloud(300, 8, 1)
@@ -411,6 +437,13 @@ def test_2048_features_need_all_layers(tmp_path):
     f = inception_features(64, tmp_path / "half.pth")
     grey = torch.randint(256, (2, 1, 16, 16), generator=addressed("grey"), dtype=torch.uint8)
     assert torch.allclose(f(grey), f(grey.expand(-1, 3, -1, -1)))
+
+def test_inception_refuses_images_with_other_than_1_or_3_channels(tmp_path):
+    torch.save(zeros_like_inception(), tmp_path / "half.pth")
+    f = inception_features(64, tmp_path / "half.pth")
+    for channels in (2, 4):
+        with pytest.raises(DiffnbError, match=f"images of {channels} channels"):
+            f(torch.zeros(2, channels, 16, 16, dtype=torch.uint8))
 
 def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
     import sys

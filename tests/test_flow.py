@@ -23,7 +23,8 @@ x_T = draw_noise((4, 1, 8, 8), addressed("test_flow"))
     ("factor has shape (3,): expected (1000,)", lambda: log_snr_weights(linear_schedule(), torch.ones(3))),
     ("factor has shape (): expected (1000,)", lambda: log_snr_weights(linear_schedule(), 1.0)),
     ("do not fit: expected a noise", lambda: couple(x_T, x_T[:3])),
-    ("and 3 labels do not fit", lambda: couple(x_T, x_T, y[:3]))])
+    ("and 3 labels do not fit", lambda: couple(x_T, x_T, y[:3])),
+    ("rescale=0.5 matches contrasts", lambda: as_flow(guided(digits.denoiser(y), 3.0, rescale=0.5)))])
 def test_what_cannot_work_is_refused(said, call):
     with pytest.raises(DiffnbError) as e:
         call()
@@ -54,6 +55,19 @@ def test_labels_guidance_and_weights_are_kept():
     assert isinstance(model, Retimed)
     assert {id(p) for p in model.parameters()} == {id(p) for p in digits.model.parameters()}
     assert as_flow(digits.denoiser()).null == 10
+
+
+def test_labels_may_lie_on_another_device():
+    class Elsewhere(torch.Tensor):
+        "Stands in for a tensor on another device: it has to be moved before it is used."
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.__getitem__:
+                raise RuntimeError("indices should be on the same device")
+            done = super().__torch_function__(func, types, args, kwargs)
+            return done.as_subclass(torch.Tensor) if func is torch.Tensor.to else done
+    noise, labels = draw_noise(x_T.shape, addressed("elsewhere")), torch.tensor([0, 1, 0, 1])
+    assert couple(x_T, noise, labels.as_subclass(Elsewhere)).equal(couple(x_T, noise, labels))
 
 
 def test_the_preconditioned_loss_is_that_of_the_network():

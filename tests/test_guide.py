@@ -23,10 +23,13 @@ unconditional = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult
     ("needs labels", lambda: digits.denoiser(guidance_scale=2.0)),
     ("never saw a withheld label",
      lambda: replace(digits, settings=digits.settings | {"label_dropout": 0.0}).denoiser(y, 2.0)),
+    ("told a label with every image",
+     lambda: replace(digits, settings=digits.settings | {"label_dropout": 0.0}).denoiser()),
     ("leave y out", lambda: unconditional(x_t, t, y)),
     ("5 labels for 2 images", lambda: digits.denoiser(y, 2.0)(x_t[:2], 600)),
     ("rescale=3 must lie between 0 and 1", lambda: guided(digits.denoiser(y), 3.0, rescale=3)),
-    ("interval=(500, 100)", lambda: guided(digits.denoiser(y), 3.0, interval=(500, 100))),
+    *((f"interval={i!r} must be (first, last)", lambda i=i: guided(digits.denoiser(y), 3.0, interval=i))
+      for i in ((500, 100), (200,), (), (0, 1, 2), (0.0, 300.0), (0, True), (-1, 5), (0, 1000), 200, "ab")),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_guidance_that_cannot_work_is_refused(words, wrong):
     with pytest.raises(DiffnbError) as e:

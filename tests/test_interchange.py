@@ -71,6 +71,17 @@ def test_folder_round_trip(tmp_path, schedule, prediction):
     assert (its_schedule.alpha_bar - schedule.alpha_bar).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compile", "DataParallel"])
+def test_wrapped_models_are_written_as_they_are(tmp_path, model, wrap):
+    again = from_diffusers(save_diffusers(wrap(model), linear_schedule(), tmp_path / "m"))[0]
+    names = unet_to_diffusers(model).state_dict().keys()
+    assert again.config == model.config and unet_to_diffusers(wrap(model)).state_dict().keys() == names
+    dit = wrap(transformer())
+    assert len(transformer_to_diffusers(dit).state_dict()) == len(to_diffusers(dit, linear_schedule())[0].state_dict())
+    with pytest.raises(DiffnbError, match="Identity.* has no `config`"):
+        unet_to_diffusers(torch.nn.Identity())
+
+
 def test_no_partial_folder_left(saved):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 

@@ -221,6 +221,11 @@ def test_classes_of_a_reference_that_do_not_fit_are_named(here, digits):
         evaluate_one(replace(digits, images=digits.images[few], labels=digits.labels[few]))
     evaluate_one(replace(digits, labels=None, classes=()), "none")           # no classes, nothing to match
 
+def test_a_student_that_is_scored_with_other_steps_is_warned_about(tmp_path):
+    student = save_weights(replace(load_model("digits", "cpu"), student_steps=4), tmp_path / "student.safetensors")
+    with pytest.warns(UserWarning, match="distilled for ddim with 4 steps.*with 1 steps its images"):
+        evaluate_run(student, 70, out=tmp_path / "out", steps=1, device="cpu", progress=False)
+
 def test_an_npz_carries_the_names_of_its_labels(tmp_path):
     m = untrained(("bee", "ant"))
     sample_to(
@@ -460,8 +465,10 @@ def test_a_shape_that_does_not_fit_is_told_before_sampling(here, digits, capsys,
     np.savez("big.npz", np.zeros((20, 16, 16, 1), np.uint8))
     np.savez("colour.npz", np.zeros((20, 8, 8, 3), np.uint8))
     np.savez("few.npz", np.zeros((9, 8, 8, 1), np.uint8))
+    np.savez("oblong.npz", np.zeros((20, 16, 8, 1), np.uint8))
     monkeypatch.setattr("diffnb.workshop.scoring.sample_to", lambda *a, **k: pytest.fail("sampled first"))
-    for name, says in (("big", "(1, 16, 16)"), ("colour", "(3, 8, 8)"), ("few", "at least 16")):
+    for name, says in (("big", "(1, 16, 16)"), ("colour", "(3, 8, 8)"), ("few", "at least 16"),
+                       ("oblong", "16 rows and 8 columns")):
         assert (
             main(
                 [
@@ -498,6 +505,24 @@ def test_a_damaged_list_of_settings_is_named(here, capsys):
         assert (
             main(["sample", "digits.safetensors", "--n", "2", *quick, "--out", "s"]) == 1
             and "samples.json is damaged" in capsys.readouterr().err)
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_removed_again(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    mkdir = Path.mkdir
+    def late(self, *args, **named):
+        if (tmp_path / "out").exists():
+            (tmp_path / "out").rmdir()                                                  # the other one is done
+        mkdir(self, *args, **named)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "mkdir", late)
+        with alone_in(tmp_path / "out", "sampling"):
+            assert (tmp_path / "out").is_dir()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out", "sampling"):
+        pass
+    assert (tmp_path / "out").is_dir()                                                  # it was there before
 
 
 # --- two processes, and a full disk
@@ -549,6 +574,15 @@ def test_of_processes_that_start_together_each_finishes_or_is_refused(out, tmp_p
         images = np.load(tmp_path / out)["arr_0"][..., 0]
     assert any((images == e[:, 0].numpy()).all() for e in expected)
     assert not list(tmp_path.rglob("*.partial")) and (out == "s" or left(tmp_path) == {"s.npz"})
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_empty(tmp_path, monkeypatch):
+    m, glob = untrained(), Path.glob
+    def gone(path, pattern):
+        if pattern == "*":
+            raise FileNotFoundError(errno.ENOENT, "packed by another process", str(path))
+        return glob(path, pattern)
+    monkeypatch.setattr(Path, "glob", gone)
+    assert sample_to(tmp_path / "s.npz", m.denoiser(), m.shape, 2, steps=1, progress=False).is_file()
 
 @pytest.mark.parametrize("out", ["s", "s.npz"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

@@ -11,6 +11,7 @@ from diffnb.train import draw_batch
 from diffnb.workshop import preflight as p
 from diffnb.workshop.datasets import load_data
 from diffnb.workshop.reader import is_grid
+import diffnb.workshop.run as R
 from diffnb.workshop.run import new_state
 from diffnb.workshop.settings import NoiseSettings, PRESETS, resolve
 from helpers import command, smallest
@@ -367,6 +368,15 @@ def test_wide_networks_are_narrowed_until_they_are_cheap():
     UNet(**p.narrow_network(odd, 0))
 
 
+def test_networks_are_narrowed_to_widths_that_can_be_built():
+    tokens = resolve(small.change(network="transformer", channel_mult=None, blocks=2, attention=None, norm_groups=16,
+                                  depth=1, base_channels=72, head_dim=None)).net
+    assert p.narrow_network(tokens, 0)["base_channels"] == 36
+    odd = PRESETS["clothes"].change(base_channels=40, channel_mult=(1, 1.025), norm_groups=1, head_dim=None)
+    net = resolve(odd).net
+    assert p.narrow_network(net, 0) == net                                # 20 * 1.025 is no whole number
+
+
 # ---- schedule, cost, picture
 
 @pytest.mark.parametrize("size, shift, state", [
@@ -413,6 +423,21 @@ def test_what_does_not_fit_in_memory_is_not_tried(monkeypatch):
     for name in ("learning", "time"):
         assert (items[name].state, items[name].text) == ("look", "not tried, does not fit in memory")
     assert items["disk"].state == "ok" and [item.name for item in report.items][-3:] == ["memory", "time", "disk"]
+
+def test_no_more_images_are_timed_than_a_run_has_in_memory(monkeypatch):
+    sizes = []
+    def timed(config, *_, **__):
+        sizes.append(config.training.batch_size)
+        return 1.0, R.new_state(settled.net, settled.config, settled.device)
+    monkeypatch.setattr(p, "time_steps", timed)
+    for parts in (1, 4):
+        settled = resolve(small.change(batch_size=16, grad_accum_steps=parts))
+        p.look_at_time(settled)
+    assert sizes == [16, 4]
+
+def test_memory_that_cannot_be_measured_stops_nothing():
+    item = p._memory_item(9, None, 1)
+    assert item.state == "ok" and item.facts["room"] is None and " of " not in item.text
 
 @pytest.mark.parametrize("changes", [{}, dict(optimizer="muon"), dict(ema_half_lives=(0.05, 0.1))])
 def test_the_size_of_a_checkpoint_is_known_without_a_step(changes):

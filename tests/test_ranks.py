@@ -86,6 +86,16 @@ def script(folder):
     done["mended"] = fork(2, lambda rank: go(folder / "mended"))[0]
     done["uneven"] = fork(2, lambda rank: go(folder / "uneven", batch_size=63))[0]
 
+    def waits(work): # rank 0 works longer than a collective operation may take
+        def on(rank):
+            ranks = Ranks(device="cpu", minutes=0.05)
+            with ranks.guard():
+                return ranks.first(lambda: rank or work())
+        return fork(2, on)
+    done["waits"], _ = waits(lambda: time.sleep(4.5))
+    done["fails"], done["fails_seconds"] = waits(lambda: 1 / 0)
+    done["killed"], done["killed_seconds"] = waits(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
     m = load_model("digits", "cpu")
     def draw(out, ranks, n=7):
         return sample_to(
@@ -183,6 +193,66 @@ def test_processor_time_is_that_of_all_ranks_and_goes_on_with_fewer(ranks):
 def test_a_rank_that_dies_ends_the_job_soon_and_says_so(ranks):
     folder, done, said = ranks
     assert done["dies"] == [-9, 1] and done["dies_seconds"] < 60 and "rank 1 of 2 has lost another rank" in said
+
+
+def test_ranks_wait_for_the_first_as_long_as_it_lives(ranks):
+    _, done, _ = ranks
+    assert done["waits"] == [0, 0]                                       # 4.5 seconds, with a patience of 3
+    assert done["fails"] == [2, 1] and done["fails_seconds"] < 3
+    assert done["killed"] == [-9, 1] and done["killed_seconds"] < 3
+
+
+def test_a_failure_of_the_first_is_told_where_the_store_outlives_it():
+    "torchrun's store does."
+    class Store(dict):
+        def set(self, key, value): self[key] = value.encode()
+        def check(self, keys): return keys[0] in self
+    first, second = (Ranks.__new__(Ranks) for _ in range(2))
+    for rank, ranks in enumerate((first, second)):
+        ranks.rank, ranks.turns, ranks.store = rank, 0, first.store if rank else Store()
+    with pytest.raises(ZeroDivisionError):
+        first.first(lambda: 1 / 0)
+    with pytest.raises(DiffnbError, match="rank 0 has failed"):
+        second.first(lambda: None)
+
+
+@pytest.mark.parametrize("device, local, words", [
+    ("cuda:1", 0, "one GPU, and each rank needs its own"), ("auto", 2, "nproc-per-node 2"), ("cuda", 5, "there are 2"),
+    ("cuda", 1, None), ("auto", 0, None)])
+def test_each_rank_has_a_gpu_of_its_own(device, local, words, monkeypatch):
+    for name, value in dict(RANK=local, LOCAL_RANK=local, WORLD_SIZE=6).items():
+        monkeypatch.setenv(name, str(value))
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr("diffnb.scale._fresh_store", lambda *_: None)
+    monkeypatch.setattr("diffnb.scale.dist.rendezvous", lambda *_, **__: iter([(None, 0, 1)]))
+    monkeypatch.setattr("diffnb.scale.dist.init_process_group", lambda *_, **__: None)
+    if words is None:
+        assert Ranks(device=device) and taken == [local]
+        return
+    with pytest.raises(DiffnbError, match=words):
+        Ranks(device=device)
+    assert not taken
+
+
+class Divided: # a tensor of FSDP, which all ranks gather
+    def __init__(self, log): self.log = log
+    def full_tensor(self):
+        self.log.append("gathered")
+        return torch.zeros(2)
+
+
+@pytest.mark.parametrize("rank, kept", [(0, ["meter", "model.w"]), (1, ["meter"])])
+def test_divided_tensors_are_kept_by_the_first_rank_alone(rank, kept):
+    from diffnb.train import Meter, TrainState
+    state, log, ranks = TrainState.__new__(TrainState), [], SingleProcess()
+    ranks.rank = rank
+    state.model, state.averages, state.autoencoder = torch.nn.Module(), {}, None
+    state.model.state_dict = lambda: {"w": Divided(log)}
+    state.meter = Meter("cpu")
+    assert sorted(state.tensors(ranks)) == kept and log == ["gathered"]
 
 
 def test_a_row_that_spans_a_death_counts_each_image_once(ranks):

@@ -183,6 +183,17 @@ def test_extended_interrupted_and_back(here, monkeypatch):
     assert shell("resume", "run", "--epochs", 6) [0] == 0                # twice the same
 
 
+def test_a_plan_is_printed_as_it_can_be_typed_again(here, monkeypatch):
+    epochs = 2.123456789
+    assert shell("resume", "run", "--epochs", epochs)[0] == 0
+    code, said = shell("resume", "run", "--epochs", 1)
+    assert code == 1 and f"diffnb resume run --epochs {epochs}" in said
+    for at, more, words in ((5, 9.123456789, ""), (6, 20, "--epochs 9.123456789")):
+        with monkeypatch.context() as m:
+            stopping(m, at)
+            code, said = shell("resume", "run", "--epochs", more)
+        assert code == 130 and words in said
+
 def test_extended_and_stopped_before_its_first_checkpoint(here, monkeypatch):
     def fails(*args): raise RuntimeError("out of luck")
     with monkeypatch.context() as m, pytest.raises(RuntimeError):

@@ -1,19 +1,21 @@
 "Samplers against diffusers' schedulers, and what users can get wrong."
-import math
+import json, math, warnings
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest, torch
 
 import diffnb
-from diffnb.core import DiffnbError, addressed, read_tensors
+from diffnb.core import DiffnbError, addressed, read_tensors, write_whole
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
 from diffnb.sample import (
     Denoiser, ddim, ddim_invert, ddpm, dpmpp_2m, draw_noise, heun, inpaint, load_model, save_weights)
-from diffnb.workshop.generate import sample_batches, sample_to
+from diffnb.workshop.generate import _made_with, _warn_unlike_student, sample_batches, sample_to
 from diffnb.schedule import NoiseSchedule, cosine_schedule, flow_schedule, linear_schedule
 
 diffusers = pytest.importorskip("diffusers")
@@ -165,13 +167,17 @@ def test_same_seed_same_images_whatever_the_batch_split():
 def test_samples_on_disk_resume_after_a_crash(tmp_path):
     schedule = schedules["linear"]
     calls = []
-    def model(x_t, t, y=None):
-        calls.append(len(x_t))
-        return toy(schedule, "eps")(x_t, t)
-    def dying(x_t, t, y=None):
-        if len(calls) > 6:
-            raise RuntimeError("the machine went away")
-        return model(x_t, t)
+    class Network(torch.nn.Linear):                                  # a function without weights is not resumed
+        def forward(self, x_t, t, y=None):
+            calls.append(len(x_t))
+            return toy(schedule, "eps")(x_t, t)
+    class Dying(Network):
+        def forward(self, *args):
+            if len(calls) > 6:
+                raise RuntimeError("the machine went away")
+            return super().forward(*args)
+    dying, model = Dying(1, 1), Network(1, 1)
+    model.load_state_dict(dying.state_dict())
     args = dict(shape=(3, 4, 4), n=10, batch_size=3, steps=2, progress=False)
     with pytest.raises(RuntimeError):
         sample_to(tmp_path / "s.npz", Denoiser(dying, schedule), **args)
@@ -180,6 +186,121 @@ def test_samples_on_disk_resume_after_a_crash(tmp_path):
     calls.clear()
     sample_to(tmp_path / "s.npz", Denoiser(model, schedule), **args)
     assert sum(calls) == 2 * (10 - done) and not (tmp_path / "s.npz.parts").exists()
+
+
+class Wide(torch.nn.Linear):
+    "A network whose answer depends on its weight, and on what it is told beside x_t, t and y."
+    def forward(self, x_t, t, y=None, by=1.0): return by * self.weight.mean() * x_t
+    def other(self, x_t, t, y=None): return 0 * x_t
+
+
+def networks_like(m):
+    return [partial(m, by=2.0), partial(partial(m), by=3.0), m.other, partial(m.other)]
+
+
+def test_a_network_inside_a_partial_or_a_method_is_known_by_its_weights():
+    from diffnb.workshop.generate import fingerprint
+    (one, other), schedule = (Wide(2, 2) for _ in "ab"), schedules["linear"]
+    prints = [fingerprint(f, schedule) for m in (one, other) for f in (m, *networks_like(m)[:3])]
+    assert len(set(prints)) == len(prints) and prints[3] == fingerprint(partial(one.other), schedule)
+    assert prints[0] == fingerprint(partial(one), schedule) == fingerprint(one.forward, schedule)
+
+
+def test_a_function_without_weights_is_not_resumed(tmp_path):
+    class Blank:
+        def answer(self, x_t, t, y=None): return 0 * x_t
+    args = dict(shape=(1, 4, 4), steps=2, progress=False)
+    for i, f in enumerate((lambda x, t, y: 0 * x, partial(lambda x, t, y: 0 * x), Blank().answer, torch.nn.Identity())):
+        denoiser = Denoiser(f, schedules["linear"])
+        if i < 3:
+            sample_to(tmp_path / f"{i}", denoiser, n=2, **args)
+        else:
+            write_whole(tmp_path / f"{i}/000000.png", "image")
+            made_with = _made_with(denoiser, (1, 4, 4), 2, 0, {"steps": 2})
+            write_whole(tmp_path / f"{i}/samples.json", json.dumps(made_with))
+        with pytest.raises(DiffnbError, match="function without weights"):
+            sample_to(tmp_path / f"{i}", denoiser, n=3, **args)
+    for i, f in enumerate(networks_like(Wide(2, 2))):
+        for n in (1, 2):
+            sample_to(tmp_path / f"wide{i}", Denoiser(f, schedules["linear"]), n=n, **args)
+
+
+def test_settings_of_a_call_that_made_no_image_bind_nobody(tmp_path):
+    def broken(*_): raise RuntimeError("no image was made")
+    args = dict(shape=(1, 4, 4), n=2, progress=False)
+    with pytest.raises(RuntimeError):
+        sample_to(tmp_path / "s", Denoiser(broken, schedules["linear"], y=[1, 2, 3]), steps=3, **args)
+    sample_to(tmp_path / "s", Denoiser(Wide(2, 2), schedules["linear"]), steps=2, **args)
+    with pytest.raises(DiffnbError, match="steps was 2 and is now 3"):
+        sample_to(tmp_path / "s", Denoiser(Wide(2, 2), schedules["linear"]), steps=3, **args)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(sampler=dpmpp_2m, eta=0.5), "dpmpp_2m has no setting 'eta': choose from steps"),
+    (dict(stps=3), "ddim has no"),
+    (dict(generator=None), "no setting 'generator'"),
+    (dict(sampler=partial(heun, steps=2), etta=0), "no setting 'etta'"),
+    (dict(shape=(4, 4, 4)), "4 channels cannot be written"), (dict(shape=(2, 4, 4)), "give decode"),
+    (dict(shape=(1, 4, 4), decode=lambda x: x.repeat(1, 4, 1, 1)), "4 channels cannot be written")])
+def test_settings_that_no_sampler_has_are_refused_in_words(wrong, words, tmp_path):
+    with pytest.raises(DiffnbError, match=words):
+        sample_to(tmp_path / "s", Denoiser(Wide(2, 2), schedules["linear"]), **{"shape": (1, 4, 4), "n": 1,
+                  "progress": False, **wrong})
+    assert not list(tmp_path.rglob("*.png")) and ("decode" in wrong or not list(tmp_path.iterdir()))
+    if "decode" not in wrong and "shape" not in wrong:
+        with pytest.raises(DiffnbError, match=words):
+            next(sample_batches(Denoiser(Wide(2, 2), schedules["linear"]), (1, 4, 4), [0], **wrong))
+
+
+def test_equal_settings_in_other_words_are_equal(tmp_path):
+    model, y = load_model("digits", "cpu").model, torch.arange(3)
+    def draw(n, interval=(0, 500), **how):
+        told = Denoiser(model, schedules["linear"], y=y)
+        sample_to(tmp_path / "s", guided(told, 1, interval=interval), (1, 8, 8), n, progress=False, **how)
+    draw(1)
+    draw(2, [0, 500], steps=50, eta=0, spacing="trailing", sampler=ddim)
+    facts = tmp_path / "s/samples.json"
+    write_whole(facts, facts.read_text().replace("(0, 500)", "[0, 500]"))
+    draw(3, (np.int64(0), np.int64(500)), steps=np.int64(50), eta=np.float64(0), seed=np.int64(0))
+    for changed, words in ((dict(steps=20), "steps was 50 and is now 20"), (dict(eta=1), "eta was 0.0 and is now 1")):
+        with pytest.raises(DiffnbError, match=words):
+            draw(3, **changed)
+
+
+def test_numbers_may_come_from_numpy(tmp_path):
+    digits, sides = load_model("digits", "cpu"), np.array([1, 8, 8])
+    args = dict(denoiser=digits.denoiser(torch.arange(2)), n=np.int64(2), steps=np.int64(2), progress=False)
+    made = sample_to(tmp_path / "s", shape=tuple(sides), seed=np.int64(3), **args)
+    sample_to(made, **{**args, "n": 2, "steps": 2}, shape=(1, 8, 8), seed=3)
+    assert json.loads((made / "samples.json").read_text())["shape"] == [1, 8, 8]
+
+
+def on_another_device(monkeypatch):
+    "Tensors on \"meta\" stand in for those on a GPU: they do not mix with others, and come back as zeros."
+    back = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else back(x))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())            # there is none for meta
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, partial, lambda m: m.forward])
+def test_samples_are_made_where_the_weights_are(wrap, tmp_path, monkeypatch):
+    on_another_device(monkeypatch)
+    model = load_model("digits", "cpu").model.to("meta")
+    told = Denoiser(wrap(model), schedules["linear"], y=torch.arange(3), null=10)
+    made = sample_to(tmp_path / "s.npz", told, (1, 8, 8), 3, steps=2, progress=False)
+    assert np.load(made)["arr_0"].shape == (3, 8, 8, 1)
+
+
+def test_a_student_sampled_in_another_way_is_warned_about():
+    student = replace(load_model("digits", "cpu"), student_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_unlike_student(student, ddim, 4)
+        _warn_unlike_student(replace(student, student_steps=None), heun, 7, "leading", 1.0)
+    with pytest.warns(UserWarning, match="ddim with 4 .*with 8 steps its"):
+        _warn_unlike_student(student, ddim, 8)
+    with pytest.warns(UserWarning, match="the sampler heun, spacing 'leading', eta 0.5 its"):
+        _warn_unlike_student(student, heun, 4, "leading", 0.5)
 
 
 def test_each_image_may_have_its_own_timestep():
@@ -210,6 +331,25 @@ def test_inpainting_keeps_what_is_known_with_every_sampler():
     for sampler in (ddim, ddpm, heun, dpmpp_2m):
         out = inpaint(Denoiser(model, schedule), known, mask, sampler, generator=addressed(2), steps=10)
         assert torch.allclose(out * mask, known * mask, atol=1e-6) and (out * (1 - mask)).abs().sum() > 0, sampler
+
+
+def test_inpainting_takes_a_bool_mask_and_a_callback():
+    schedule, seen = schedules["linear"], []
+    denoiser = Denoiser(toy(schedule, "eps"), schedule)
+    known, mask = torch.rand(8, 3, 4, 4, generator=addressed(1)) - 0.5, torch.arange(4) < 2
+    def fill(mask, **more): return inpaint(denoiser, known, mask, generator=addressed(2), steps=3, **more)
+    assert fill(mask).equal(fill(mask.float()))
+    out = fill(mask, callback=lambda t, t_next, x, x0: seen.append((t, t_next, x, x0)))
+    assert [pair[:2] for pair in seen] == schedule.pairs(3) and out.equal(fill(mask)) and seen[-1][2].equal(out)
+    assert fill(mask, callback=lambda t, t_next, x, x0: 0 * x).abs().max() == 0           # it may replace x
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda d, x: inpaint(d, x, torch.ones(4), steps=2), lambda d, x: ddim_invert(d, x, 2)])
+def test_bytes_are_no_images_to_edit(edit):
+    def never(*_): raise AssertionError("asked the network first")
+    with pytest.raises(DiffnbError, match="uint8; use to_float"):
+        edit(Denoiser(never, schedules["linear"]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
 def test_a_network_in_bf16_samples():
@@ -406,6 +546,16 @@ def test_inversion_on_the_flow(prediction):
     assert (noise - (x_T - 0.3) / 0.5).abs().max() < 0.1                # the exact noise of each image
 
 
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("schedule", [linear_schedule(50), flow_schedule(50), flow_schedule(50).shift(3)])
+def test_the_mean_of_all_images_comes_from_no_noise(schedule, steps):
+    "If a clean image were taken for one at timestep 0, an error would stay that no number of steps removes."
+    mean = torch.full((1, 1, 2, 2), 0.3)
+    for var in (0.0, 1e-4, 0.25):
+        noise = ddim_invert(Denoiser(gaussian(schedule, "x0", 0.3, var), schedule, "x0"), mean, steps)
+        assert torch.allclose(noise, schedule.signal_noise(49)[0] * mean, atol=1e-5)
+
+
 @pytest.mark.parametrize("sampler", ALL)
 def test_eps_and_velocity_are_refused_where_they_say_nothing(sampler):
     model = gaussian(FLOWS["flow"], "eps")
@@ -552,6 +702,22 @@ def test_saved_weights_are_the_same_model(tmp_path):
     x_t, t = draw_noise((4, *digits.shape), addressed("compare")), torch.tensor([1, 100, 500, 999])
     assert torch.allclose(again.model(x_t, t), digits.model(x_t, t), atol=1e-2) and again.schedule == digits.schedule
     assert digits.denoiser().schedule is digits.schedule
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda m: torch.nn.DataParallel(torch.compile(m))],
+    ids=["compile", "DataParallel", "both"])
+def test_weights_of_a_wrapped_model_are_saved_under_their_own_names(wrap, tmp_path):
+    digits = load_model("digits", "cpu")
+    again = load_model(save_weights(replace(digits, model=wrap(digits.model)), tmp_path / "mine.safetensors"), "cpu")
+    assert again.model.state_dict().keys() == digits.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("closed", [torch.nn.Identity(), torch.nn.DataParallel(torch.nn.Identity())])
+def test_weights_of_a_model_that_says_nothing_of_itself_are_not_saved(closed, tmp_path):
+    with pytest.raises(DiffnbError, match="Identity.* has no `config`"):
+        save_weights(replace(load_model("digits", "cpu"), model=closed), tmp_path / "mine.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_digits_come_back_from_their_noise():

@@ -197,6 +197,11 @@ def test_wrong_shift_of_the_flow(scale):
     with pytest.raises(DiffnbError, match="scale must be a number above 0"):
         flow_schedule().shift(scale)
 
+@pytest.mark.parametrize("change", [lambda s: s.shift(2), lambda s: s.shift(1), lambda s: s.zero_terminal_snr()])
+def test_a_schedule_of_its_own_noise_is_not_changed_into_another_kind(change):
+    with pytest.raises(DiffnbError, match="what happens to its s"):
+        change(NoiseSchedule([0.9, 0.5], [0.3, 0.3]))
+
 def test_flow_needs_no_zero_terminal_snr():
     for call in (flow_schedule().zero_terminal_snr, flow_schedule().shift(2).zero_terminal_snr,
                  lambda: make_schedule("flow", 100, zero_terminal_snr=True)):

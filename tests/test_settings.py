@@ -315,7 +315,7 @@ def command(line, folder, said, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     out, err = io.StringIO(), io.StringIO()
-    ranks = "2" if line[0] in ("train", "resume") and "--check" not in line else "1"   # a check is for one process
+    ranks = "2" if line[0] in ("train", "resume") and not {"--check", "--dry-run"} & {*line} else "1"
     monkeypatch.setenv("WORLD_SIZE", ranks)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -902,7 +902,8 @@ def of_sample(w):
         w=V(0.2, 0.5))
     yield "inpaint", Case(S.inpaint, denoiser=V(D(), D(other)), x0=V(x_T, -x_T),
         mask=V((torch.arange(8) < 4).float(), (torch.arange(8) < 6).float()),
-                          sampler=V(S.ddim, S.heun), generator=V(g(0), g(1)), settings=V(dict(steps=5), dict(steps=6)))
+                          sampler=V(S.ddim, S.heun), generator=V(g(0), g(1)),
+        callback=V(None, lambda t, t_next, x, x0: x / 2), settings=V(dict(steps=5), dict(steps=6)))
     told = V(D(y=torch.tensor([1, 2, 3])), D(other, y=torch.tensor([1, 2, 3])))
     yield "sample_batches", Case(S.sample_batches, lambda made, args: list(made), denoiser=told,
         shape=V((1, 8, 8), (1, 4, 4)), numbers=V([0, 1, 2], [2, 1, 0]), seed=V(0, 1),
@@ -984,7 +985,9 @@ def of_scale(w):
     yield "Ranks.shard", Case(C.Ranks.shard, self=ranks, batch=V(batch, batch._replace(t=torch.arange(4) + 1)))
     yield "Ranks.init_device", Case(C.Ranks.init_device, self=ranks, device=V("cpu", "meta"))
     yield "Ranks.compile_targets", Case(C.Ranks.compile_targets, self=divided, network=V(small(), small(blocks=2)))
-    yield "Ranks.first", Case(with_group(C.Ranks.first), self=ranks, work=V(lambda: 1, lambda: 2))
+    store = types.SimpleNamespace(check=lambda keys: True, get=lambda key: b"done")
+    yield "Ranks.first", Case(with_group(C.Ranks.first), self=new(lambda: bare(rank=1, store=store, turns=0)),
+        work=V(lambda: 1, lambda: 2))
     yield "Ranks.sum", Case(with_group(C.Ranks.sum), self=ranks, tensor=V(torch.ones(1), torch.zeros(1)))
     yield "Ranks.any", Case(with_group(C.Ranks.any), self=ranks, flag=V(True, False))
     yield "Ranks.map", Case(with_group(C.Ranks.map), self=ranks, f=V(torch.neg, torch.abs),
@@ -1247,7 +1250,8 @@ def of_train(w):
         Case(
             patched(M.ready, M, checkpoint_activations=lambda model: print("recomputed")), lambda n, args: n,
             state=V(state(), state(activation_checkpointing=True)), device=cpu, ranks=V(alone, second)))
-    yield "ready", Case(patched(M.ready, nn.Module, compile=lambda self: print("compiled")), lambda n, args: n,
+    with_triton = patched(M.ready, M, _compiler_found=lambda: True)
+    yield "ready", Case(patched(with_triton, nn.Module, compile=lambda self: print("compiled")), lambda n, args: n,
         state=state(), device=V(cpu, torch.device("cuda")))
     yield "resolve", Case(M.resolve, lambda made, args: made[2], config=V(T, T.change(blocks=2)))
     yield "checkpoints", Case(M.checkpoints, run=V(w / "u", w / "v"))
@@ -1417,7 +1421,7 @@ def doubled(M, n): # ranks of which each has the same sums
 
 def shy(M): # ranks one of which has a reason to stop
     ranks = M.SingleProcess()
-    ranks.any = lambda flag: True
+    ranks.any = lambda flag: flag == [] or bool(flag)                      # asked after each step
     return ranks
 
 def held(w): # a run in which somebody trains

@@ -1,14 +1,15 @@
 "Training runs that go wrong, or that a user gets wrong: what is said, and what stays on disk."
-import dataclasses, json, os, pathlib, signal, subprocess, sys, time
+import dataclasses, json, os, pathlib, signal, subprocess, sys, time, warnings
 
 import numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 
+import diffnb.core as C
 import diffnb.train as T
 import diffnb.workshop.run as R
 import diffnb.workshop.settings as S
 import diffnb.workshop.memory as M
-from diffnb.core import DiffnbError, addressed
+from diffnb.core import DiffnbError, SingleProcess, addressed
 from diffnb.sample import ddim, load_model, save_weights
 from diffnb.schedule import make_schedule
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
@@ -16,7 +17,7 @@ from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.unet import UNet, count_parameters
 from diffnb.workshop.settings import flattened
-from helpers import Started, command, tiny
+from helpers import Started, command, smallest, tiny
 
 change = dataclasses.replace
 
@@ -111,6 +112,24 @@ def test_bf16_is_chosen_only_where_it_is_not_imitated(monkeypatch):
             and S.pick_precision("auto", cpu, config.change(image_size=8)) == "float32")
     with pytest.warns(UserWarning, match="emulates"):
         assert S.pick_precision("bf16", cpu, config) == "bf16"
+
+
+def test_each_gpu_is_asked_itself(monkeypatch):
+    "Not the current one, which may be another."
+    import contextlib
+    from diffnb.scale import wait
+    current, waited = [0], []
+    @contextlib.contextmanager
+    def device(of):
+        current[0], before = of.index, current[0]
+        yield
+        current[0] = before
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[0] == 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    assert C.has_native_bf16(torch.device("cuda:1")) and not C.has_native_bf16(torch.device("cuda:0"))
+    wait("cuda:1")
+    assert torch.device(waited[0]).index == 1
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -243,6 +262,175 @@ def test_signals_write_a_checkpoint_and_leave_with_a_code(tmp_path, number, code
     said = process.communicate(timeout=60)
     assert process.returncode == code and len(checkpoints(run)) == 1 and "diffnb resume" in said
     assert not [n for n in names(run) if "partial" in n]
+
+
+def test_a_hang_up_stops_a_run_and_what_was_ignored_stays_ignored(monkeypatch):
+    "nohup starts a command deaf to SIGHUP, a shell its background jobs deaf to SIGINT."
+    from diffnb.workshop.cli import _stopped
+    def unheard(number, frame): pass
+    before = signal.signal(signal.SIGHUP, unheard), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with R._stop_signals() as noted:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGHUP)
+        assert noted == ["SIGHUP"] and _stopped["SIGHUP"] == 129
+        assert signal.getsignal(signal.SIGHUP) is unheard and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        monkeypatch.delattr(signal, "SIGHUP")                                                   # as on Windows
+        with R._stop_signals() as noted:
+            signal.raise_signal(signal.SIGTERM)
+        assert noted == ["SIGTERM"]
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def test_the_meter_is_looked_at_where_there_is_no_float64(tmp_path):
+    "An Apple GPU refuses double(); on the CPU it works."
+    class OfApple:
+        def double(self): raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        def cpu(self): return torch.ones(2 * T.BINS + 3)
+    assert R.LossWatch(tmp_path)._calm(OfApple())
+
+
+class Peer(SingleProcess):
+    "One of two ranks; what the other one has is added to each sum, and it may have a reason to stop."
+    world_size = 2
+    def __init__(self, theirs=lambda mine: mine, stopped=False): self.theirs, self.stopped = theirs, stopped
+    def sum(self, tensor): return tensor + self.theirs(tensor)
+    def any(self, flag): return bool(flag) or self.stopped and flag == [] # asked after each step
+
+
+def test_the_rank_that_got_no_signal_knows_why_the_run_ended(tmp_path):
+    peer = Peer(lambda mine: torch.tensor([0, 1, 0]) if mine.shape == (3,) else mine, stopped=True)
+    state = train(tiny, tmp_path / "run", progress=False, ranks=peer)
+    assert state.step == 1 and state.stopped_by == "SIGTERM"
+
+
+@pytest.mark.parametrize("other", [[5, 0], [0, 1]], ids=["step", "images"])
+def test_ranks_that_resumed_another_step_or_hold_other_images_are_told(tmp_path, other):
+    peer = Peer(lambda mine: mine + torch.tensor(other) if mine.dtype == torch.int64 else mine)
+    with pytest.raises(DiffnbError, match="rank 0 .*step 0"):
+        train(tiny, tmp_path / "run", progress=False, ranks=peer)
+    assert train(tiny, tmp_path / "two", progress=False, ranks=Peer(), on_log=lambda run: True).step == 5
+
+
+def test_a_run_of_long_epochs_is_saved_every_half_hour(tmp_path, monkeypatch):
+    clock, asked = [0.0], []
+    config = tiny.change(checkpoint_every=1e6, epochs=0.4, keep=99)
+    monkeypatch.setattr(R.time, "monotonic", lambda: clock[0])
+    class Timed(R.Recorder):
+        def after_step(self, interrupted):
+            clock[0] += 700.0
+            return super().after_step(interrupted)
+    class Asked(SingleProcess):
+        def any(self, flag):
+            asked.append(flag)
+            return bool(flag)
+    train(config, tmp_path / "run", progress=False, recorder=Timed, ranks=Asked())
+    assert [C._step(p) for p in checkpoints(tmp_path / "run")] == [3, 6, 9, 10] and True in asked
+    class Second(Asked):
+        rank = 1
+    recorder = R.Recorder.__new__(R.Recorder)
+    recorder.ranks, recorder.saved = Second(), -1e9
+    assert not recorder.overdue()                                        # the clock of rank 0 counts alone
+
+
+def test_without_a_compiler_a_run_goes_on_uncompiled(monkeypatch, tmp_path):
+    compiled, cuda = [], torch.device("cuda")
+    state = R.new_state(S.resolve(smallest)[2], smallest, torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    (tmp_path / "Python.h").touch()
+    for triton, cc, headers, warned in (
+        (True, "cc", ".", False), (False, "cc", ".", True), (True, None, ".", True), (True, "cc", "none", True)):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
+        monkeypatch.setattr(R.shutil, "which", lambda name: cc)
+        monkeypatch.setattr(R.sysconfig, "get_path", lambda *_: str(tmp_path / headers))
+        monkeypatch.delenv("CC", raising=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            R.ready(state, cuda)
+        assert bool(compiled) != warned == any("not compiled" in str(w.message) for w in said), (triton, cc, headers)
+        compiled.clear()
+    state.config = smallest.change(compile=True)                         # what is asked for is tried
+    R.ready(state, cuda)
+    assert compiled
+
+
+@pytest.mark.parametrize("change", [dict(batch_size=7), dict(batch_size=14, grad_accum_steps=2)], ids=str)
+def test_a_grid_is_drawn_with_as_many_images_at_a_time_as_the_run_trains(tmp_path, monkeypatch, change):
+    grids, sizes = [], []
+    monkeypatch.setattr(R, "save_grid", lambda images, *_, **__: grids.append(images))
+    def noted(denoiser, x_T, **settings):
+        sizes.append((len(x_T), len(denoiser.y)))
+        return ddim(denoiser, x_T, **settings)
+    config, data, net, device, schedule, _ = S.resolve(smallest)
+    for c in (config, config.change(**change)):
+        state = R.new_state(net, c, device)
+        for p in state.ema.model.parameters():
+            p.data += 0.01 * torch.randn(p.shape, generator=addressed("grid", p.numel()))
+        R.sample_grid(state, data, schedule, noted, tmp_path / "x.png")
+    assert sizes == [(60, 60), *[(7, 7)] * 8, (4, 4)]
+    assert (grids[0].int() - grids[1].int()).abs().max() <= 1
+
+
+def test_a_memory_that_cannot_be_measured_is_unknown(monkeypatch):
+    "os.sysconf exists on no Windows."
+    from diffnb.workshop.memory import _memory_advice
+    monkeypatch.delattr(os, "sysconf")
+    assert M._room(torch.device("cpu")) is None
+    net = S.resolve(smallest)[2]
+    with pytest.raises(DiffnbError, match="out of memory with batch_size=64.*--grad-accum-steps 2"):
+        with _memory_advice(net, smallest.change(precision="float32"), torch.device("cpu")):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_parts_of_a_batch_may_change_where_that_changes_rounding_alone(tmp_path):
+    stop = lambda run: True
+    for name, more, free in (("plain", {}, True), ("dropout", dict(dropout=0.1), False)):
+        config = tiny.change(**more)
+        train(config, tmp_path / name, on_log=stop, progress=False)
+        if free:
+            assert train(config.change(grad_accum_steps=2), tmp_path / name, on_log=stop, progress=False).step == 10
+            continue
+        with pytest.raises(DiffnbError, match="grad_accum_steps"):
+            train(config.change(grad_accum_steps=2), tmp_path / name, on_log=stop, progress=False)
+
+
+@pytest.mark.parametrize("world, more, words", [
+    (1, {}, "parts, --grad-accum-steps 4, or a new run .--run. with --batch-size 17. "),
+    (2, {}, "--grad-accum-steps 2, "),
+    (1, dict(dropout=0.1), ": a new run .--run. with --batch-size 17, or with .*--grad-accum-steps 4"),
+    (2, {}, "--batch-size 34"),
+    (1, dict(grad_accum_steps=8), "--grad-accum-steps 16, .*--batch-size 7 --grad-accum-steps 1")])
+def test_the_advice_on_memory_names_what_the_next_command_accepts(world, more, words, monkeypatch):
+    from diffnb.workshop.memory import _memory_advice
+    config, ranks = smallest.change(precision="float32", **more), SingleProcess()
+    ranks.world_size = world
+    monkeypatch.setattr(M, "training_memory", lambda *_: (150, 40))
+    monkeypatch.setattr(M, "_room", lambda device: 1000)
+    with pytest.raises(DiffnbError, match=words):
+        with _memory_advice({}, config, torch.device("cpu"), ranks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_plan_that_does_not_fit_gives_the_advice_of_a_run(monkeypatch):
+    import diffnb.workshop.planning as P
+    def full(*_): raise torch.OutOfMemoryError("CUDA out of memory")
+    config, data, net, *_ = S.resolve(smallest)
+    monkeypatch.setattr(P, "train_steps", full)
+    with pytest.raises(DiffnbError, match="out of memory"):
+        P.plan(smallest)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_timed_step_has_the_images_where_a_training_step_has_them(resident, monkeypatch):
+    import diffnb.workshop.planning as P
+    config, data, net, *_ = S.resolve(smallest.change(resident=resident))
+    moved = []
+    monkeypatch.setattr(type(data), "to", lambda self, device: moved.append(device) or self)
+    P.time_steps(config, data, net, 1, 0)
+    assert bool(moved) == resident
 
 
 def test_weights_file_is_small_and_samples_alike(finished, tmp_path):
@@ -547,6 +735,26 @@ def test_new_settings_survive_json():
 
 
 # ---- learning rate and averages
+
+def test_a_decay_beside_half_lives_is_refused_and_read(finished, tmp_path):
+    "Earlier versions took it and ignored it: their runs are read, and go on."
+    with pytest.raises(DiffnbError, match="--ema-half-lives None"):
+        S.check_config(tiny.change(ema_half_lives=(0.1,), ema_decay=0.99))
+    both = {**flattened(tiny.change(ema_half_lives=(0.1,))), "ema_decay": 0.99}
+    assert make_config(both) == tiny.change(ema_half_lives=(0.1,))
+    assert make_config({**both, "ema_half_lives": None}).training.ema_decay == 0.99
+
+
+def test_a_setting_of_a_preset_that_does_not_fit_is_named_with_the_value_that_does():
+    preset = S.PRESETS["cifar10-20min"]
+    for change, words in (
+        (dict(network="transformer"), "channel_mult=.*it must be None"),
+        (dict(network="transformer", channel_mult=None, attention=None, blocks=3), "blocks=3.*it must be 2"),
+        (dict(latent=2, jitter=0.1), "jitter=0.1.*it must be 0"),
+        (dict(latent=2, flip=True), "flip=True.*it must be False")):
+        with pytest.raises(DiffnbError, match=words):
+            S.check_config(preset.change(**change))
+
 
 def test_a_constant_rate_does_not_know_the_length_of_the_run():
     lr = lambda step, total, share=0.25: T.lr_at(step, total, 1e-3, 100, share)

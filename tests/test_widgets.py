@@ -1,4 +1,5 @@
 "Interactive figures of a flow model with patches: they draw what the samplers draw."
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from diffnb.sample import ddim, draw_noise, Trained
 from diffnb.schedule import cosine_schedule, flow_schedule
 from diffnb.workshop.settings import flattened, TrainConfig
 from diffnb.unet import UNet
-from diffnb.workshop.widgets import attention_maps, dissolve, sampling, trajectory
+from diffnb.workshop.widgets import _grid_at, attention_maps, dissolve, sampling, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,25 @@ def test_where_a_patch_looks(flow):
     assert set(sides) and maps.live["row"] == range(4) and all(shape[1] == 128 for shape in sides.values())
 
 
+def test_figures_of_a_model_on_another_device(flow, monkeypatch):
+    "Tensors on \"meta\" stand in for those on a GPU: they do not mix with others, and come back as zeros."
+    back = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else back(x))
+    away = replace(flow, model=copy.deepcopy(flow.model).to("meta"))
+    assert trajectory(away, steps=3).draw(2)[0].shape == trajectory(flow, steps=3).draw(2)[0].shape
+    assert sampling(away, steps=2).draw()[0].shape == sampling(flow, steps=2).draw()[0].shape
+    x0 = to_float(load_data("digits").images[:1])
+    for given in (dict(), dict(x0=x0.to("meta"), y=torch.tensor([3]))):
+        maps = attention_maps(away, t=20, **given)
+        assert maps.draw(maps.live["layer"][0], 0, 0)[0].shape[1] == 128
+    assert dissolve(x0.to("meta"), {"flow": flow_schedule(100)}).draw("flow", 5)[0].shape == (1, 8, 8)
+
+
+def test_sampling_needs_classes(flow):
+    with pytest.raises(DiffnbError, match="without classes: use"):
+        sampling(replace(flow, classes=()), steps=[2, 3])
+
+
 def test_layers_of_several_sizes_and_of_none(flow):
     "The finest layer sets the grid; a coarser one shows the same place. A row of weights adds up to 1."
     maps = attention_maps(flow, t=20)
@@ -63,3 +83,10 @@ def test_layers_of_several_sizes_and_of_none(flow):
     assert "from row 3, column 1" in maps.draw("down.0.attentions.0", 3, 1)[1]
     with pytest.raises(DiffnbError, match="no attention"):
         attention_maps(replace(flow, model=UNet(8, 1, 16, (1,), blocks=1, attention=(), norm_groups=8).eval()), t=20)
+
+
+def test_pictures_beside_the_grids_do_not_disturb(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("step_000000010.png", "step_000000030.png", "step_best.png", "step_000000030 (1).png"):
+        (tmp_path / "samples" / name).write_bytes(name.encode())
+    assert _grid_at(tmp_path, 20) == (b"step_000000010.png", 10) and _grid_at(tmp_path, 40)[1] == 30

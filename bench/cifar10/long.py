@@ -29,7 +29,7 @@ from diffnb.workshop.settings import flattened, pick_precision, PRESETS
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
 DECAY_SHARE = 0.25     # of the whole run
-EXIT = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+EXIT = {None: 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 ROOT = HERE.parent.parent
 RULES = PROTOCOL + "; weights in half precision; floor: as many real images of the other split"
 

@@ -104,7 +104,7 @@ def _terminal(narrowest=40, widest=1000): # columns
             os.environ["COLUMNS"] = old[2]
 
 # %% ../../nbs/workshop/cli.ipynb #c007
-_stopped = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+_stopped = {None: 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 # %% ../../nbs/workshop/cli.ipynb #c009
 Run = Annotated[Path, tyro.conf.Positional]
@@ -121,14 +121,16 @@ def train(config: Annotated[TrainConfig, tyro.conf.FlagConversionOff], # switche
     """Train a model: data, network, noise and optimiser as the options say; defaults are for CIFAR-10.
 
     Writes config.json, metrics.csv, samples/ (real images left, generated right) and checkpoints/ into the run folder.
-    The same command again continues an interrupted run. Ctrl-C and SIGTERM write a checkpoint first and exit with
-    code 130 or 143; after anything worse, kill -9 or a power failure, the last checkpoint is intact.
+    The same command again continues an interrupted run. Ctrl-C, SIGTERM and SIGHUP write a checkpoint first and exit
+    with code 130, 143 or 129; after anything worse, kill -9 or a power failure, the last checkpoint is intact.
     (With --latent an autoencoder learns first; until it has, there is no checkpoint.)
     Raises DiffnbError for settings that cannot work, before any work starts."""
     assert preset is None, "main() puts the settings in its place"
     check_config(config)
     if check and (dry_run or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         raise DiffnbError("--check goes neither with --dry-run nor with several ranks: run `diffnb check` first")
+    if dry_run and (shard or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise DiffnbError("--dry-run measures one process, which holds the whole model: leave torchrun and --shard out")
     if dry_run:
         with importing():
             from diffnb.workshop.planning import plan
@@ -183,6 +185,9 @@ def _run_of(config):
 @contextmanager
 def _ranks(device, shard=False):
     "SingleProcess, or Ranks if torchrun has started this process."
+    if shard and "WORLD_SIZE" not in os.environ:
+        raise DiffnbError("--shard divides the model over the ranks, and this is one process: start it with torchrun "
+                          "(torchrun --standalone --nproc-per-node 2 -m -- diffnb train ...), or leave --shard out")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield SingleProcess()
         return
@@ -280,7 +285,7 @@ def sample(run: Run,                # a run folder, checkpoint or weights file; 
     with importing():
         from diffnb import sample as samplers
         from diffnb.data import save_grid
-        from diffnb.workshop.generate import sample_batches, sample_to
+        from diffnb.workshop.generate import _warn_unlike_student, sample_batches, sample_to
     samplers.check_sampling(n=n, batch_size=batch_size, seed=seed, eta=eta)
     if eta and sampler != "ddim":
         raise DiffnbError(f"--eta {eta} is a setting of ddim; {sampler} has none")
@@ -293,6 +298,7 @@ def sample(run: Run,                # a run folder, checkpoint or weights file; 
         steps = m.student_steps or 50 if steps is None else steps
         # refuse what cannot work before anything is written
         samplers.check_sampling(m.schedule, steps=steps, spacing=spacing)
+        _warn_unlike_student(m, getattr(samplers, sampler), steps, spacing, eta)
         denoiser, on = m.denoiser(_labels(class_, m.classes, n, text_length), guidance_scale), pick_device(device)
         settings = dict(
             seed=seed, batch_size=batch_size, sampler=getattr(samplers, sampler), device=on, steps=steps,

@@ -77,7 +77,7 @@ def to_tensorboard() -> Callable: # for train(on_log=...); the files go to the r
                 writer.add_scalar(name, metrics[name][i], int(step))
             shown.add(step)
         for path in (Path(run) / "samples").glob("step_*.png"):
-            if path.name in shown:
+            if path.name in shown or not path.stem[5:].isdecimal():
                 continue
             image = plt.imread(path)
             writer.add_image("samples", image, int(path.stem[5:]), dataformats="HWC" if image.ndim == 3 else "HW")

@@ -4,7 +4,7 @@
 __all__ = ['named_sets', 'load_data']
 
 # %% ../../nbs/workshop/datasets.ipynb #i0
-import hashlib, json, math, os, re, secrets, shutil, urllib.error
+import errno, hashlib, json, math, os, re, secrets, shutil, urllib.error, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,12 +135,30 @@ def _digest(paths, root, cache, progress):
         write_whole(memo, digest)                         # the cache is optional
     return digest
 
+def _mapped(path): # copy on write, so that the file stays as it is whatever is done to the array
+    try:
+        return np.load(path, mmap_mode="c")
+    except OSError as e:
+        if e.errno != errno.ENOMEM: # Linux refuses it for files larger than its memory, although nobody writes
+            raise
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError as e:
+        if e.errno != errno.ENOMEM:
+            raise
+        raise DiffnbError(f"{path} cannot be mapped into memory ({e.strerror}): raise the limit of this process "
+                          "(ulimit -v), or choose a smaller size or fewer images") from e
+
 def _cached(path):
     "(images, indices of their files, native size), or None if the cache entry is missing or incomplete."
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        images = np.load(path.with_suffix(".npy"), mmap_mode="c")      # "c": copy on write; the file stays as it is
-        return torch.from_numpy(images)[:len(facts["kept"])], facts["kept"], facts["native_size"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")   # and nobody writes to it
+            images = torch.from_numpy(_mapped(path.with_suffix(".npy")))
+        return images[:len(facts["kept"])], facts["kept"], facts["native_size"]
+    except DiffnbError:
+        raise
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
@@ -168,6 +186,15 @@ def _fill_cache(paths, path, *settings): # as `_cached`
         raise DiffnbError(f"cannot write the cache of decoded images in {shown(path.parent)}: {e}. "
                           "Choose another place with root=... (command line: --data-root)") from e
 
+def _reserve(path, size):
+    "Claim the disk space of a file that is written through memory: if the disk filled up, that would kill the process."
+    with open(path, "r+b") as f, suppress(AttributeError):               # AttributeError: this system cannot
+        try:
+            os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):        # this file system cannot
+                raise
+
 def _decode_all(paths, path, size, interpolation, channels, on_broken, progress): # as `_cached`
     "Writes the JSON file last, so its presence means that the array is complete."
     partial_path, shape = path.with_suffix(f".{secrets.token_hex(4)}.partial"), (len(paths), channels, size, size)
@@ -184,6 +211,7 @@ def _decode_all(paths, path, size, interpolation, channels, on_broken, progress)
     kept, sides = [], []
     try:
         out = np.lib.format.open_memmap(partial_path, "w+", np.uint8, shape)
+        _reserve(partial_path, os.path.getsize(partial_path))
         with _threads() as pool:
             decoded = tqdm(pool.map(read, paths), total=len(paths), desc="decoding", disable=not progress)
             for i, (image, side) in enumerate(decoded):
@@ -199,10 +227,12 @@ def _decode_all(paths, path, size, interpolation, channels, on_broken, progress)
         if not kept:
             raise DiffnbError(f"none of the {len(paths)} images below {shown(paths[0].parent)} can be read")
         out.flush()
+        del out                                            # Windows renames no file that is open
         os.replace(partial_path, path.with_suffix(".npy"))
         write_whole(path.with_suffix(".json"), json.dumps({"kept": kept, "native_size": int(np.median(sides))}))
     finally:
-        partial_path.unlink(missing_ok=True)
+        with suppress(PermissionError):      # Windows: still open after an error; who decodes next removes it
+            partial_path.unlink(missing_ok=True)
     return _cached(path)
 
 # %% ../../nbs/workshop/datasets.ipynb #c045
@@ -215,12 +245,12 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
               root=None,         # where downloads are kept; None: $DIFFNB_DATA, or ./data
               url=None,          # another address for CIFAR-10's archive or Fashion-MNIST's files
               on_broken="stop",  # an unreadable image in a folder: "stop" or "skip"
-              channels=3,        # for a folder: 3 colour, 1 grey
+              channels=3,        # for a folder: 3 colour, 1 grey; a named set has its own
               progress=True,     # show progress, and say what was taken from a folder and what was left out
              generated=False,   # allow a folder of images that a model made
              ) -> ImageData:
-    """Images of a named set or a folder. Raises DiffnbError for an unknown name, interpolation or split, or unreadable
-    data."""
+    """Images of a named set or a folder. Raises DiffnbError for an unknown name, interpolation or split, unreadable
+    data, or channels that a named set does not have."""
     for value, allowed, what in ((split, ("train", "test"), "split"), (interpolation, filters, "interpolation"),
                                  (on_broken, ("stop", "skip"), "on_broken"), (channels, (1, 3), "channels")):
         if value not in allowed:
@@ -232,6 +262,9 @@ def load_data(name,              # "digits", "fashion", "cifar10", "fashion_mnis
         if progress and os.path.isdir(str(name)):
             print(f"reading the named set {name}; for the folder, write ./{name}")
         images, labels, classes = named_sets[str(name)](split, root=root, url=url)
+        if channels not in (3, images.shape[1]):           # 3, the default, stands in the settings of every run
+            raise DiffnbError(f"channels={channels}: the set {name} has {images.shape[1]} channels, and only images "
+                              "of a folder are converted. Leave channels out")
         native, digest = images.shape[-1], f"{name} {split}"
     elif str(name) and os.path.isdir(str(name)):
         if size is None:

@@ -181,6 +181,8 @@ def inception_features(dim=2048,     # 64, 192, 768 or 2048; only 2048 is what F
             f"dim=768, or the full {INCEPTION_FILE}")
     net = net.to(device)
     def features(x):
+        if x.shape[1] not in (1, 3):
+            raise DiffnbError(f"images of {x.shape[1]} channels: Inception takes 1, grey, or 3, RGB")
         # TF32 would round the features
         before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:

@@ -21,7 +21,7 @@ from .. import __version__
 from ..core import (_checked, checkpoints, config_json, DiffnbError, late_import, pick_device, read_tensors,
                          strict_json, write_whole)
 from .settings import (
-    check_config, flattened, RENAMED, RunSettings, SIDES, total_steps, TrainConfig, _unwritable)
+    check_config, flattened, RENAMED, RunSettings, SIDES, total_steps, TrainConfig, _parts_are_free, _unwritable)
 
 # %% ../../nbs/workshop/folder.ipynb #i2z
 np = late_import("numpy")
@@ -157,6 +157,8 @@ def make_config(values: dict,   # as read from JSON
     if not isinstance(values, dict):
         raise DiffnbError(f"config is {values!r:.40}: expected settings by name")
     values = {RENAMED.get(k, k) if RENAMED.get(k) not in values else k: v for k, v in values.items()}
+    if values.get("ema_half_lives") is not None:
+        values.pop("ema_decay", None)                                    # earlier versions took it, and ignored it
     if unknown := sorted(map(str, values.keys() - flattened(TrainConfig()).keys())):
         raise DiffnbError(f"unknown setting {unknown[0]!r}: written by another version of diffnb?")
     return check_config(TrainConfig.of(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
@@ -248,7 +250,7 @@ def alone_in(folder: str | Path,    # created if missing
              option: str = "--out", # the command-line option that names the folder
             ) -> Iterator[None]:
     "Hold the folder's lock. Raises DiffnbError if another process holds it, or if nothing can be written there."
-    path, made = _lock_of(folder, doing), not Path(folder).exists()
+    path, made = _lock_of(folder, doing), True
     def taken():
         raise DiffnbError(
             f"{folder} is in use: {_who(path)} is {doing} in it. Wait for it, stop it (by SIGTERM, which "
@@ -256,7 +258,10 @@ def alone_in(folder: str | Path,    # created if missing
             f"or choose another folder (command line: {option})")
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True)
+            except FileExistsError:                                 # asked like this, since another may remove it now
+                made = False
             held = stack.enter_context(locked(path, taken))
         except OSError as e:
             raise DiffnbError(
@@ -310,6 +315,8 @@ def as_command(name: str, # of a diffnb command
 
 def _same_settings(run, old, config):
     free = free_to_change | {"data", "on_broken"}                        # the images are compared by content
+    if _parts_are_free(old):
+        free |= {"grad_accum_steps"}
     was, now = flattened(old), flattened(config)
     changed = [k for k in now if k not in free and now[k] != was[k]]
     if not changed:
@@ -366,13 +373,13 @@ def _plans(run, old, config, images):
             for e in (old["config"].training.epochs, *(p["epochs"] for p in reversed(old["plans"])), then)
             if e and not over(e)]
         how = (
-            (f", or keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', f'{kept[0]:g}')}")
+            (f", or keep the plan of {kept[0]:g} epochs: {as_command('resume', run, '--epochs', kept[0])}")
             if kept
             else "")
         raise DiffnbError(
             f"{run} has done {step} steps, {step * config.training.batch_size / images:.4g} epochs, under another "
             "plan: "
-            f"with --epochs {config.training.epochs:g} it would wrongly count as finished. Ask for more{how}")
+            f"with --epochs {config.training.epochs!r} it would wrongly count as finished. Ask for more{how}")
     return old["plans"] + [{"epochs": config.training.epochs, "step": step}] * (
         config.training.epochs != old["config"].training.epochs)
 

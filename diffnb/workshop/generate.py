@@ -4,7 +4,7 @@
 __all__ = ['sample_batches', 'fingerprint', 'sample_to']
 
 # %% ../../nbs/workshop/generate.ipynb #i0
-import ast, hashlib, json, os, re, shutil
+import ast, hashlib, inspect, json, os, re, shutil, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, ExitStack, suppress
 from functools import partial
@@ -20,15 +20,51 @@ from tqdm.auto import tqdm
 # %% ../../nbs/workshop/generate.ipynb #i2
 from ..core import addressed, SingleProcess, DiffnbError, write_whole
 from ..data import to_uint8
-from ..sample import check_sampling, ddim, draw_noise
+from ..sample import check_sampling, ddim, ddpm, dpmpp_2m, draw_noise, heun
 from ..schedule import NoiseSchedule
 from .folder import alone_in, check_place
 
 # %% ../../nbs/workshop/generate.ipynb #c079
+def _network(f): # -> the module that a callable asks, None without one; what a partial or a method adds, in words
+    words = ""
+    while not isinstance(f, torch.nn.Module):
+        if isinstance(f, partial):
+            f, words = f.func, words + (f"{f.args} {f.keywords}" if f.args or f.keywords else "")
+        elif inspect.ismethod(f):
+            f, words = f.__self__, words + f.__name__.replace("forward", "")
+        else:
+            return None, words
+    return f, words
+
+def _device_of(model): # of its weights; the CPU for a function
+    weights = () if (network := _network(model)[0]) is None else network.parameters()
+    return next((p.device for p in weights), torch.device("cpu"))
+
+def _check_names(sampler=ddim, **settings): # those of `sample_batches` may be among them
+    "Raises DiffnbError for a setting that nobody takes."
+    takes, own = (list(inspect.signature(f).parameters.values()) for f in (sampler, sample_batches))
+    known = [p.name for p in takes[2:] if p.name != "generator"]         # after denoiser and x_T
+    odd = settings.keys() - {*known, *(p.name for p in own if p.kind is p.KEYWORD_ONLY)}
+    if odd and not any(p.kind is p.VAR_KEYWORD for p in takes):
+        raise DiffnbError(f"the sampler {getattr(sampler, '__name__', sampler)} has no setting {min(odd)!r}: "
+                          f"choose from {', '.join(known)}")
+
+def _warn_unlike_student(trained, sampler, steps, spacing="trailing", eta=0.0):
+    "Warn if a student (lesson 11) is sampled in another way than the one it was distilled for."
+    if (n := trained.student_steps) is None:
+        return
+    unlike = [words for wrong, words in (
+        (sampler is not ddim, f"the sampler {getattr(sampler, '__name__', sampler)}"), (steps != n, f"{steps} steps"),
+        (spacing != "trailing", f"spacing {spacing!r}"), (eta, f"eta {eta:g}")) if wrong]
+    if unlike:
+        warnings.warn(f"this student was distilled for ddim with {n} steps, trailing spacing and eta 0; with "
+                      f"{', '.join(unlike)} its images may be worse: leave these settings out")
+
 def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
                    shape,      # of what is sampled: (C, H, W)
                    numbers,    # list of ints; image k starts from noise addressed by (seed, k)
-                   *, seed=0, batch_size=64, sampler=ddim, device="cpu", progress=True,
+                   *, seed=0, batch_size=64, sampler=ddim, progress=True,
+                   device=None, # where to sample; None: where the model's weights are
                    precision="float32", # of the network, or "bf16"; the sampler itself computes in float32
                    decode=None, # makes images of what is sampled, as `Trained.decode`; None: they are images
                    **settings  # of the sampler: steps, spacing, …
@@ -36,6 +72,8 @@ def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
     """Sample images by their numbers, batch by batch; the batch size affects only speed and memory.
     Raises DiffnbError for a batch size, seed, or settings of the sampler that cannot work."""
     check_sampling(batch_size=batch_size, seed=seed)
+    _check_names(sampler, **settings)
+    device = torch.device(_device_of(denoiser.model) if device is None else device)
     compiled = getattr(denoiser.model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):
         chunk = numbers[start:start + batch_size]
@@ -43,7 +81,7 @@ def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
         ks = chunk + chunk[-1:] * (batch_size - len(chunk)) if compiled and start else chunk
         x_T = draw_noise((len(ks), *shape), [addressed(seed, "start", k) for k in ks], device)
         dice = [addressed(seed, "sample", k) for k in ks]
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             x0 = sampler(denoiser.take(ks), x_T, generator=dice, **settings)
         x0 = x0[:len(chunk)] if decode is None else decode(x0[:len(chunk)])
         yield chunk, to_uint8(x0).cpu()
@@ -57,11 +95,14 @@ def _name_of(y):
     return " ".join(labels) + " "                      # so that labels of fewer images are a prefix of those of more
 
 def fingerprint(model, schedule) -> str: # 16 hexadecimal digits
-    "A hash of weights and schedule that keeps samples of two models apart; independent of wrappers."
+    """A hash of weights and schedule that keeps samples of two models apart; independent of wrappers. It says nothing
+    of a function that has no weights."""
     h = hashlib.sha256(schedule.alpha_bar.numpy().tobytes())
     if schedule != NoiseSchedule(schedule.alpha_bar):
         h.update(schedule.s.numpy().tobytes()) # otherwise alpha_bar determines s
-    for k, v in (model.state_dict() if isinstance(model, torch.nn.Module) else {}).items():
+    network, words = _network(model)
+    h.update(words.encode())
+    for k, v in ({} if network is None else network.state_dict()).items():
         k = re.sub(r"^(_orig_mod\.|module\.)+", "", k)                 # of torch.compile and DistributedDataParallel
         h.update(k.encode())
         h.update(v.detach().cpu().float().contiguous().numpy().tobytes())
@@ -74,19 +115,26 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
               # as in sample_batches; each of the ranks makes its share
               *, seed=0, classes=(), ranks=SingleProcess(), **settings
              ) -> Path: # the folder or file
-    """Write `n` images to disk. Called again after an interruption, it makes only the missing ones.
-    Raises DiffnbError if `out` holds samples made with other settings, or if another process is writing there."""
+    """Write `n` images to disk. Called again after an interruption, it makes only the missing ones, unless the model is
+    a function without weights, which cannot be told from another. Raises DiffnbError for settings that cannot work, if
+    `out` holds samples made with other settings, or if another process is writing there."""
     out = check_place(out, (".npz",))
     numbers = {k: settings[k] for k in ("batch_size", "steps", "spacing", "eta") if k in settings}
     check_sampling(denoiser.schedule, n=n, seed=seed, **numbers)
+    _check_names(**settings)
+    if settings.get("decode") is None:
+        _check_channels(shape[0])
     y = denoiser.y
     if y is not None and len(y) < n:
         raise DiffnbError(f"{len(y)} labels for {n} images: give one for each")
     packed = out.suffix.lower() == ".npz"
     folder = out.with_name(out.name + ".parts") if packed else out
     facts, details = folder / "samples.json", _made_with(denoiser, shape, n, seed, settings)
+    network = _network(denoiser.model)[0]
+    known = network is not None and len(network.state_dict()) > 0
     with ExitStack() as held:
-        ranks.first(lambda: ranks.rank or _open_samples(folder, facts, details, held, out if packed else None))
+        ranks.first(lambda: ranks.rank or _open_samples(
+            folder, facts, details, held, known, out if packed else None))
         missing = [k for k in range(ranks.rank, n, ranks.world_size) if not (folder / f"{k:06d}.png").exists()]
         for ks, images in sample_batches(denoiser, shape, missing, seed=seed, **settings):
             for k, image in zip(ks, images):
@@ -97,7 +145,13 @@ def sample_to(out,      # a folder for PNGs, or a .npz: arr_0 uint8 (N, H, W, C)
             _pack(folder, out, n, y, classes)
     return out
 
+def _check_channels(channels):
+    if channels not in (1, 3):
+        raise DiffnbError(f"images of {channels} channels cannot be written: expected 1, grey, or 3, colour. For "
+                          "latents give decode=..., as `Trained.decode`")
+
 def _write_png(image, path): # uint8 (C, H, W)
+    _check_channels(len(image))
     pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()      # squeeze: grey images have no last axis
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _what_is_made_stays(partial_path, path):
@@ -133,6 +187,8 @@ def _what_is_made_stays(partial_path, path):
 # defaults, for settings that samples.json leaves out
 _usual = {"guidance_scale": "1.0", "rescale": "0.0", "interval": "None", "clip": "True", "eta": "0.0",
           "spacing": "'trailing'", "precision": "'float32'", "sampler": "ddim", "prediction": "'eps'"}
+_usual_steps = {
+    f.__name__: repr(inspect.signature(f).parameters["steps"].default) for f in (ddim, ddpm, heun, dpmpp_2m)}
 _options = {
     "guidance_scale": "--guidance-scale", "labels": "--class", "model": "--weights", "shape": "", "prediction": "",
     "clip": "", "rescale": "", "interval": ""}
@@ -141,13 +197,17 @@ def _made_with(denoiser, shape, n, seed, settings): # dict of strings for sample
     details = {k: getattr(denoiser, k) for k in ("prediction", "clip", "rescale", "interval") if hasattr(denoiser, k)}
     details |= {"guidance_scale": float(denoiser.guidance_scale)}
     details |= {k: v for k, v in settings.items() if k not in ("batch_size", "device", "progress", "decode")}
-    return {"seed": seed, "shape": list(shape), "model": fingerprint(denoiser.model, denoiser.schedule),
+    details = {k: v.item() if isinstance(v, np.generic) else v for k, v in details.items()}      # JSON knows no NumPy
+    return {"seed": int(seed), "shape": [int(side) for side in shape],
+            "model": fingerprint(denoiser.model, denoiser.schedule),
             **{k: _stable_name(v) for k, v in details.items()},
             "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
 
-def _open_samples(folder, facts, details, held, packed=None):
-    "Lock the folder, check that it holds nothing else, and record the settings of its images."
-    strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
+def _open_samples(folder, facts, details, held, known, packed=None):
+    "Lock the folder, check that it holds nothing else, and record the settings of its images; known: of whose weights."
+    strange = []
+    with suppress(FileNotFoundError):                       # another process may just be packing it
+        strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
     if strange and folder.exists() and not facts.exists():
         raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
     _refuse_existing(packed)
@@ -157,12 +217,19 @@ def _open_samples(folder, facts, details, held, packed=None):
         left.unlink()                    # left by a killed process
     if facts.exists():
         before = _facts(facts)
-        if changes := _changes(before, details):
-            raise DiffnbError(f"{folder} holds samples of another model or with other settings: {'; '.join(changes)}. "
-                              "Choose another place (command line: --out), or the old settings")
-        if len(before["labels"]) > len(details["labels"]):
-            details = before
+        if any(folder.glob("*.png")):                       # a call that made no image decides nothing
+            _check_resumed(folder, before, details, known)
+            if len(before["labels"]) > len(details["labels"]):
+                details = before
     write_whole(facts, json.dumps(details))
+
+def _check_resumed(folder, before, now, known):
+    if changes := _changes(before, now):
+        raise DiffnbError(f"{folder} holds samples of another model or with other settings: {'; '.join(changes)}. "
+                          "Choose another place (command line: --out), or the old settings")
+    if not known:
+        raise DiffnbError(f"{folder} holds samples, and nobody can tell whether this model made them: it is a function "
+                          "without weights. Choose another place, or give a torch.nn.Module that holds the weights")
 
 def _refuse_existing(path):
     if path and path.exists():
@@ -185,17 +252,27 @@ def _renamed(facts): # version 0.1 wrote of guidance: "guided () {'w': 2.0}", or
         facts["guidance_scale"] = repr(float(facts.pop("w")))
     return facts
 
+def _setting(facts, name):
+    return facts.get(name, _usual_steps.get(facts.get("sampler", "ddim")) if name == "steps" else _usual.get(name))
+
+def _same(old, new): # also 0 and 0.0, or a list and a tuple
+    try:
+        old, new = (ast.literal_eval(v) for v in (old, new))
+    except (ValueError, SyntaxError):
+        pass
+    return old == new or isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and [*old] == [*new]
+
 def _changes(before, now): # list of strings: what differs, both values, and the option that sets it
     words = []
     for name in dict.fromkeys((*now, *before)):
-        old, new = (d.get(name, _usual.get(name)) for d in (before, now))
+        old, new = (_setting(d, name) for d in (before, now))
         if name == "labels":
             pair = next(((i, a, b) for i, (a, b) in enumerate(zip(old.split(), new.split())) if a != b), None)
             if pair:
                 words.append("image {} was of class {} and is now of class {} (--class)".format(*pair))
             elif not (old and new) and old != new:
                 words.append(f"labels were {'given' if old else 'not given'} before (--class)")
-        elif old != new:
+        elif old != new and (name == "model" or not _same(old, new)): # the digits of a model's hash are no number
             option = _options.get(name, f"--{name.replace('_', '-')}")
             words.append(f"{name} was {old} and is now {new}" + (f" ({option})" if option else ""))
     return words

@@ -17,6 +17,7 @@ import torch
 
 # %% ../../nbs/workshop/interchange.ipynb #i2
 from ..core import DiffnbError
+from ..sample import _unwrapped
 from ..schedule import (_check_prediction, cosine_schedule, flow_schedule, linear_schedule, NoiseSchedule,
                              PREDICTIONS)
 from ..transformer import Transformer
@@ -190,6 +191,7 @@ def _check_network(model, name):
 def unet_to_diffusers(model # our UNet
                      ) -> torch.nn.Module: # a diffusers UNet2DModel with the same outputs, device and mode
     "Copy our UNet. Raises DiffnbError without diffusers, or for settings that diffusers does not have."
+    model = _unwrapped(model)
     _check_network(model, "unet")
     settings = _their_settings(model.config)
     unet = _diffusers().UNet2DModel(**settings)
@@ -266,6 +268,7 @@ def transformer_to_diffusers(model # our transformer, with classes
                             ) -> torch.nn.Module: # a diffusers DiTTransformer2DModel; same outputs, device and mode
     """Copy our transformer. In training mode theirs drops labels by itself. Raises DiffnbError without diffusers, or
     for settings that diffusers does not have."""
+    model = _unwrapped(model)
     _check_network(model, "transformer")
     c = model.config
     if c["num_classes"] is None:
@@ -315,6 +318,7 @@ def to_diffusers(model,            # our UNet or transformer
     A flow needs `scheduler.set_timesteps(sigmas=u, timesteps=T * u - 1)`, u falling from 1. Raises DiffnbError for
     what diffusers does not have."""
     _check_sayable(schedule, prediction)
+    model = _unwrapped(model)
     network = (transformer_to_diffusers if _is_transformer(model) else unet_to_diffusers)(model)
     if schedule.straight:
         settings = dict(num_train_timesteps=schedule.T, shift=_flow_shift(schedule), **_flow_note)
@@ -383,6 +387,7 @@ def save_diffusers(model,            # our UNet or transformer
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one")
+    model = _unwrapped(model)
     network, scheduler = to_diffusers(model, schedule, prediction)
     name, bare = "transformer" if _is_transformer(model) else "unet", schedule.straight or _is_transformer(model)
     place = folder.resolve()                                 # "." has no name of its own

@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/workshop/memory.ipynb #i2
-from ..core import DiffnbError
+from ..core import DiffnbError, SingleProcess
 from ..scale import UNITS
 from ..train import moments_of, TrainState
 from ..unet import make_network
-from .settings import TrainConfig
+from .settings import TrainConfig, _parts_are_free
 
 # %% ../../nbs/workshop/memory.ipynb #c067
 def kept_bytes(net,       # arguments of make_network
@@ -67,13 +67,15 @@ def checkpoint_activations(model) -> torch.nn.Module: # the same model
     return model
 
 # %% ../../nbs/workshop/memory.ipynb #c076
-def _room(device): # bytes available to this process
+def _room(device): # bytes available to this process; None: unknown
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if not hasattr(os, "sysconf"):                                       # Windows
+        return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 @contextmanager
-def _memory_advice(net, config, device):
+def _memory_advice(net, config, device, ranks=SingleProcess()):
     "Turns running out of memory into a DiffnbError that names a batch size that fits."
     try:
         yield
@@ -81,15 +83,27 @@ def _memory_advice(net, config, device):
         if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
             raise
         room = _room(device)
-        fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
-        # 15% for the images, libraries and fragmentation
-        fits, size = int((0.85 * room - fixed) / each), config.training.batch_size
-        parts = next(n for n in range(math.ceil(size / max(1, fits)), size + 1) if size % n == 0)     # equal parts
-        advice = (f"about {fits} images fit at a time: --batch-size {fits}, "
-                  f"or the same batch in parts, --grad-accum-steps {parts}"
-                  if fits > 0 else "not even one image fits: a smaller base_channels or image_size")
+        known = "" if room is None else f" ({room / 1e9:.0f} GB)"
         less = "" if config.run.activation_checkpointing else "--activation-checkpointing True needs less too. "
         raise DiffnbError(
-            f"out of memory ({room / 1e9:.0f} GB) with batch_size={config.training.batch_size}, "
-            f"grad_accum_steps={config.training.grad_accum_steps}; {advice}. {less}The last checkpoint stays"
-        ) from e
+            f"out of memory{known} with batch_size={config.training.batch_size}, "
+            f"grad_accum_steps={config.training.grad_accum_steps}; {_smaller(net, config, device, room, ranks)}. "
+            f"{less}The last checkpoint stays") from e
+
+def _smaller(net, config, device, room, ranks): # what may fit, in words
+    size, world = config.training.batch_size, ranks.world_size
+    now = size // (config.training.grad_accum_steps * world)             # images at a time, which did not fit
+    fixed, each = training_memory(net, config.run.precision, device, config.run.activation_checkpointing, config)
+    fixed = fixed // world if ranks.sharded else fixed
+    # 15% for the images, libraries and fragmentation
+    fits = now // 2 if room is None else min(now - 1, int((0.85 * room - fixed) / each))
+    if fits < 1:
+        return "not even one image fits: a smaller base_channels or image_size"
+    # equal parts
+    parts = next(n for n in range(math.ceil(size / (fits * world)), size + 1) if size % (n * world) == 0)
+    whole = f"--batch-size {fits * world}" + " --grad-accum-steps 1" * (config.training.grad_accum_steps > 1)
+    cut = f"the same batch in parts, --grad-accum-steps {parts}"
+    how = f"{cut}, or a new run (--run) with {whole}" if _parts_are_free(config) else (
+        f"a new run (--run) with {whole}, or with {cut}")
+    return f"about {fits} images fit at a time" + f" on each of {world} ranks" * (world > 1) + f": {how}"
+

@@ -17,21 +17,22 @@ from ..latent import in_latents
 from ..scale import count_flops, wait
 from ..train import moments_of, train_steps, TrainState
 from ..unet import count_parameters
-from .memory import training_memory
-from .run import new_autoencoder, new_state, ready
+from .memory import _memory_advice, training_memory
+from .run import _on_device, new_autoencoder, new_state, ready
 from .settings import resolve, TrainConfig
 
 # %% ../../nbs/workshop/planning.ipynb #c015
 def time_steps(config: TrainConfig, data: ImageData, net: dict, # as `resolve` gives them
                steps: int = 5, warm: int = 2,
               ) -> tuple[float, TrainState]: # seconds a step
-    "Median time of real training steps of make_network(net) with this configuration, after `warm` warm-up steps."
-    device, schedule = pick_device(config.run.device), config.noise.make_schedule()
-    state, times = new_state(net, config, device), []
-    for _ in train_steps(
-        state, data.to(device), schedule, steps + warm + 1, config.run.precision, ready(state, device)):
-        wait(device)
-        times.append(time.perf_counter())
+    """Median time of real training steps of make_network(net) with this configuration, after `warm` warm-up steps.
+    Raises DiffnbError with a batch size that fits, if memory runs out."""
+    device, schedule, times = pick_device(config.run.device), config.noise.make_schedule(), []
+    with _memory_advice(net, config, device):
+        state, data = new_state(net, config, device), _on_device(data, config, device)
+        for _ in train_steps(state, data, schedule, steps + warm + 1, config.run.precision, ready(state, device)):
+            wait(device)
+            times.append(time.perf_counter())
     return statistics.median(b - a for a, b in zip(times[warm:], times[warm + 1:])), state
 
 # %% ../../nbs/workshop/planning.ipynb #c022

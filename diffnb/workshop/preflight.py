@@ -492,13 +492,17 @@ FIRST_LOSS = 0.05                   # relative difference from the loss of a net
 def narrow_network(net,  # arguments of make_network
                    most, # floating point operations of a training step for one image
                   ) -> dict: # arguments
-    "The same network with its width halved until it is cheap enough, or 16 at the least."
-    net = dict(net)
-    while net["base_channels"] >= 32 and _flops(net) > most:
-        net |= dict(base_channels=net["base_channels"] // 2, head_dim=None)
-        if "norm_groups" in net:                                 # a UNet
-            widths = [int(net["base_channels"] * m) for m in net["channel_mult"]]
-            net["norm_groups"] = math.gcd(net["norm_groups"], *widths)
+    "The same network with its width halved until it is cheap enough, 16 at the least, or cannot be halved again."
+    net, work = dict(net), _flops(net)
+    while net["base_channels"] >= 32 and work > most:
+        half = net | dict(base_channels=net["base_channels"] // 2, head_dim=None)
+        if "norm_groups" in half:                                # a UNet
+            widths = [int(half["base_channels"] * m) for m in half["channel_mult"]]
+            half["norm_groups"] = math.gcd(half["norm_groups"], *widths)
+        try:
+            net, work = half, _flops(half)
+        except DiffnbError:                                      # not every width can be built
+            break
     return net
 
 def _flops(net):
@@ -624,8 +628,9 @@ def look_at_time(settled # as `resolve` gives it
     "Time of the run, as `planning.plan` estimates it, with fewer steps. Raises what a training step raises."
     config, data, net, device, _, total = settled
     batch, flops = config.training.batch_size, _flops(net)
+    images = batch // config.training.grad_accum_steps                     # at a time: more may not fit in memory
     most = TIMED["cpu" if device.type == "cpu" else "other"] / 4 / flops   # images of each of the four steps
-    timed = next(n for n in (batch, *(2**k for k in range(20, -1, -1))) if n <= max(1, min(batch, most)))
+    timed = next(n for n in (images, *(2**k for k in range(20, -1, -1))) if n <= max(1, min(images, most)))
     part = config.change(batch_size=timed, grad_accum_steps=1, compile=False)
     seconds, state = time_steps(part, data, net, steps=2, warm=1)
     return _time_item(total, batch, timed / seconds, timed, count_parameters(state.model), device)
@@ -642,10 +647,11 @@ def look_at_disk(settled, # as `resolve` gives it
 
 def _not_tried(name): return Item(name, "look", "not tried, does not fit in memory")
 
-def _memory_item(memory, room, images): # bytes, bytes, at a time
-    text = f"about {memory / 1e9:.2f} GB for {images} images at a time, of {room / 1e9:.1f} GB"
+def _memory_item(memory, room, images): # bytes, bytes (None: unknown), at a time
+    text = f"about {memory / 1e9:.2f} GB for {images} images at a time"
+    text += "" if room is None else f", of {room / 1e9:.1f} GB"
     facts = dict(bytes=memory, room=room)
-    if memory > room:
+    if room is not None and memory > room:
         return Item("memory", "mend", text, "a smaller batch_size, or more grad_accum_steps", facts)
     return Item("memory", "ok", text, "", facts)
 

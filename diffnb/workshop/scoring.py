@@ -23,7 +23,7 @@ from .datasets import load_data
 from .facts import gather
 from .features import Features, make_features
 from .folder import alone_in, check_place, make_config, read_config
-from .generate import sample_to
+from .generate import _warn_unlike_student, sample_to
 from .reader import decode, list_images, match_classes, NoSplit, split_folders
 from .settings import pick_precision
 
@@ -145,7 +145,10 @@ def _real(reference, like, interpolation="bicubic", root=None, on_broken="stop")
         return reference, None, ""
     if str(reference).lower().endswith(".npz"):
         images, labels, names = read_images(reference)
-        size = images.shape[-1]
+        side, size = images.shape[-2:]
+        if side != size:
+            raise DiffnbError(f"{shown(reference)} holds images of {side} rows and {size} columns: real images must be "
+                              "square, as samples are")
         return ImageData(images, labels, names, size, size, name=Path(reference).name), None, ""
     load = partial(load_data, reference, like.shape[-1], interpolation=interpolation, root=root, channels=like.shape[1],
                    on_broken=on_broken, generated=True)
@@ -268,6 +271,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
                               "evaluate their folder")
         steps = trained.student_steps or 50 if steps is None else steps
         check_sampling(trained.schedule, steps=steps)
+        _warn_unlike_student(trained, sampler, steps)
         like, config = torch.empty(1, *trained.image_shape), _config_of(source, trained)
         reference, interpolation, data_root = (
             reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)

@@ -132,7 +132,7 @@ class RunSettings:
     activation_checkpointing: bool = False # compute activations twice: less memory, more time
     sample_every: Positive = 25                          # epochs between sample grids
     sample_steps: Count = 50                             # DDIM steps of those grids
-    checkpoint_every: Positive = 10                      # epochs between checkpoints
+    checkpoint_every: Positive = 10                      # epochs between checkpoints; half an hour at most
     keep: Count = 3                                      # checkpoints that stay; older ones are removed
     log_every: Count = 50                                # steps between rows of metrics.csv
 
@@ -237,7 +237,8 @@ def check_config(config: TrainConfig,
     if images.latent and config.training.batch_size // config.training.grad_accum_steps < 4:
         bad("latent", "its autoencoder needs at least 4 images at a time (batch_size / grad_accum_steps)")
     if images.latent and (images.flip or images.jitter):
-        bad("flip" if images.flip else "jitter", "latents are made once, of the images as they are: leave it out")
+        name, value = ("flip", False) if images.flip else ("jitter", 0.0)
+        bad(name, f"latents are made once, of the images as they are: it must be {value}")
     noise = config.noise
     flow = noise.schedule == "flow"
     if noise.zero_terminal_snr and flow:
@@ -255,9 +256,12 @@ def check_config(config: TrainConfig,
     for name in _unet_only if network.network == "transformer" else ("depth",):
         if getattr(network, name) != getattr(NetworkSettings(), name):
             of = "the transformer" if name == "depth" else "the UNet"
-            bad(name, f"only {of} has it, and network={network.network}: leave it out")
+            usual = getattr(NetworkSettings(), name)
+            bad(name, f"only {of} has it, and network={network.network}: it must be {usual}")
     if config.training.ema_half_lives == ():
         bad("ema_half_lives", "one or more numbers")
+    if config.training.ema_half_lives and config.training.ema_decay != TrainingSettings().ema_decay:
+        bad("ema_decay", "ema_half_lives are in its place; leave it out, or take them back: --ema-half-lives None")
     return config
 
 # %% ../../nbs/workshop/settings.ipynb #c037b
@@ -331,6 +335,9 @@ def total_steps(config: TrainConfig,
                ) -> int:
     "Optimiser steps of the whole run, rounded up."
     return math.ceil(config.training.epochs * images / config.training.batch_size)
+
+def _parts_are_free(config): # True if grad_accum_steps changes nothing but rounding, so that a run may change it
+    return not (config.network.dropout or config.images.latent) # drawn for each part; an autoencoder learns from one
 
 def _check_half_lives(config, images):
     "Raises DiffnbError for a half-life longer than the run."

@@ -25,6 +25,7 @@ from ..unet import Attention
 from .curves import plot_metrics
 from .datasets import load_data
 from .folder import read_metrics
+from .generate import _device_of
 
 # %% ../../nbs/workshop/widgets.ipynb #c008
 def _png(image): # uint8 (C, H, W), bytes of a PNG, or a matplotlib figure, which is closed -> bytes
@@ -203,6 +204,7 @@ def dissolve(x0,        # one image, (1, C, H, W), float in [-1, 1]
              seed=0       # of the noise
             ) -> Interactive:
     "A slider over t: the image under a chosen schedule, with its signal-to-noise ratio."
+    x0 = x0.cpu()
     noise, T = draw_noise(x0.shape, addressed(seed, "dissolve"), "cpu"), next(iter(schedules.values())).T
     def draw(schedule, t):
         s = schedules[schedule]
@@ -222,7 +224,7 @@ def trajectory(trained,             # from load_model
     "A slider along a DDIM trajectory: x_t and the estimate of x0 side by side."
     walk, n, dice = [], len(y), addressed(seed, "trajectory")
     def keep(t, t_next, x, x0): walk.append((t, t_next, x, x0))
-    x_T = draw_noise((n, *trained.shape), dice)
+    x_T = draw_noise((n, *trained.shape), dice, _device_of(trained.model))
     ddim(trained.denoiser(torch.tensor(y)), x_T, steps, generator=dice, callback=keep, **settings)
     def draw(step):
         t, t_next, x, x0 = walk[step - 1]
@@ -241,7 +243,7 @@ def sampling(trained,     # from load_model, a model with classes
              **axes,      # steps, eta, seed, guidance_scale: a list or range of values for a control, or one value
             ) -> Interactive:
     """Controls for DDIM: one image of each class, redrawn after each change. Raises DiffnbError for an unknown
-    name."""
+    name, and for a model without classes."""
     fixed = {"steps": 20, "eta": 0.0, "seed": 0, "guidance_scale": 1.0}
     if unknown := set(axes) - set(fixed):
         raise DiffnbError(f"sampling has no control {', '.join(sorted(unknown))}: expected some of {', '.join(fixed)}")
@@ -250,10 +252,13 @@ def sampling(trained,     # from load_model, a model with classes
     y = torch.arange(len(trained.classes)) if trained.classes else None
     # so that errors come now, not when drawing
     denoisers = {w: trained.denoiser(y, w) for w in live.get("guidance_scale", [fixed["guidance_scale"]])}
+    if y is None:
+        raise DiffnbError("sampling shows one image of each class, and this model was trained without classes: use "
+                          "`sample_batches`, or `diffnb sample`")
     def draw(**values):
         s = fixed | values
         dice = addressed(s["seed"], "sampling")
-        x_T = draw_noise((len(trained.classes), *trained.shape), dice)
+        x_T = draw_noise((len(trained.classes), *trained.shape), dice, _device_of(trained.model))
         out = ddim(denoisers[s["guidance_scale"]], x_T, s["steps"], s["eta"], generator=dice)
         return tile(trained.decode(out)), ", ".join(f"{k} {s[k]:g}" for k in fixed)
     stored = {k: (stored or {}).get(k, [v[0]]) for k, v in live.items()}
@@ -324,8 +329,11 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
     trained = trained or load_model("digits", device="cpu")
     if x0 is None:
         x0 = to_float(load_data("digits", split="test").images[:1])
-    x_t = trained.schedule.add_noise(x0, draw_noise(x0.shape, addressed(seed, "attention"), "cpu"), t)
-    weights, image = attention_weights(trained.model, x_t, torch.tensor([t]), y), to_uint8(x_t)[0]
+    device = _device_of(trained.model)
+    x_t = trained.schedule.add_noise(x0.cpu(), draw_noise(x0.shape, addressed(seed, "attention"), "cpu"), t)
+    y = y if y is None else y.to(device)
+    weights = attention_weights(trained.model, x_t.to(device), torch.tensor([t], device=device), y)
+    weights, image = {layer: w.cpu() for layer, w in weights.items()}, to_uint8(x_t)[0]
     if not weights:
         raise DiffnbError("this model has no attention layer to look into")
     sides = {name: round(w.shape[1] ** 0.5) for name, w in weights.items()}
@@ -351,7 +359,8 @@ def attention_maps(trained=None, # from load_model; None: the embedded digits mo
 def _until(metrics, step): return {k: v[metrics["step"] <= step] for k, v in metrics.items()}
 
 def _grid_at(run, step): # PNG bytes of the newest sample grid up to that step, and its step; (None, None) without one
-    grids = [p for p in sorted((Path(run) / "samples").glob("step_*.png")) if int(p.stem[5:]) <= step]
+    grids = [p for p in sorted((Path(run) / "samples").glob("step_*.png"))
+             if p.stem[5:].isdecimal() and int(p.stem[5:]) <= step]
     return (grids[-1].read_bytes(), int(grids[-1].stem[5:])) if grids else (None, None)
 
 def _under(top, below):

@@ -600,12 +600,12 @@ bug("invert-forwards", "the inversion walks from noise to image",
 bug("lerp", "noises are mixed in a straight line, which makes them too quiet",
     "return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()", "return (1 - w) * a + w * b")
 bug("mask-inverted", "inpainting keeps the hole and invents the rest",
-    "return mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x",
-    "return (1 - mask) * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + mask * x")
+    "x = mask * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + (1 - mask) * x",
+    "x = (1 - mask) * (a * x0 + s * draw_noise(x.shape, generator, x.device)) + mask * x")
 bug(
     "inpaint-noise-level", "the known part is put back with the noise of the step before",
-    "a, s = denoiser.schedule.signal_noise(t_next)\n        return mask",
-    "a, s = denoiser.schedule.signal_noise(t)\n        return mask")
+    "a, s = denoiser.schedule.signal_noise(t_next)\n        x = mask",
+    "a, s = denoiser.schedule.signal_noise(t)\n        x = mask")
 bug(
     "callback-ignored", "what a callback returns is thrown away", "return x if changed is None else changed", "return x"
 )
@@ -1417,7 +1417,7 @@ bug(
     "if fresh and not resumed:", "if fresh:", tests="test_latent.py")
 bug(
     "grid-of-latents", "sample grids show latents instead of decoding them",
-    "made = autoencoder.decode(made)", "made = made[:, :1]", tests="test_latent.py")
+    "torch.cat([autoencoder.decode(part) for part in made.split(at_once)])", "made[:, :1]", tests="test_latent.py")
 
 
 # ---------------------------------------------------------------- workshop scoring
