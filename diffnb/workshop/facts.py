@@ -137,6 +137,8 @@ class Facts:
         """The `diffnb train` command with these settings changed: of this run if it may change them, else of a new run
         beside it. None if no run may have such settings."""
         config, usual, run = self.config.change(**changes), flattened(TrainConfig()), self.run.resolve()
+        if changes.get("ema_half_lives"):
+            config = config.change(ema_decay=usual["ema_decay"])         # they take its place
         try:
             check_config(config)
         except DiffnbError:

@@ -261,6 +261,8 @@ def alone_in(folder: str | Path,    # created if missing
             try:
                 path.parent.mkdir(parents=True)
             except FileExistsError:                                 # asked like this, since another may remove it now
+                if not path.parent.is_dir():
+                    raise
                 made = False
             held = stack.enter_context(locked(path, taken))
         except OSError as e:
