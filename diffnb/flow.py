@@ -51,8 +51,8 @@ def as_flow(denoiser # Denoiser of any schedule and prediction
     x_T / (a + s), with the old levels a and s of the last timestep, and its images are the same. Raises DiffnbError for
     guidance with `rescale`, whose effect depends on what the network predicts."""
     if getattr(denoiser, "rescale", 0):
-        raise DiffnbError(f"rescale={denoiser.rescale} matches contrasts of what the network predicts, and those of a "
-                          "velocity are others: convert the denoiser without it, and apply `guided` to the result")
+        raise DiffnbError(f"rescale={denoiser.rescale} matches the contrast of what the network predicts, and a "
+                          "velocity has another: convert the denoiser without it, and apply `guided` to the result")
     a, s = denoiser.schedule.a, denoiser.schedule.s
     straight = NoiseSchedule((a / (a + s)) ** 2, s / (a + s))
     model = Retimed(denoiser.model, denoiser.schedule, denoiser.prediction)

@@ -193,7 +193,7 @@ def snr(self, t=None # timesteps, int or tensor (B,); None is the whole schedule
 
 # %% ../nbs/02_schedule.ipynb #c051
 def _check_kind(schedule):
-    "Raises DiffnbError for curves of which a alone would not determine s."
+    "Raises DiffnbError unless a determines s, as in the two families."
     if not schedule.straight and (schedule.alpha_bar + schedule.s ** 2 - 1).abs().max() > 1e-9:
         raise DiffnbError("this schedule has neither a + s = 1 nor a**2 + s**2 = 1, so what happens to its s is not "
                           "defined: make the new one by hand, as NoiseSchedule(alpha_bar, s)")

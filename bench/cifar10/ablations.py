@@ -14,7 +14,7 @@ from pilots import *
 from dataclasses import dataclass
 
 BASELINE = "flow-muon-3e-3"
-BASELINE_SEEDS = (0, 1, 2)   # how much chance does
+BASELINE_SEEDS = (0, 1, 2)   # to see how much is chance
 ADAMW = dict(optimizer="adamw", lr=1e-3)
 ROWS = PILOTS | {
     # `times` the minutes of the others

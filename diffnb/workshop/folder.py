@@ -260,7 +260,7 @@ def alone_in(folder: str | Path,    # created if missing
         try:
             try:
                 path.parent.mkdir(parents=True)
-            except FileExistsError:                                 # asked like this, since another may remove it now
+            except FileExistsError:                                 # exists() before mkdir() would be a race
                 if not path.parent.is_dir():
                     raise
                 made = False

@@ -204,7 +204,7 @@ def _made_with(denoiser, shape, n, seed, settings): # dict of strings for sample
             "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
 
 def _open_samples(folder, facts, details, held, known, packed=None):
-    "Lock the folder, check that it holds nothing else, and record the settings of its images; known: of whose weights."
+    "Lock the folder, check that it holds nothing else, and record its settings; known: the model has weights."
     strange = []
     with suppress(FileNotFoundError):                       # another process may just be packing it
         strange = [p for p in folder.glob("*") if not (p.name.startswith(".") and p.suffix in (".lock", ".partial"))]
@@ -272,7 +272,7 @@ def _changes(before, now): # list of strings: what differs, both values, and the
                 words.append("image {} was of class {} and is now of class {} (--class)".format(*pair))
             elif not (old and new) and old != new:
                 words.append(f"labels were {'given' if old else 'not given'} before (--class)")
-        elif old != new and (name == "model" or not _same(old, new)): # the digits of a model's hash are no number
+        elif old != new and (name == "model" or not _same(old, new)): # a hash is no number
             option = _options.get(name, f"--{name.replace('_', '-')}")
             words.append(f"{name} was {old} and is now {new}" + (f" ({option})" if option else ""))
     return words

@@ -70,8 +70,8 @@ _signals = "SIGINT", "SIGTERM", "SIGHUP"                                 # Windo
 
 @contextmanager
 def _stop_signals():
-    """Yields a list to which SIGINT, SIGTERM and SIGHUP add their names; those to which the process is deaf, as under
-    nohup, do not. Does nothing outside the main thread."""
+    """Yields a list to which SIGINT, SIGTERM and SIGHUP add their names; those that the process ignores, as under
+    nohup, stay ignored. Does nothing outside the main thread."""
     noted, old = [], {}
     def note(number, frame):
         if noted and number == signal.SIGINT:
