@@ -448,6 +448,14 @@ def test_ctrl_c_while_pytorch_is_imported(a_run):
         out, err = p.communicate(timeout=60)
         assert (p.returncode, out, err) == (130, "", "diffnb: interrupted\n")
 
+def test_ctrl_c_in_code_that_was_text_ends_with_130_too(tmp_path):
+    "As in the class that a dataclass makes: Python remembers it, and would end itself by the signal."
+    (tmp_path / "driver.py").write_text(
+        "import sys\nfrom diffnb.workshop import cli\n"
+        "cli._check_arguments = lambda args: exec('raise KeyboardInterrupt')\nsys.exit(cli.main(['doctor']))\n")
+    done = subprocess.run([sys.executable, "-m", "driver"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "diffnb: interrupted\n")
+
 @pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 def test_a_closed_standard_output_is_not_given_to_a_file(a_run, tmp_path):
     "The next file opened would be descriptor 1, and hold what libraries print."

@@ -24,7 +24,7 @@ x_T = draw_noise((4, 1, 8, 8), addressed("test_flow"))
     ("factor has shape (): expected (1000,)", lambda: log_snr_weights(linear_schedule(), 1.0)),
     ("do not fit: expected a noise", lambda: couple(x_T, x_T[:3])),
     ("and 3 labels do not fit", lambda: couple(x_T, x_T, y[:3])),
-    ("rescale=0.5 matches contrasts", lambda: as_flow(guided(digits.denoiser(y), 3.0, rescale=0.5)))])
+    ("rescale=0.5 matches the contrast", lambda: as_flow(guided(digits.denoiser(y), 3.0, rescale=0.5)))])
 def test_what_cannot_work_is_refused(said, call):
     with pytest.raises(DiffnbError) as e:
         call()

@@ -575,6 +575,21 @@ def test_of_processes_that_start_together_each_finishes_or_is_refused(out, tmp_p
     assert any((images == e[:, 0].numpy()).all() for e in expected)
     assert not list(tmp_path.rglob("*.partial")) and (out == "s" or left(tmp_path) == {"s.npz"})
 
+def test_the_lock_of_samples_that_another_process_has_just_packed_leaves_no_folder(tmp_path, monkeypatch):
+    "The other renames the folder while this one opens the lock in it, and whoever opens the lock makes the folder."
+    from diffnb.workshop import folder as f
+    m, out = untrained(), tmp_path / "s.npz"
+    def late(path, taken):
+        path.parent.rmdir()
+        out.touch()
+        return locked(path, taken)
+    locked = f.locked
+    monkeypatch.setattr(f, "locked", late)
+    (tmp_path / "s.npz.parts").mkdir()
+    with pytest.raises(DiffnbError, match="s.npz"):
+        sample_to(out, m.denoiser(), m.shape, n=2, steps=2, progress=False)
+    assert left(tmp_path) == {"s.npz"}
+
 def test_a_folder_that_vanishes_while_it_is_listed_is_empty(tmp_path, monkeypatch):
     m, glob = untrained(), Path.glob
     def gone(path, pattern):

@@ -537,7 +537,7 @@ def test_readers_while_it_trains(here):
 
 def test_a_reader_that_loads_without_a_pause(here):
     "Against a training that keeps one checkpoint and writes one a step."
-    config, told = read_config("run")["config"].change(keep=1, epochs=30.0), []
+    config, told = read_config("run")["config"].change(keep=1, epochs=100.0), []
     def go():
         try:
             told.append(train(config, "new", progress=False).step)
@@ -552,7 +552,7 @@ def test_a_reader_that_loads_without_a_pause(here):
                 steps.append(load_model("new").step)
                 read_metrics("new")
                 F.training_now("new")
-    assert told == [45] and steps == sorted(steps) and len(set(steps)) > 5, (told, steps)
+    assert told == [150] and steps == sorted(steps) and len(set(steps)) > 5, (told, steps)
 
 
 def test_a_run_that_is_moved_while_it_trains(here):

@@ -643,6 +643,7 @@ def _run(args):
         print(f"diffnb: {e}. Is the disk full, or are permissions missing for a file or folder?", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        exec("")    # else Python ends itself by the signal, if it struck in code that was text, as that of a dataclass
         print("diffnb: interrupted", file=sys.stderr)
         return 130
 

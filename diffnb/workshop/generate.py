@@ -203,6 +203,10 @@ def _made_with(denoiser, shape, n, seed, settings): # dict of strings for sample
             **{k: _stable_name(v) for k, v in details.items()},
             "labels": "" if denoiser.y is None else _name_of(denoiser.y[:n])}
 
+def _remove_if_empty(folder):
+    with suppress(OSError):
+        folder.rmdir()
+
 def _open_samples(folder, facts, details, held, known, packed=None):
     "Lock the folder, check that it holds nothing else, and record its settings; known: the model has weights."
     strange = []
@@ -211,6 +215,8 @@ def _open_samples(folder, facts, details, held, known, packed=None):
     if strange and folder.exists() and not facts.exists():
         raise DiffnbError(f"{folder} is not empty and holds no samples.json: choose a new folder")
     _refuse_existing(packed)
+    if packed:
+        held.callback(_remove_if_empty, folder)             # a lock that waited may have made the folder again
     held.enter_context(alone_in(folder, "sampling"))
     _refuse_existing(packed)                                                # another process may have just finished
     for left in folder.glob(".*.partial"):
