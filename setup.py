@@ -17,7 +17,7 @@ setup(
     classifiers=["Framework :: Jupyter", "Intended Audience :: Education", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3"], project_urls={"Source": cfg["git_url"]},
     packages=[*find_packages(include=["diffnb", "diffnb.*"]), *notebooks], package_dir=notebooks,
-    package_data={"diffnb": ["datasets/*", "weights/*.safetensors", "stats/*.npz"],
+    package_data={"diffnb": ["datasets/*", "weights/*.safetensors", "weights/*/*", "stats/*.npz"],
                   "diffnb.workshop": ["templates/*", "gallery/*"],
                   **{name: ["*.ipynb"] for name in notebooks}},
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),

@@ -553,7 +553,7 @@ def test_a_long_run_is_shipped_with_an_account_of_how_it_was_trained(long, commo
     with pytest.raises(common.DiffnbError, match="no checkpoint"):
         long.module.ship(out, "toy", "ema", tmp_path)
     long.go(out, "--config", long.settings, until=20)
-    path = long.module.ship(out, "toy", "ema2", tmp_path)
+    path = long.module.ship(out, "toy", "ema2", tmp_path, earlier=[long.module.ship(out, "first", "ema", tmp_path)])
     tensors, meta = common.read_tensors(path)
     origin, saved = meta["origin"], common.last_checkpoint(out / "run")
     assert path.name == "toy.safetensors" and common.load_model(path, "cpu").step == 20
@@ -564,6 +564,16 @@ def test_a_long_run_is_shipped_with_an_account_of_how_it_was_trained(long, commo
     assert meta["config"]["data_root"] is None and str(tmp_path) not in json.dumps(meta)
     with pytest.raises(common.DiffnbError, match="no 'ema9'"):
         long.module.ship(out, "toy", "ema9", tmp_path)
+    record = tmp_path / "toy"
+    assert {p.name for p in record.iterdir()} == {"config.json", "metrics.csv", "report.json", "stages.npz"}
+    assert list(read_metrics(record)["step"]) == list(read_metrics(out / "run")["step"])
+    report = (record / "report.json").read_text()
+    assert json.loads(report)["facts"]["saved"] == 20 and "runs/long/run" in report and str(tmp_path) not in report
+    with np.load(record / "stages.npz") as file:
+        first, toy = file["samples"]
+        assert list(file["step"]) == [20, 20] and file["core_hours"][1] == saved[1]["processor_seconds"] / 3600
+    assert toy.shape == (2, 20, 1, 8, 8) and toy.dtype == np.uint8
+    assert (first != toy).any() and (toy[0] != toy[1]).any()                      # other weights, another guidance
 
 
 def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_path, monkeypatch, capsys):

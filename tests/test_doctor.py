@@ -108,6 +108,13 @@ def rows(**change):
     return edit
 
 
+def slow_rows(m, worked, first=0):
+    "Every eighth row takes a hundred times as long; worked: in processor time too. `first`: images before the run."
+    m["images_per_s"] = np.where(np.arange(len(m["step"])) % 8 == 7, 0.3, 30.0)
+    spent = np.diff(m["images"], prepend=0) / (m["images_per_s"] if worked else 30.0)
+    return {**m, "processor_seconds": spent.cumsum(), "images": m["images"] + first}
+
+
 def cut(n):
     return lambda m: {k: v[:n] for k, v in m.items()}
 
@@ -610,7 +617,7 @@ PLANTED = {
     "noise-never-pure": dict(config=dict(T=100, sample_steps=20)),
     "no-label-dropout": dict(config=dict(label_dropout=0.0)), "sampler-steps": dict(config=dict(sample_steps=3)),
     "slowing": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) < 25, 30.0, 3.0))),
-    "overhead": dict(rows=rows(images_per_s=lambda y: np.where(np.arange(len(y)) % 8 == 7, 0.3, 30.0))),
+    "overhead": dict(rows=lambda m: slow_rows(m, worked=True)),
     "float32-on-gpu": dict(device="cuda")}
 ALSO = {  # what necessarily comes with a fault
     "not-finite": {"spikes"},
@@ -1078,6 +1085,15 @@ def test_a_healthy_report_says_what_to_do_next(ward):
     assert "diffnb evaluate" in report.html().split("<details>")[0]
 
 
+@pytest.mark.parametrize("device, worked, first, found", [
+    ("cpu", True, 0, True), ("cpu", False, 0, False), ("cuda", False, 0, True), ("cpu", False, 10**6, False)])
+def test_a_pause_is_not_taken_for_the_time_of_grids(device, worked, first, found, patient):
+    "And a run that began from the weights of another did not see that one's images in its own first row."
+    run = patient(rows=lambda m: slow_rows(m, worked, first))
+    facts = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**facts, "device": device}))
+    assert ("overhead" in {x.id for x in examine(run, deep=False).problems}) == found
+
 def test_the_report_for_programs(patient, tmp_path):
     report = examine(patient(**SICK))
     read = strict(report.json())
@@ -1091,6 +1107,13 @@ def test_the_report_for_programs(patient, tmp_path):
     facts = read["facts"]
     assert facts["metrics"]["loss"] == pytest.approx(report.facts.loss()[0])
     assert facts["floor"] == report.facts.floor_mean
+    best, error = report.facts.optimum_mean
+    assert facts["optimum"] == {"loss": best, "standard_error": error}
+    assert set(facts["bins"]) == {"logged", "train", "held-out", "raw", "floor", "optimum", "optimum_error"}
+    assert facts["bins"]["floor"] == pytest.approx(bin_floor(report.facts))
+    assert facts["bins"]["optimum"] == pytest.approx(report.facts.optimum[0])
+    late = report.facts.late()
+    assert facts["bins"]["logged"][3] == pytest.approx(np.nanmean(late["loss_bin_3"]))
     assert facts["losses"]["train"] == pytest.approx(report.facts.losses["train"].mean())
     assert facts["config"]["settings"]["label_dropout"] == 0 and facts["saved"] == 281
     assert 0 <= facts["images"]["share_of_copies"] <= 1 and facts["scores"] is None

@@ -25,6 +25,7 @@ from diffnb.workshop.scoring import read_images
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
 from diffnb.workshop.folder import read_config, read_metrics, training_now
+from diffnb.workshop.report import examine
 from diffnb.workshop.settings import flattened, pick_precision, PRESETS
 
 FOREVER = 1e5          # epochs: more than anyone waits for, so the learning rate stays constant until --finish
@@ -202,8 +203,9 @@ def write_snapshot(run, folder): # -> paths
     names = averages_in(found[0])
     return [write_tensors(Path(folder) / f"{name}.safetensors", *half(*found, name)) for name in names]
 
-def ship(out, name, weights, folder=Path(diffnb.__file__).parent / "weights"): # -> path
-    "One average of the newest checkpoint where load_model finds it by name, with an account of how it was trained."
+def ship(out, name, weights, folder=Path(diffnb.__file__).parent / "weights", earlier=()): # -> path
+    """One average of the newest checkpoint where load_model finds it by name, with an account of how it was trained;
+    beside it the folder NAME with what the course shows of the run."""
     if (found := last_checkpoint(out / "run")) is None:
         raise DiffnbError(f"{out / 'run'} has no checkpoint yet")
     tensors, meta = half(*found, weights)
@@ -217,7 +219,26 @@ def ship(out, name, weights, folder=Path(diffnb.__file__).parent / "weights"): #
         "commit": began["commit"], "weights": weights, "images": step * c["batch_size"],
         "core_hours": round(meta["processor_seconds"] / 3600, 2), "device": began.get("device", "unknown"),
         "rate": rate, "date": rows[-1]["time"][:10]}
-    return write_tensors(folder / f"{name}.safetensors", tensors, {**meta, "origin": origin})
+    path = write_tensors(folder / f"{name}.safetensors", tensors, {**meta, "origin": origin})
+    write_record(out, folder / name, [*earlier, path])
+    return path
+
+def write_record(out, to, stages):
+    """Into the folder `to`: settings, metrics and scores of a run, the doctor's report on it, and twenty samples of
+    each of several weights files, without guidance and with guidance 2, from the same noise."""
+    for path in (out / "run" / "config.json", out / "run" / "metrics.csv", out / "scores.json"):
+        if path.exists():
+            write_whole(to / path.name, path.read_text())
+    write_whole(to / "report.json", examine(out / "run").json().replace(str(out), "runs/long"))
+    drawn, facts = [], [read_tensors(path)[1] for path in stages]
+    for m in (load_model(path, pick_device("auto")) for path in stages):
+        drawn.append([draw(m.model, m.schedule, m.shape, 20, prediction=m.prediction, classes=len(m.classes), steps=18,
+                           w=w, device=pick_device("auto")).numpy() for w in (1.0, 2.0)])
+    file = io.BytesIO()
+    np.savez_compressed(
+        file, samples=np.array(drawn), step=[f["step"] for f in facts],      # (stages, 2, 20, C, H, W)
+        core_hours=[f["processor_seconds"] / 3600 for f in facts])
+    write_whole(to / "stages.npz", file.getvalue())
 
 def read_snapshot(source): # file, or folder of write_snapshot -> ({"ema": tensors, …}, meta)
     paths = sorted(Path(source).glob("ema*.safetensors")) if Path(source).is_dir() else [Path(source)]
@@ -360,6 +381,7 @@ def parsed(): # -> the command's arguments
     p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin from a --snapshot, or a weights file")
     p.add_argument("--snapshot", type=Path, metavar="FOLDER", help="write all averages there in half precision")
     p.add_argument("--ship", metavar="NAME", help="write one average into the package, to be loaded by that name")
+    p.add_argument("--earlier", type=Path, nargs="*", default=[], help="with --ship: older weights to draw samples of")
     p.add_argument("--checkpoint-minutes", type=float, default=20, help="of processor time between checkpoints")
     p.add_argument("--grid-minutes", type=float, default=60, help="of processor time between sample grids")
     p.add_argument("--reference", action="store_true", help="only compute what --score needs of the real images")
@@ -383,7 +405,7 @@ def main():
     if a.snapshot:
         return print(*write_snapshot(a.out / "run", a.snapshot), sep="\n")
     if a.ship:
-        return print(ship(a.out, a.ship, a.weights))
+        return print(ship(a.out, a.ship, a.weights, earlier=a.earlier))
     run_frozen(a.out)
     with ranks_of(a.device) as ranks:
         state = train_long(a, ranks)

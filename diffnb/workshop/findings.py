@@ -642,18 +642,21 @@ def _slowing(f):
     basis="rule of thumb: the time was measured on this run; that grids and checkpoints take it is likely")
 def _overhead(f):
     m = f.metrics
-    n = len(m["step"])
-    if n < 2 * LEAST_ROWS:
+    if len(m["step"]) < 2 * LEAST_ROWS:
         return None
-    spent = np.diff(m["images"], prepend=0) / m["images_per_s"]
-    usual = _running_median(spent)
-    lost = (spent - usual)[spent > 2 * usual].sum()
-    if lost < LOST or lost < 0.2 * spent.sum():
+    wall, work = np.diff(m["images"]) / m["images_per_s"][1:], np.diff(m["processor_seconds"])
+    usual = _running_median(wall)
+    extra = wall / usual - 1
+    if f.device == "cpu" and np.isfinite(work).all():               # a run that is paused takes no processor time
+        extra = np.minimum(extra, work / _running_median(work) - 1)
+    lost = (extra * usual)[extra > 1].sum()
+    share = lost / (usual.sum() + lost)
+    if lost < LOST or share < 0.2:
         return None
     return Problem(
         f"Rows slower than half the speed of their neighbours took {lost / 60:.1f} extra minutes, "
-        f"{lost / spent.sum():.0%} of the time.", "Draw grids half as often; checkpoints too, if that is not enough.",
-        f"Up to {lost / spent.sum():.0%} of the time.",
+        f"{share:.0%} of the time.", "Draw grids half as often; checkpoints too, if that is not enough.",
+        f"Up to {share:.0%} of the time.",
         "speed", command=f.retrain(sample_every=2 * f.config.run.sample_every))
 @looks_for(
     "float32-on-gpu", "minor", "float32 on a GPU", "workshop/settings: One configuration", "config",

@@ -52,22 +52,30 @@ def _fig_loss(f, ax):
     ax.legend(fontsize=7)
     return text + "."
 
-def _fig_bins(f, ax):
-    late, x = f.late(), np.arange(BINS)
+def _bins(f): # loss in each timestep bin: name -> float64 (BINS,), nan where there is none
+    late, losses = f.late(), dict(f.losses or {})
+    at = losses.pop("t", np.zeros(0)) * BINS // f.config.noise.T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)          # a bin without samples
-        mean = [np.nanmean(late[f"loss_bin_{i}"]) for i in x]
-        in_bins = lambda y: [y[f.losses["t"] * BINS // f.config.noise.T == i].mean() for i in x]
-        measured = {name: in_bins(y) for name, y in (f.losses or {}).items() if name != "t"}
-    ax.semilogy(x, mean, "o-", label="logged, last third")
+        found = {"logged": np.array([np.nanmean(late[f"loss_bin_{i}"]) for i in range(BINS)])}
+        found |= {name: np.array([y[at == i].mean() for i in range(BINS)]) for name, y in losses.items()}
     if f.floor is not None and torch.as_tensor(f.floor).ndim:
-        ax.semilogy(x, bin_floor(f), "k_--", label="best Gaussian" + (", told the class" if f.told else ""))
+        found["floor"] = bin_floor(f)
+    return found | ({} if f.optimum is None else dict(zip(("optimum", "optimum_error"), f.optimum)))
+
+def _fig_bins(f, ax):
+    bins, x = _bins(f), np.arange(BINS)
+    mean = bins["logged"]
+    ax.semilogy(x, mean, "o-", label="logged, last third")
+    if "floor" in bins:
+        ax.semilogy(x, bins["floor"], "k_--", label="best Gaussian" + (", told the class" if f.told else ""))
     if f.optimum is not None:
         best, error = (np.where(f.optimum[0] > 1e-3 * np.nanmax(f.optimum[0]), v, math.nan) for v in f.optimum)
         ax.errorbar(x, best, 1.96 * error, fmt="k^:", ms=3, lw=1, label="best on the training images")
     labels = {"train": "EMA, training images", "held-out": "EMA, held out", "raw": "last weights"}
-    for (name, y), mark in zip(measured.items(), "sv^"):
-        ax.semilogy(x, y, mark, ms=4, label=labels[name])
+    for (name, label), mark in zip(labels.items(), "sv^"):
+        if name in bins:
+            ax.semilogy(x, bins[name], mark, ms=4, label=label)
     ax.set(xlabel=f"timestep bin ({f.config.noise.T // BINS} timesteps each)", ylabel="loss (MSE)")
     ax.legend(fontsize=7)
     seen = [y for y in mean if np.isfinite(y)] or [math.inf]
@@ -370,6 +378,8 @@ def _numbers(f): # the facts that checks need, by the names in Check.needs, in p
     grid = f.grid and dict(zip(("contrast", "neighbours_made", "neighbours_real"), picture_facts(*reversed(f.grid))))
     copied = f.grid and f.images is not None and dict(zip(("nearest", "usual", "share_of_copies"), f.copied))
     return {"config": run | {"settings": flattened(f.config)}, "metrics": metrics, "floor": f.floor_mean,
+            "optimum": f.optimum and dict(zip(("loss", "standard_error"), f.optimum_mean)),
+            "bins": f.metrics and {k: v.tolist() for k, v in _bins(f).items()},
             "losses": f.losses and {k: v.mean() for k, v in f.losses.items() if k != "t"}, "grid": grid,
             "images": copied or None, "scores": f.scores, "saved": f.saved and f.saved[1]["step"], **_diagnosed(f)}
 
