@@ -217,7 +217,8 @@ def ship(out, name, weights, folder=Path(diffnb.__file__).parent / "weights", ea
     origin = {
         "command": "python bench/cifar10/long.py --out runs/long --config bench/cifar10/long_run.json",
         "commit": began["commit"], "weights": weights, "images": step * c["batch_size"],
-        "core_hours": round(meta["processor_seconds"] / 3600, 2), "device": began.get("device", "unknown"),
+        "core_hours": round(meta["processor_seconds"] / 3600, 2),
+        "device": next((r["device"] for r in rows if "device" in r), "unknown"),
         "rate": rate, "date": rows[-1]["time"][:10]}
     path = write_tensors(folder / f"{name}.safetensors", tensors, {**meta, "origin": origin})
     write_record(out, folder / name, [*earlier, path])

@@ -121,8 +121,8 @@ lessons = {
     "12_latent": "compressed\nimages", "13_scale": "faster,\non many GPUs",
     "14_text": "asking\nin words"}
 
-# the first page exports nothing and has no exercises: it is on the map, but not among the lessons
-chapters = {"00_first_pictures": "all of it,\nin 40 lines"} | lessons
+# the first page and the last export nothing and have no exercises: they are on the map, but not among the lessons
+chapters = {"00_first_pictures": "all of it,\nin 40 lines"} | lessons | {"15_cifar10": "one whole\nrun"}
 
 def you_are_here(name=None # a page's name, e.g. "03_unet"; None: just the map
                 ) -> Figure:
