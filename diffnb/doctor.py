@@ -28,7 +28,7 @@ def trend(x,      # where: images seen, ascending, (n,)
           repeats=1000,
          ) -> tuple | None: # (change, low, high); None for fewer than 8 rows
     """Relative change from the first x to the last, with its 95% interval: a least-squares line through log y, and a
-    bootstrap of pairs (Efron 1979). Values that are not finite or not positive are left out."""
+    bootstrap of pairs (Freedman 1981). Values that are not finite or not positive are left out."""
     keep = np.isfinite(y) & (y > 0)
     x, y = x[keep], np.log(y[keep])
     if len(x) < LEAST_ROWS or x[0] == x[-1]:

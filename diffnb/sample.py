@@ -365,14 +365,14 @@ def ddim(denoiser,          # Denoiser, or any denoiser(x_t, t) -> (x0, eps) wit
 @torch.no_grad()
 def heun(denoiser,          # as in `ddim`
          x_T,               # noise to begin with, (B, C, H, W)
-         steps=25,          # transitions, 1 … T; the network is asked 2·steps - 1 times
+         steps=25,          # transitions, 1 … T; at most 2·steps - 1 network calls
          generator=None,    # as in `ddim`; nothing is drawn from it
          callback=None,     # as in `ddim`
          spacing="trailing" # as in `ddim`
         ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] if the denoiser clips
     """Heun's second-order method on the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1),
-    deterministic. Two network evaluations in each step, one in the last. Raises DiffnbError for impossible steps or
-    spacing."""
+    deterministic. Two network evaluations in each step, one in the last and one from pure noise. Raises DiffnbError for
+    impossible steps or spacing."""
     x = _start(x_T, generator)
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):
         x0, eps = denoiser(x, t)
@@ -394,7 +394,7 @@ def dpmpp_2m(denoiser,          # as in `ddim`
              spacing="trailing" # as in `ddim`
             ) -> torch.Tensor:  # x0, float32, shaped as x_T; in [-1, 1] if the denoiser clips
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order, deterministic, one network
-    evaluation in each step. First and last steps are of first order. Raises DiffnbError for impossible steps or
+    evaluation in each step. The steps at the ends are of first order. Raises DiffnbError for impossible steps or
     spacing."""
     x, before, h_before = _start(x_T, generator), None, None
     for (t, t_next), (a, s), (a_next, s_next) in denoiser.schedule.transitions(steps, spacing):

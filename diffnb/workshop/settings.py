@@ -286,8 +286,8 @@ _clothes = _two_cores.change(data="fashion", base_channels=48, channel_mult=(1.0
 
 PRESETS = {
     "clothes": _clothes.change(epochs=2.8),            # two to three minutes on two cores with bf16
-    "cifar10-20min": _two_cores.change(epochs=1.8, sample_every=1.0, checkpoint_every=0.5),
-    "cifar10-5h": _two_cores.change(epochs=28.0, sample_every=7.0, checkpoint_every=2.0),
+    "cifar10-20min": _two_cores.change(epochs=2.5, sample_every=1.0, checkpoint_every=0.5),
+    "cifar10-5h": _two_cores.change(epochs=40.0, sample_every=10.0, checkpoint_every=2.0),
     # wider; not measured yet
     "cifar10-gpu": _two_cores.change(base_channels=192, channel_mult=(1.0, 2.0), batch_size=256, epochs=100.0),
     # 14.4M parameters, eps, linear schedule, lr 1e-4, cosine decay, EMA

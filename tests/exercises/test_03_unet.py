@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from common import tests_of
 from diffnb.unet import timestep_embedding
+from diffnb.workshop.check import check
 
 
 def gradient(net, size, where=None):
@@ -77,6 +78,28 @@ def last_weights_lost(model, x_t, t, noise):
     return right
 
 
+def written_out(null=True):
+    "An answer to 3.5 without hooks: the forward pass once more."
+    @torch.no_grad()
+    def f(model, x_t, t, noise):
+        def error(cut=None):
+            emb = model.time(t)
+            if null:
+                emb = emb + model.classes(torch.full_like(t, model.config["num_classes"]))
+            kept = [model.conv_in(x_t)]
+            x = kept[0]
+            for stage in model.down:
+                x = stage(x, emb, keep=kept)
+            x = model.mid(x, emb)
+            if cut is not None:
+                kept[cut] = torch.zeros_like(kept[cut])
+            for stage in model.up:
+                x = stage(x, emb, join=kept)
+            return (model.conv_out(F.silu(model.norm_out(x))) - noise).square().mean().item()
+        return [error(i) - error() for i in range(6)]
+    return f
+
+
 def block(first="norm silu", shortcut="x", branch=True):
     def f(x, emb, p):
         def prepared(how):
@@ -121,6 +144,7 @@ WRONG = {
         (worth(change=lambda e, whole: e), "the errors themselves"),
         (worth(change=lambda e, whole: e / whole), "ratios"),
         (worth(change=lambda e, whole: whole - e), "signs are reversed"), (worth(count=range(1, 6)), "conv_in"),
+        (written_out(null=False), "the null class's vector"),
         (worth(cuts=lambda i: {*range(6)} - {i}), "leave the others"), (worth(mean=torch.sum), "over all pixels"),
         (lambda *given: torch.tensor(worth()(*given)), "is of type PyTorch tensor"), (lambda *given: None, "is None")],
     "3.6": [
@@ -130,3 +154,7 @@ WRONG = {
         (block(shortcut="norm silu"), "nothing below -0.28")]}
 
 test_form, test_stub, test_solution, test_wrong_answer = tests_of("03_unet", WRONG)
+
+
+def test_the_forward_pass_of_3_5_may_be_written_out():
+    assert check("3.5", written_out())

@@ -156,15 +156,15 @@ def weights(answer):
 
 # %% ../../../nbs/workshop/checks/03_unet.ipynb #c019
 def _network(g): # untrained, and already answering: six tensors are kept on the way down
-    net = UNet(8, 1, 16, channel_mult=(1, 2), blocks=2, attention=(4,), norm_groups=8)
+    net = UNet(8, 1, 16, channel_mult=(1, 2), blocks=2, attention=(4,), num_classes=10, norm_groups=8)
     for p in net.parameters():
         if p.ndim > 1 or not p.any():
             p.data = torch.randn(p.shape, generator=g) * (1 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.3)
     net.conv_out.weight.data *= 2
     return net.eval().requires_grad_(False)
 
-def _error(net, x_t, t, noise, cut=()): # with zeros for the kept tensors whose numbers are in `cut`
-    emb, kept = net.time(t), [net.conv_in(x_t)]
+def _error(net, x_t, t, noise, cut=(), null=1): # with zeros for the kept tensors whose numbers are in `cut`
+    emb, kept = net.time(t) + null * net.classes.weight[-1], [net.conv_in(x_t)]
     x = kept[0]
     for stage in net.down:
         x = stage(x, emb, keep=kept)
@@ -198,6 +198,8 @@ def worth(answer):
                 [r / whole + 1 for r in alone],
             "your signs are reversed: an error that rises counts as positive.": [-r for r in alone],
             "the first kept tensor is missing: it is the output of conv_in.": alone[1:],
+            "without y, a network with classes adds the null class's vector to that of the time: add it to yours.":
+                [_error(net, x_t, t, noise, {i}, 0) - _error(net, x_t, t, noise, (), 0) for i in every],
             "you cut all the others and leave one: cut one, and leave the others.": rises([every - {i} for i in every]),
             "that is the sum over all pixels: take the mean of the squared error.":
                 [r * noise.numel() for r in alone]})
