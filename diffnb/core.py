@@ -6,7 +6,7 @@ __all__ = ['MOST_JSON', 'late_import', 'DiffnbError', 'shown', 'addressed', 'syn
            'write_tensors', 'read_tensors', 'checkpoints', 'last_checkpoint', 'config_json']
 
 # %% ../nbs/workshop/core.ipynb #i0
-import hashlib, importlib, json, math, os, secrets, warnings
+import hashlib, importlib, json, math, os, platform, secrets, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,8 +102,12 @@ def has_native_bf16(device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device): # asks the current one
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # oneDNN also accepts bf16 where AVX-512 only emulates it, and with AVX2-VNNI-2, where it has no backward pass
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+        not on_x86 or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
 
 # %% ../nbs/workshop/core.ipynb #c042x
 def to_device(x, device) -> "torch.Tensor":

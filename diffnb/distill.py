@@ -7,7 +7,9 @@ __all__ = ['student_target', 'distill_loss', 'distill_steps', 'halving_rounds', 
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Real
 import torch
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from .core import addressed, DiffnbError
 from .data import augment, batch_indices, to_float
 from .sample import check_sampling, Trained
@@ -127,7 +129,7 @@ def _check_round(teacher, data, steps, total, batch_size, lr, seed):
                           f"makes twice as many on its {teacher.schedule.T} timesteps (command line: --steps)")
     if type(total) is not int or total < 1:
         raise DiffnbError(f"total={total!r} is not possible: a whole number of training steps, at least 1")
-    if not (isinstance(lr, (int, float)) and 0 < lr < 1):
+    if not (isinstance(lr, Real) and 0 < lr < 1):
         raise DiffnbError(f"lr={lr!r} is not possible: a learning rate between 0 and 1; 1e-4 to 1e-3 are usual")
     shape = tuple(data.take(slice(0, 1)).shape[1:])
     if shape != teacher.shape:
@@ -148,5 +150,6 @@ def mean_flow_target(model,    # u(z, r, t) -> average velocity, shaped as z
     0 <= r <= t <= 1."""
     if not ((0 <= r) & (r <= t) & (t <= 1)).all():
         raise DiffnbError("a walk goes from t back to r: expected 0 <= r <= t <= 1 everywhere")
-    u, change = torch.func.jvp(model, (z, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
+    with sdpa_kernel(SDPBackend.MATH):                  # the fused kernels of attention have no forward derivative
+        u, change = torch.func.jvp(model, (z, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
     return u, (velocity - (t - r).view(-1, *[1] * (z.ndim - 1)) * change).detach()

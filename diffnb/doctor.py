@@ -305,6 +305,8 @@ def _decayed(f): # did the rate end low, or where a linear decay of some length 
 
 def _good(f): # sentence 1: is the loss good?
     loss, error = f.loss()
+    if not math.isfinite(loss):
+        return "The loss is no longer a number, so it is not good."
     kind = (
         f"{f.size}x{f.size}"
         + (f" enlarged from {f.native}" if f.size > f.native else "")
@@ -318,8 +320,6 @@ def _good(f): # sentence 1: is the loss good?
             f"{now}; whether that is good cannot be said without the Gaussian floor of these images "
             f"({kind}), because a loss means nothing by itself.")
     change = 1 - loss / f.floor_mean
-    if not math.isfinite(loss):
-        return "The loss is no longer a number, so it is not good."
     if abs(loss - f.floor_mean) < 1.96 * error:
         change = 0.0                       # within its own uncertainty
     if change > 0.02 and f.config.images.conditional and not f.told:
@@ -388,7 +388,7 @@ def _between(f): # where the run stands between the two curves, and at which noi
     if torch.as_tensor(f.floor if f.floor is not None else 0).ndim == 0 or len(f.late()["loss"]) < LEAST_ROWS:
         return None
     b, words = bin_losses(f), []
-    if f.optimum is not None:
+    if f.optimum is not None and math.isfinite(f.loss()[0]):
         best, error = f.optimum_mean
         way = (f.floor_mean - f.loss()[0]) / (f.floor_mean - best)
         words.append(
@@ -416,6 +416,10 @@ def _no_metrics(f): # why
     why = next((m for m in f.missing if m.startswith("metrics: ")), "")
     return why.removeprefix("metrics: ") if "damaged" in why else "there are no metrics yet"
 
+def _outdated(f): # the step of the score, if the run has gone on since; else 0
+    at, now = (f.scores or {}).get("step"), f.saved[1]["step"] if f.saved else f.step
+    return at if type(at) is int and at != now else 0
+
 def verdict(facts, # Facts
             found, # what findings(facts) returned
            ) -> list: # of sentences
@@ -429,7 +433,9 @@ def verdict(facts, # Facts
         sentences.append(
             "How good the pictures are is another question, and was measured: "
             f"{facts.scores['score'].get('text', facts.scores['score']['value'])}; real images get "
-            f"{facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}.")
+            f"{facts.scores['floor']['value']:.3g} at n = {facts.scores['floor'].get('n', '?')}."
+            + (f" That is of step {at:,}; the run is at {facts.saved[1]['step'] if facts.saved else facts.step:,}: "
+               "score it again." if (at := _outdated(facts)) else ""))
     else:
         sentences.append("How good the pictures are, no loss can tell: nothing has been scored yet (diffnb evaluate).")
     return sentences

@@ -8,6 +8,7 @@ __all__ = ['MOST_SAMPLES', 'Denoiser', 'draw_noise', 'Trained', 'make_autoencode
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 import diffnb
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from .core import (
     config_json, DiffnbError, last_checkpoint, late_import, pick_device, read_tensors, write_tensors)
 from .schedule import _check_prediction, make_schedule, NoiseSchedule
-from .train import load_weights
+from .train import load_weights, MOMENTS
 from .unet import make_network
 
 # %% ../nbs/05_sample.ipynb #c012
@@ -111,7 +112,7 @@ def _check_labels(y, null, lengths): # lengths of sentences: a set, empty for a 
 def _check_guidance(denoiser):
     "Raises DiffnbError unless the model can be guided as asked; nan is refused, too."
     w = denoiser.guidance_scale
-    if not (isinstance(w, (int, float)) and abs(w) < 1000):
+    if not (isinstance(w, Real) and abs(w) < 1000):
         raise DiffnbError(f"guidance_scale={w!r} is not possible: it must lie between -1000 and 1000; 1 to 8 are usual "
                           "(command line: --guidance-scale)")
     if w == 1:
@@ -197,7 +198,7 @@ class Trained:
             raise DiffnbError(
                 f"guidance_scale={guidance_scale:g}: this model never saw a withheld label (label_dropout "
                 "was 0), so there is nothing to guide away from (command line: --guidance-scale)")
-        if y is None and denoiser.null is not None and not self.settings["label_dropout"] and not self.student_steps:
+        if y is None and denoiser.null is not None and not self.settings["label_dropout"]:
             raise DiffnbError("this model was told a label with every image (label_dropout was 0) and never learned to "
                               "draw without: give y, a class or a sentence for each image (command line: --class)")
         return denoiser
@@ -256,9 +257,9 @@ def load_model(source,  # run folder, checkpoint, weights file; or embedded: "ci
         trained = _described(meta)
     except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as e:
         raise DiffnbError(f"{source}: its description of the model cannot be used ({e!s:.300})") from e
-    if not any(k.startswith(f"{weights}.") for k in tensors):
-        kinds = ", ".join(sorted({k.split(".")[0] for k in tensors}))
-        raise DiffnbError(f"{source} holds no {weights!r} weights, only {kinds}: choose another kind")
+    kinds = sorted({k.split(".")[0] for k in tensors} - {*MOMENTS, "meter", "autoencoder"})
+    if weights not in kinds:
+        raise DiffnbError(f"{source} holds no {weights!r} weights, only {', '.join(kinds)}: choose another kind")
     load_weights(trained.model, {k: v.to("meta") for k, v in tensors.items()}, f"{weights}.") # names and shapes only
     if trained.autoencoder is not None:
         load_weights(trained.autoencoder, {k: v.to("meta") for k, v in tensors.items()}, "autoencoder.")

@@ -40,11 +40,11 @@ def count_flops(model, # a UNet or Transformer
 
 # %% ../nbs/13_scale.ipynb #c012
 def matmul_speed(device="cpu", dtype=torch.float32,
-                 n=None   # side of the matrices; None: 8192 on a GPU, 1024 elsewhere
+                 n=None   # side of the matrices; None: 8192 on a GPU, 1024 on a CPU
                 ) -> float: # floating point operations a second
     "Speed of the fastest of ten square matrix products: the ceiling with which a training step is compared."
     device = torch.device(device)
-    n = n or (8192 if device.type == "cuda" else 1024)
+    n = n or (1024 if device.type == "cpu" else 8192)
     a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(10):
         wait(device)
@@ -56,8 +56,11 @@ def matmul_speed(device="cpu", dtype=torch.float32,
 
 def wait(device) -> None:
     "Wait until the device has finished its work; a call on a GPU returns before that."
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 # %% ../nbs/13_scale.ipynb #c029
 def _fresh_store(store, rank, world_size, minutes=10):
@@ -99,7 +102,11 @@ class Ranks(SingleProcess):
     Raises DiffnbError if another rank does not join within `minutes`."""
     def __init__(self, shard=False, device="auto", minutes=10): # minutes: how long to wait for the other ranks
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, pick_device(device).type == "cuda"
+        kind = pick_device(device).type
+        if kind == "mps" and self.world_size > 1: # gloo cannot send from it
+            raise DiffnbError("several ranks cannot share Apple's GPU: train on the CPU (--device cpu), or leave "
+                              "torchrun out")
+        self.address, self.sharded, gpu = (self.rank,) if self.rank else (), shard, kind == "cuda"
         if gpu:
             torch.cuda.set_device(_own_gpu(device))
         patience = timedelta(minutes=minutes)
@@ -191,9 +198,8 @@ class Ranks(SingleProcess):
                 raise
             raise DiffnbError(
                 f"rank {self.rank} of {self.world_size} has lost another rank, which stopped or died; its "
-                "own "
-                "message says why. The same command continues from the last checkpoint; "
-                "torchrun --max-restarts 3 does so by itself"
+                "own message says why. The same command continues from the last checkpoint; torchrun --max-restarts 3 "
+                f"does so by itself. This rank was told: {' '.join(str(e).split())[-400:]}"
             ) from e
         dist.destroy_process_group()  # not after an error: on GPUs it would wait for dead ranks
 

@@ -1,6 +1,7 @@
 """The CIFAR-10 scripts keep their promises: restarts, well-formed experiments, tables. No CIFAR-10 and no Inception is
 needed; the digits stand in."""
 import importlib, json, math, os, signal, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,9 @@ def test_a_classifier_learns_goes_on_where_it_stopped_and_names_samples(common, 
         command("whole", "--epochs", "4")
     with pytest.raises(common.DiffnbError, match="begun with images="):
         command("cas", "--epochs", "12", "--batch", "10")
+    np.savez(tmp_path / "samples.npz", arr_0=again.images.permute(0, 2, 3, 1).numpy(), arr_1=again.labels.numpy())
+    with pytest.raises(common.DiffnbError, match="begun with content="):        # the same name, other labels
+        command("cas", "--epochs", "12", "--batch", "10", "--images", str(tmp_path / "samples.npz"))
     with pytest.raises(common.DiffnbError, match="train the classifier first"):
         command("new", "--name", str(tmp_path / "samples.npz"))
     x = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).float()
@@ -223,6 +227,13 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
     assert {"sampler", "steps", "n", "w", "interval", "size", "at", "network_calls", "distances", "floor", "precision",
             "recall", "seconds_sampling", "protocol", "device", "torch"} <= set(r)
     assert r["network_calls"] == 18 + 1                          # one of its timesteps lies between 10 and 70
+    with pytest.raises(common.DiffnbError, match="measured with --real None, and now --real 30"):
+        command("settings", "--real", "30")
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        command("rehearsal", "--real", "30")
+    with pytest.raises(common.DiffnbError, match="measured with --real 30, and now --real None"):
+        command("rehearsal")
     asked.clear()
     command("sizes", "--smaller", "clothes")
     assert len(asked) == 2 and len(list((tmp_path / "sizes" / "results").glob("*.json"))) == 4
@@ -353,11 +364,12 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     monkeypatch.setattr(others, "draw", draw)
     monkeypatch.setattr(others, "open_features", lambda a: (features, 32))
     monkeypatch.setattr(others, "real_images", lambda *_: real)
-    def command(*names):
+    def command(*names, minutes="0.004", n="60"):
         monkeypatch.setattr(sys, "argv", [
-            "others.py", "--out", str(tmp_path), "--only", *names, "--total-minutes", "0.004",
-            "--moments", "0.001", "0.002", "9", "--n", "60", "--n-small", "40", "--device", "cpu"])
-        others.main()
+            "others.py", "--out", str(tmp_path), "--only", *names, "--total-minutes", minutes,
+            "--moments", "0.001", "0.002", "9", "--n", n, "--n-small", "40", "--device", "cpu"])
+        with handlers_kept():
+            others.main()
         return capsys.readouterr().out
     score = others.final_scores
     monkeypatch.setattr(others, "final_scores", lambda *_: 1 / 0)                        # after training
@@ -365,7 +377,12 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
         command("with")
     trained = len(steps)
     monkeypatch.setattr(others, "final_scores", score)
+    with pytest.raises(common.DiffnbError, match="made with total_minutes=0.004, and now 120.0"):
+        command("with", minutes="120")                                            # a rehearsal is no racer
     command("with")
+    for more in (dict(minutes="120"), dict(n="70")):
+        with pytest.raises(common.DiffnbError, match="choose another --out"):
+            command("with", **more)
     assert len(steps) == trained                                                       # it is not trained again
     command("without:bf16")
     run = []
@@ -389,6 +406,60 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     assert ("dpmpp_2m", 25, 2.0, 60) in asked and command("with", "without:bf16") == "done\n"
     figures.others(tmp_path, tmp_path / "images")
     assert (tmp_path / "images" / "cifar10_others.png").stat().st_size > 10_000
+
+
+def test_a_stopped_race_stops_its_racer_too(script, tmp_path, monkeypatch):
+    others, told = script("others"), []
+    def run(words): # SIGTERM comes while a racer trains; subprocess.run kills it when an exception passes through
+        told.append(words[-1])
+        assert callable(signal.getsignal(signal.SIGTERM)), "it would end the parent alone"
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(others.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["others.py", "--out", str(tmp_path), "--only", "ours", "analysed"])
+    with handlers_kept(), pytest.raises(SystemExit) as stopped:
+        others.main()
+    assert stopped.value.code == 143 and told == ["ours"]
+
+
+def test_a_picture_that_was_being_written_is_written_again(script, common, tmp_path, monkeypatch):
+    others, data = script("others"), common.load_data("fashion")
+    data = common.replace(data, images=data.images[:3].expand(-1, 3, -1, -1))
+    save, written = others.Image.Image.save, []
+    def cut_off(image, file, *args, **more):
+        save(image, file, *args, **more)
+        written.append(file)
+        if len(written) == 2:
+            if isinstance(file, (str, Path)):
+                Path(file).write_bytes(Path(file).read_bytes()[:100])
+            raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(others.Image.Image, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            others.png_folder(data, tmp_path)
+    others.png_folder(data, tmp_path)
+    for path, image in zip(sorted(tmp_path.glob("*.png")), data.images, strict=True):
+        assert torch.equal(torch.from_numpy(np.array(others.Image.open(path))).permute(2, 0, 1), image)
+
+
+def test_the_clock_of_a_gpu_is_that_of_the_wall(script, tmp_path, monkeypatch):
+    others, waited, net = script("others"), [], torch.nn.Linear(1, 1)
+    a = SimpleNamespace(out=tmp_path, n=5, **dict.fromkeys(("total_minutes", "moments", "base_channels", "batch_size",
+                                                            "n_small", "real")), device="cpu")
+    monkeypatch.setattr(others, "RACERS", {"one": lambda a, device: (None, lambda: net, None, {})})
+    monkeypatch.setattr(others, "final_scores", lambda *_: {})
+    others.write_tensors(tmp_path / "weights" / "one.safetensors", net.state_dict(), {"asked": others.asked_of(a)})
+    def result(kind):
+        monkeypatch.setattr(others, "pick_device", lambda _: SimpleNamespace(type=kind))
+        others.race("one", a, None, None, None)
+        return json.loads((tmp_path / "results" / "one.json").read_text())["clock"]
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_, kind=kind: waited.append(kind))
+        device = SimpleNamespace(type=kind)
+        start, (images, seconds) = time.perf_counter(), others.clocked(lambda: time.sleep(0.01), device, 4)(0.05)
+        assert 0.05 <= seconds <= time.perf_counter() - start and images < 4 * 20 and waited[-1] == kind
+        assert result(kind) == "wall"
+    others.wait(torch.device("cpu"))
+    assert set(waited) == {"cuda", "mps"} and result("cpu") == "processor"
 
 
 def test_a_model_in_terms_of_sigma_becomes_one_in_terms_of_t(script):
@@ -460,6 +531,16 @@ def long(script, monkeypatch, tmp_path):
     return SimpleNamespace(module=module, arguments=arguments, go=go, settings=tmp_path / "settings.json")
 
 
+@contextmanager
+def handlers_kept(): # of signals, which a script's main() sets
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
 def events(out): return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -499,6 +580,39 @@ def test_a_long_run_begins_from_a_preset_or_a_file(long):
     preset, file = (long.module.settings_of(x) for x in ("cifar10-gpu", long.settings))
     assert preset.network.base_channels == 192 and file.training.lr == 2e-3
     assert preset.training.epochs == file.training.epochs == long.module.FOREVER
+
+
+@pytest.mark.parametrize("change", (dict(label_dropout=0.0), dict(conditional=False)))
+def test_a_long_run_that_could_not_be_scored_is_not_begun(long, common, tmp_path, change):
+    long.settings.write_text(json.dumps({**json.loads(long.settings.read_text()), **change}))
+    with pytest.raises(common.DiffnbError, match=f"settings.json: {next(iter(change))}=.*--score"):
+        long.module.planned_config(long.arguments(tmp_path / "long", "--config", long.settings))
+    assert not (tmp_path / "long").exists()
+
+
+def test_a_resumed_long_run_stays_on_its_device(long, common, tmp_path, monkeypatch):
+    out, module = tmp_path / "long", long.module
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: 1.0)
+    def command(*more):
+        monkeypatch.setattr(sys, "argv", ["long.py", "--out", str(out), *map(str, more)])
+        return module.planned_config(module.parsed()).run.device
+    assert command("--config", long.settings, "--device", "cpu") == command() == "cpu"     # not "auto"
+    assert command("--device", "mps") == "mps" and command() == "cpu"                      # told for once
+    assert module.parsed().data_root is None and module.parsed().device == "cpu"
+    out = tmp_path / "new"
+    long.settings.write_text(json.dumps({**json.loads(long.settings.read_text()), "device": "cuda"}))
+    assert command("--config", long.settings) == "cuda"                                    # as the file says
+
+
+def test_threads_multiply_the_time_of_a_step_on_a_processor_only(long, monkeypatch, tmp_path):
+    module = long.module
+    config = module.settings_of(long.settings)
+    for name, value in (("resolve", lambda c: (c, None, None)), ("time_steps", lambda *_: (0.5, None)),
+                        ("pick_device", torch.device)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    found = [module.seconds_per_step(config.change(device=d), tmp_path) for d in ("cpu", "cuda", "mps")]
+    assert found == [8.0, 0.5, 0.5]
 
 
 def test_a_stop_of_the_long_run_changes_nothing(long, tmp_path):
@@ -588,7 +702,8 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
     real = {"train": module.Real(random(0)), "test": module.Real(random(1))}
     monkeypatch.setattr(module, "open_features", open_features)
     monkeypatch.setattr(module, "real_images", lambda *_: real)
-    def score(): return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2))
+    def score(*more):
+        return module.score_long(long.arguments(out, "--score", "--n", 40, "--n-guided", 20, "--steps", 2, *more))
     with pytest.raises(common.DiffnbError, match="no checkpoint"):
         score()
 
@@ -618,6 +733,24 @@ def test_scores_of_a_long_run_are_appended_and_go_on(long, script, common, tmp_p
     assert all([p.name for p in folder.iterdir()] == ["weights.safetensors"] for folder in (out / "scores").iterdir())
     module.tell(row)
     assert "core-hours" in capsys.readouterr().out and [e["event"] for e in events(out)].count("scored") == 2
+
+    rehearsed = score("--real", 30)                                                     # not the row of all images
+    assert rehearsed["name"] not in {r["name"] for r in rows} and rehearsed["step"] == 20
+    with monkeypatch.context() as m: # while this one draws, another ends and writes its row
+        row_of = module.Scoring.row
+        def meanwhile(self):
+            m.setattr(module.Scoring, "row", row_of)
+            score("--real", 31)
+            return row_of(self)
+        m.setattr(module.Scoring, "row", meanwhile)
+        score("--real", 32)
+    names = [r["name"] for r in common.read_json(out / "scores.json")]
+    assert [name.split("_")[-1] for name in names[2:]] == ["real30", "real31", "real32"]
+
+    path = out / "scores" / "step_000000012_long_ema_2steps_n40_w2n20_real33" / "weights.safetensors"
+    path.parent.mkdir()                                    # begun by --score FILE/long_ema.safetensors: another row
+    path.write_bytes((out / "scores" / names[0] / "weights.safetensors").read_bytes())
+    assert score("--real", 33)["step"] == 20
 
 
 def test_features_of_real_images_go_on_where_they_stopped(script, common, tmp_path, monkeypatch):
@@ -670,15 +803,13 @@ def distilled(few, out, *more): # -> exit code of bench/cifar10/distill.py, with
     usual = ["--out", str(out), "--model", "digits", "--steps", "1", "--teacher-steps", "4", "--guidance-scale", "2",
              "--train-steps", "4", "--batch-size", "4", "--log-every", "1", "--device", "cpu"]
     before, sys.argv = sys.argv, ["distill.py", *usual, *more]
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
-        few.main()
+        with handlers_kept():
+            few.main()
     except SystemExit as e:
         return e.code
     finally:
         sys.argv = before
-        for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-            signal.signal(s, handler)
     return 0
 
 
@@ -715,6 +846,10 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(script, tmp_path, monkeypatc
         "teacher, dpmpp_2m, 1 steps": (2, 2)}
     assert {row["named_right"] for row in scores.values()} == {0.5} and len({
         row["frechet"] for row in scores.values()}) > 4 and (whole / "student_2_steps.png").exists()
+    assert distilled(few, whole, "--score", "--n", "30") == 0                   # twenty were a rehearsal
+    assert {row["n"] for row in json.loads((whole / "scores.json").read_text()).values()} == {30}
+    monkeypatch.setattr(few, "draw", lambda *_, **__: 1 / 0)
+    assert distilled(few, whole, "--score", "--n", "30") == 0                   # done already
     assert distilled(few, whole, "--ship", "digits-1", "--folder", str(tmp_path)) == 0
     student = few.load_model(tmp_path / "digits-1.safetensors", "cpu")
     assert student.student_steps == 1 and student.prediction == "v"
@@ -726,3 +861,15 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(script, tmp_path, monkeypatc
         distilled(few, tmp_path / "new", "--steps", "3")
     with pytest.raises(few.DiffnbError, match="the last round is not done"):
         distilled(few, tmp_path / "new", "--ship", "digits-1")
+
+
+def test_a_student_sees_the_jitter_that_its_teacher_learned_from(script, common, monkeypatch):
+    few, seen = script("distill"), []
+    teacher = common.load_model("digits", "cpu")
+    teacher = common.replace(teacher, settings={**teacher.settings, "flip": True, "jitter": 0.3})
+    augment = few.augment
+    monkeypatch.setattr(few, "augment", lambda x, g, *how: seen.append(how) or augment(x, g, *how))
+    plan = {"lr": 1e-3, "seed": 0, "batch_size": 4, "train_steps": 4, "guidance_scale": 1.0, "teacher_steps": 4,
+            "precision": "float32"}
+    few.Round(teacher, common.load_data("digits"), plan, 2).one_step()
+    assert seen == [(True, 0.3)]

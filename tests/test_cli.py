@@ -117,6 +117,13 @@ def test_a_flow_is_exported_with_the_lines_that_sample_it(tmp_path, capsys):
         and "DDIMPipeline loads it" not in said)
 
 
+def test_a_student_is_exported_with_its_steps(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    student = save_weights(replace(load_model("digits", "cpu"), student_steps=4), tmp_path / "student.safetensors")
+    assert main(["export", str(student), "--out", str(tmp_path / "out")]) == 0
+    assert "num_inference_steps=4" in capsys.readouterr().out
+
+
 # ---- help, names and numbers
 
 def said(capsys, *args):
@@ -205,6 +212,29 @@ def test_evaluate_shows_the_loss_of_a_run_beside_its_floor(tmp_path, capsys):
     assert stored["gaussian_floor"] == floor.floor_mean and stored["value"] == floor.loss()[0]
     assert stored["told"] == "class means and one covariance"
     assert f"against {floor.floor_mean:.4f} for the best Gaussian denoiser that is told the class" in said
+
+
+@pytest.mark.parametrize(
+    "command, work, batch", [
+        ("evaluate", "scoring.evaluate_run", True), ("check", "preflight.preflight", True),
+        ("doctor", "report.examine", False)])
+@pytest.mark.parametrize(
+    "error, told", [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total"),
+         "CUDA out of memory. Tried to allocate 20.00 GiB"),
+        (RuntimeError("MPS backend out of memory (allocated: 9.06 GB). Tried to allocate 1.50 GB on private pool. Use"),
+         "MPS backend out of memory (allocated: 9.06 GB). Tried to allocate 1.50 GB on private pool"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory")],
+    ids=["cuda", "mps", "late"])
+def test_a_full_device_is_told_in_one_line(command, work, batch, error, told, monkeypatch, capsys):
+    def fails(*_, **__): raise error
+    monkeypatch.setattr(f"diffnb.workshop.{work}", fails)
+    args = [command] if command == "check" else [command, "digits"]
+    hint = "; try a smaller --batch-size" if batch else ""
+    assert main(args) == 1 and capsys.readouterr().err == f"diffnb: out of memory on the device: {told}{hint}\n"
+    error = RuntimeError("another fault")
+    with pytest.raises(RuntimeError, match="another fault"):                 # a bug of ours keeps its traceback
+        main(args)
 
 
 def test_info_says_what_a_model_is_and_where_it_comes_from(capsys):

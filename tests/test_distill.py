@@ -2,6 +2,7 @@
 from dataclasses import replace
 import json
 
+import numpy as np
 import pytest, torch
 
 import diffnb.distill
@@ -10,7 +11,7 @@ from diffnb.distill import (
     distill, distill_loss, distill_steps, halving_rounds, mean_flow_target, student_target)
 from diffnb.sample import ddim, Denoiser, draw_noise, load_model, save_weights, Trained
 from diffnb.schedule import cosine_schedule, flow_schedule, linear_schedule
-from diffnb.unet import UNet
+from diffnb.unet import dot_product_attention, UNet
 from diffnb.workshop.datasets import load_data
 from diffnb.workshop.folder import make_config
 from helpers import command
@@ -99,6 +100,13 @@ def test_a_guided_teacher_is_asked_twice_and_the_student_once(monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: calls.append(len(x)) or forward(self, x, *rest))
     distill(small(), digits, 1, total=1, batch_size=8, guidance_scale=3.0)
     assert calls == [16, 16, 8]
+
+
+def test_a_rate_from_numpy_is_a_rate():
+    losses = []
+    distill(small(), digits, 1, total=1, batch_size=8, lr=np.float32(1e-3),
+            report=lambda step, loss: losses.append(loss))
+    assert len(losses) == 1
 
 
 def test_a_model_without_classes_is_distilled():
@@ -196,6 +204,19 @@ def test_the_target_of_mean_flow_follows_the_walk():
         got, target = mean_flow_target(lambda z, r, t: z * wide(t) + wide(r) ** 2, z, v, r, t)
         assert torch.allclose(got, z * wide(t) + wide(r) ** 2) and got.requires_grad and not target.requires_grad
         assert torch.allclose(target, v - wide(t - r) * (v * wide(t) + z), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_the_target_of_mean_flow_passes_through_attention():
+    "The fused kernels, which a GPU always takes and a CPU above 1,024 tokens, have no forward derivative."
+    weight = torch.ones((), requires_grad=True)
+    def u(z, r, t): return weight * dot_product_attention(z, z, z)
+    z, r, t = torch.randn(1, 1, 1100, 2, generator=addressed("z")), torch.zeros(1), torch.ones(1)
+    got, target = mean_flow_target(u, z, z, r, t)
+    table = (z @ z.transpose(-1, -2) * 2 ** -0.5).softmax(-1)
+    assert torch.allclose(got, table @ z, atol=1e-5) and target.isfinite().all()
+    got.sum().backward()
+    assert weight.grad is not None
 
 
 def test_the_command_refuses_before_it_trains_and_says_where_a_student_comes_from(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import diffnb.train as T
 from diffnb.core import DiffnbError, addressed
 from diffnb.data import save_grid, to_float, to_uint8
 from diffnb.workshop.datasets import load_data
@@ -24,7 +25,7 @@ from diffnb.core import checkpoints, read_tensors, write_tensors
 from diffnb.train import BINS, draw_timesteps, lr_at, make_averages, timestep_probabilities
 from diffnb.unet import UNet
 from diffnb.workshop.folder import columns, read_metrics
-from diffnb.workshop.run import train
+from diffnb.workshop.run import train, TrainingStopped
 from diffnb.workshop.settings import check_config, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -638,6 +639,51 @@ def test_planted(fault, patient):
     assert fault in found and found - {fault} <= ALSO.get(fault, set())
 
 
+def enlarged(patient, native, size=64, deep=False, **config):
+    config = dict(image_size=size, channel_mult=[1, 2, 2, 2]) | config
+    run = patient(config=config, data=dict(native_size=native, image_size=size),
+                  model=dict(image_size=size, channel_mult=[1, 2, 2, 2]))
+    return {x.id: x for x in examine(run, deep).findings}.get("upscaled")
+
+
+@pytest.mark.parametrize("native, side", [(50, 48), (32, 32), (31, 24)])
+def test_enlarged_images_are_to_be_trained_at_a_side_that_the_network_can_have(native, side, patient):
+    "A folder's native size is a median, and rarely a multiple of 8."
+    x = enlarged(patient, native)
+    assert f"Train at {side} pixels" in x.advice and parses(x.command)["config"].images.image_size == side
+
+
+def test_a_side_that_the_network_cannot_have_is_no_command(ward):
+    f = gather(ward / "healthy", live=True)
+    assert f.retrain(image_size=7) is None and "--image-size 6" in f.retrain(image_size=6)
+
+
+def test_images_that_are_hardly_enlarged_are_no_alarm(patient):
+    assert enlarged(patient, 63) is None and enlarged(patient, 56) is None
+
+
+def test_the_shift_of_enlarged_images_is_advised_once_and_not_for_small_ones(patient):
+    assert enlarged(patient, 32, shift=2.0).severity == "good"
+    x = enlarged(patient, 32, shift=1.4)
+    assert "shift=2" in x.advice and parses(x.command)["config"].noise.shift == 1
+
+
+def test_a_spectrum_is_compared_over_the_share_that_is_not_empty(ward):
+    f = gather(ward / "healthy", deep=False)
+    f.data["native_size"] = 6                                        # 8 / 6 squared is 1.78: nine sixteenths of 64
+    x = next(x for x in findings(f) if x.id == "upscaled")
+    assert "the first 36 of 64 directions" in x.evidence
+
+
+@pytest.mark.parametrize("native, alarm", [(True, True), (False, False)])
+def test_float32_is_no_fault_on_a_gpu_without_bf16(native, alarm, patient, monkeypatch):
+    "There precision=auto has become float32, so that no advice is left."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("diffnb.workshop.findings.has_native_bf16", lambda device: native)
+    f = gather(patient(device="cuda:1"), live=True)
+    assert ("float32-on-gpu" in {x.id for x in findings(f) if x.severity != "good"}) == alarm
+
+
 def test_plateau_needs_a_high_rate(patient):
     flat = lambda m: {**cut(40)(m), "loss": np.r_[m["loss"][:20], 0.09 + 0.0003 * np.sin(2.4 * np.arange(20))]}
     assert "plateau" in alarms(patient(config=dict(epochs=60.0), rows=flat))
@@ -650,6 +696,30 @@ def test_stopped_early_only_when_nothing_moves(patient):
     assert "stopped-early" not in alarms(run)
     os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)
     assert "stopped-early" in alarms(run)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_that_died_of_nan_is_not_told_to_resume(known, tmp_path, monkeypatch):
+    "Its batches are addressed by step: resumed, it would meet the same ones again."
+    real, calls = T.diffusion_loss, []
+    def poisoned(*args, **kw):
+        calls.append(1)
+        return real(*args, **kw) * (math.nan if len(calls) > 100 else 1)
+    run = tmp_path / "run"
+    with monkeypatch.context() as m, pytest.raises(TrainingStopped):
+        m.setattr(T, "diffusion_loss", poisoned)
+        train(BASE.change(sample_every=1e6, checkpoint_every=2.0), run, progress=False)
+    os.utime(run / "metrics.csv", (time.time() - 9e4,) * 2)
+    report = examine(run, deep=False)
+    if not known:
+        report.facts.floor = report.facts.unconditional_floor = None
+        report = Report(report.facts, findings(report.facts))
+    problems = {x.id: x for x in report.problems}
+    assert problems["not-finite"].severity == "critical" and "stopped-early" not in problems
+    assert parses(problems["not-finite"].command)["config"].training.lr == BASE.training.lr / 2
+    words = report.markdown() + report.summary
+    assert "Do not stop" not in words and "esume" not in words and not re.search(r"\bnan\b|nan%", words)
+    assert "no longer a number" in report.summary and strict(report.json()) and report.html()
 
 
 def test_an_extension_is_seen_as_a_jump(tmp_path):
@@ -756,6 +826,26 @@ def test_flips_that_would_help(patient, tmp_path):
             data=dict(name=str(tmp_path / "symmetric"))))
 
 
+@pytest.mark.parametrize("on_broken", ["stop", "skip"])
+def test_the_doctor_reads_the_images_that_training_decoded(on_broken, tmp_path, monkeypatch):
+    "The cache of a folder is kept by what was done with broken files, too."
+    digits = load_data("digits")
+    as_folder(digits.images[:40], digits.labels[:40], tmp_path / "mine")
+    config = BASE.change(data=str(tmp_path / "mine"), image_size=8, data_root=str(tmp_path), epochs=2.0,
+                         on_broken=on_broken)
+    train(config, tmp_path / "run", progress=False)
+    monkeypatch.setattr("diffnb.workshop.datasets._decode_all", lambda *a: pytest.fail("the images were decoded again"))
+    f = gather(tmp_path / "run", deep=False)
+    assert len(f.images) == 40
+    monkeypatch.undo()
+    next((tmp_path / "mine").rglob("*.png")).write_bytes(b"nothing")
+    f = gather(tmp_path / "run", deep=False)
+    if on_broken == "skip":
+        assert len(f.images) == 39
+    else:
+        assert f.images is None and any("on_broken" in m for m in f.missing)
+
+
 SCORE = dict(
     metric="Fréchet distance", value=5.0, network="digits classifier", dim=64, n=10_000, reference="digits",
     split="train", n_reference=1498, size=8, native_size=8, interpolation="bicubic", error=0.05,
@@ -783,6 +873,35 @@ def test_scores(fault, change, patient):
     assert "was measured" in report.summary and "Precision 0.80" in report.markdown()
     if not fault:
         assert report.facts.scores["score"]["value"] == 5.0 and 'alt="Scores' not in report.html()
+
+
+def test_a_score_of_an_earlier_step_is_called_that(patient):
+    run = patient()
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+    report = examine(run, deep=False)
+    assert "score it again" not in report.summary and "evaluate" not in str(dict(report.sections()[-2][2]))
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "step": 100, "steps": 30}))
+    report = examine(run, deep=False)
+    assert "of step 100; the run is at 281" in report.summary
+    command = dict(report.sections()[-2][2])["Score its pictures again: the score is of step 100."]
+    given = parses(command)
+    assert (given["n"], given["steps"], given["source"]) == (10_000, 30, run)
+
+
+@pytest.mark.parametrize("found", [dict(n=300), dict(error=0.6)])
+def test_more_images_are_scored_as_those_before(found, patient):
+    "With other steps, guidance, seed or features the new score would be another one."
+    run = patient()
+    drawn = dict(steps=30, sampler="ddim", guidance=2.0, seed=4)
+    inception = dict(network="Inception-v3 2015-12-05", dim=192)
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **drawn, "score": {**SCORE, **inception, **found}}))
+    (x,) = (x for x in examine(run, deep=False).problems if x.id.startswith("score-"))
+    given = parses(x.command)
+    assert (given["steps"], given["guidance_scale"], given["seed"]) == (30, 2.0, 4) and given["n"] > 5000
+    assert given["features"] == "inception-192"
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "sampler": "heun", "score": {**SCORE, **found}}))
+    (x,) = (x for x in examine(run, deep=False).problems if x.id.startswith("score-"))
+    assert x.command is None                                     # `diffnb evaluate` draws with ddim only
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"score": 3}', '{"score": {"value": "x"}}'])
@@ -1251,6 +1370,20 @@ def test_what_is_too_costly_is_named(ward, monkeypatch):
     facts_module._diagnose(f)
     assert f.mirrored is None and f.fit["tried"] == {}
     assert any(m.startswith("what else the loop may have done: ") for m in f.missing)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+                                   RuntimeError("MPS backend out of memory (allocated: 9.06 GB)")])
+def test_a_device_that_a_training_run_has_filled(error, ward, monkeypatch):
+    "What the folder says is reported all the same."
+    def full(*a): raise error
+    monkeypatch.setattr(facts_module, "losses_of", full)
+    report = examine(ward / "healthy")
+    assert report.problems == [] and report.facts.losses is None and report.facts.optimum is not None
+    assert sum("no memory left" in m for m in report.facts.missing) == 2
+    error.args = ("a mistake",)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        gather(ward / "healthy")
 
 
 def test_a_device_without_float64(monkeypatch):

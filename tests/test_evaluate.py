@@ -532,6 +532,55 @@ def test_an_embedded_model_is_sampled_in_batches(tmp_path):
     evaluate_run("digits", n=100, steps=4, out=tmp_path, device="cpu", progress=False, batch_size=40, sampler=noted)
     assert told == [(40, 4), (40, 4), (20, 4)]
 
+@pytest.fixture
+def stopped_at(monkeypatch):
+    "`evaluate_run` ends where it calls a function of the page; -> the arguments of that call."
+    def stop(name, *args, **settings):
+        def end(*given, **more): raise InterruptedError(given)
+        monkeypatch.setattr(f"diffnb.workshop.scoring.{name}", end)
+        with pytest.raises(InterruptedError) as e:
+            evaluate_run(*args, device="cpu", progress=False, **settings)
+        return e.value.args[0]
+    return stop
+
+def test_samples_have_the_classes_of_their_reference(tmp_path, digits, stopped_at):
+    "Where its classes are unequal, as here 141 zeros and 9 of every other digit; else all in turn."
+    def labels(real, n):
+        folder, denoiser, *_ = stopped_at("sample_to", "digits", n, real, tmp_path)
+        return denoiser.y[:n], folder.name
+    def some(index): return replace(digits, images=digits.images[index], labels=digits.labels[index])
+    few = torch.cat([(digits.labels == c).nonzero()[:9 if c else None, 0] for c in range(10)])
+    turns, (y, folder) = torch.arange(230) % 10, labels(some(few), 222)
+    assert y.bincount().tolist() == [141] + 9 * [9] and (y[:111] == 0).sum() in (70, 71)
+    longer, same = labels(some(few.flip(0)), 3000)                    # goes on from the shorter list, in its folder
+    assert longer[:222].equal(y) and longer[2220:2442].equal(y) and same == folder
+    assert labels(some(few[:-1]), 222)[1] != folder
+    for real in (digits, replace(digits, labels=None, classes=())):   # 141 zeros and 156 threes are near enough
+        y, usual = labels(real, 230)
+        assert y.equal(turns) and usual != folder
+    with pytest.warns(UserWarning, match="no images of 0"):
+        assert labels(some(few[141:]), 230)[0].equal(turns)
+
+def test_a_folder_called_digits_is_not_the_set_of_that_name(tmp_path, monkeypatch, digits, look, stopped_at):
+    inception = Features(len, "Inception", 64)
+    monkeypatch.setattr("diffnb.workshop.features.inception_features", lambda *_: inception)
+    (tmp_path / "digits").mkdir()
+    for k, image in enumerate(digits.images[:20]):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"digits/{k}.png")
+    np.savez(tmp_path / "some.npz", digits.images[100:120].permute(0, 2, 3, 1).numpy())
+    for reference, name in (
+        (tmp_path / "digits", "Inception"), (str(tmp_path / "digits"), "Inception"), ("digits", look.name),
+        (digits, look.name)):
+        given = stopped_at("evaluate", tmp_path / "some.npz", None, reference, data_root=tmp_path / "data")
+        assert given[1].name == "digits" and given[2].name == name
+
+def test_the_batch_size_holds_for_features_too(tmp_path, digits, stopped_at):
+    "Else a smaller one would not help where the feature network fills the memory."
+    np.savez(tmp_path / "some.npz", digits.images[:20].permute(0, 2, 3, 1).numpy())
+    for batch_size, at_once in ((None, 256), (50, 50), (999, 256)):
+        given = stopped_at("evaluate", tmp_path / "some.npz", None, digits, batch_size=batch_size)
+        assert given[-1] == at_once
+
 def test_evaluate_run_resumes_and_writes_its_files(run, capsys):
     drawn = []
     def counting(denoiser, x_T, *args, **kw):

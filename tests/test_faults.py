@@ -287,13 +287,15 @@ def test_second_process_in_one_folder_is_refused_and_info_works_meanwhile(tmp_pa
     assert main(["info", str(run)]) == 0 and "state        finished" in capsys.readouterr().out
 
 
-def test_where_the_file_system_cannot_lock(tmp_path, monkeypatch):
-    "A warning, and the work goes on."
-    def cannot(*_): raise OSError(errno.ENOLCK, "no locks here")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_where_the_file_system_cannot_lock(tmp_path, monkeypatch, number):
+    "A warning, and the work goes on; others are told who left the file."
+    def cannot(*_): raise OSError(number, "no locks here")
     monkeypatch.setattr(fcntl, "flock", cannot)
     with pytest.warns(UserWarning, match="cannot lock"):
         with alone_in(tmp_path / "a", "training"):
-            pass
+            assert F.training_now(tmp_path / "a") == f"process {os.getpid()} on {platform.node()}, unless it was killed"
+    assert F.training_now(tmp_path / "a") is None
 
 
 def test_lock_is_free_again_after_an_error(tmp_path):

@@ -1,6 +1,7 @@
 "Guidance: what it refuses, and that it blends the same whatever the network predicts."
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,8 @@ unconditional = UNet(image_size=8, in_channels=1, base_channels=16, channel_mult
      lambda: replace(digits, settings=digits.settings | {"label_dropout": 0.0}).denoiser(y, 2.0)),
     ("told a label with every image",
      lambda: replace(digits, settings=digits.settings | {"label_dropout": 0.0}).denoiser()),
+    ("told a label with every image", lambda: replace(                                     # no more did a student
+        digits, settings=digits.settings | {"label_dropout": 0.0}, student_steps=4).denoiser()),
     ("leave y out", lambda: unconditional(x_t, t, y)),
     ("5 labels for 2 images", lambda: digits.denoiser(y, 2.0)(x_t[:2], 600)),
     ("rescale=3 must lie between 0 and 1", lambda: guided(digits.denoiser(y), 3.0, rescale=3)),
@@ -46,7 +49,7 @@ def test_both_answers_come_from_one_call_on_twice_the_batch():
     Denoiser(counting, digits.schedule, y=y, guidance_scale=3.0, null=10)(x_t, 600)
     assert calls == [10]
     uncond, cond = digits.model(x_t, t), digits.model(x_t, t, y)
-    for w in (0, 0.5, 1, 3.0):
+    for w in (0, 0.5, 1, 3.0, np.float32(3), np.int64(2)):
         assert torch.allclose(digits.denoiser(y, w).output(x_t, t), uncond + w * (cond - uncond), atol=1e-4)
 
 

@@ -203,6 +203,20 @@ def test_class_table_without_null_class():
         assert (ours(x, t, y) - theirs(x, t, y).sample).abs().max() < 1e-5
 
 
+def test_a_class_taken_for_the_null_class_is_said(tmp_path):
+    from diffusers import UNet2DModel
+    ours = save_diffusers(randomise(UNet(**SMALL | dict(num_classes=3))), linear_schedule(), tmp_path / "ours")
+    theirs = UNet2DModel.from_pretrained(ours, subfolder="unet", low_cpu_mem_usage=False)
+    theirs.save_pretrained(tmp_path / "again/unet")                          # a reader of our folder saves it anew
+    shutil.copytree(ours / "scheduler", tmp_path / "again/scheduler")
+    assert heard(ours)[3] == heard(tmp_path / "again")[3] == ""              # ours has a null class, and says so
+    edit(tmp_path / "again/unet/config.json", _null_class=...)
+    model, *_, said = heard(tmp_path / "again")
+    assert model.config["num_classes"] == 3 and "of the 4 rows" in said and "null_class=False" in said
+    model, *_, said = heard(tmp_path / "again", null_class=False)
+    assert model.config["num_classes"] == 4 and said == ""
+
+
 def test_mode_follows(model):
     assert unet_to_diffusers(UNet(**SMALL).train()).training and not unet_to_diffusers(model).training
     assert unet_from_diffusers(unet_to_diffusers(UNet(**SMALL).train())).training
@@ -304,6 +318,26 @@ def test_flow_readme_can_be_run(tmp_path, monkeypatch, T, shift, classes):
     ours = ddim(Denoiser(model, schedule, "velocity", y, clip=False), x_T, 50)
     assert torch.allclose(values["images"], (ours.clamp(-1, 1) + 1) / 2, atol=1e-3) and values["images"].std() > 0.05
     assert "DDIMPipeline" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("schedule, network", [("flow", "unet"), ("flow", "dit"), ("linear", "dit")])
+def test_a_student_is_written_with_its_steps(tmp_path, monkeypatch, schedule, network):
+    schedule = dict(flow=flow_schedule, linear=linear_schedule)[schedule]()
+    model = transformer() if network == "dit" else randomise(UNet(**SMALL))
+    folder = save_diffusers(model, schedule, tmp_path / "m", "velocity" if schedule.straight else "v", steps=4)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "distilled for 4 steps" in text and "50" not in text and "that divides" not in text
+    monkeypatch.chdir(folder)
+    exec(text.split("```python\n")[1].split("```")[0], values := {})
+    assert values["scheduler"].timesteps.tolist() == [999, 749, 499, 249]
+    with pytest.raises(DiffnbError, match="steps"):
+        save_diffusers(model, schedule, tmp_path / "n", "velocity" if schedule.straight else "v", steps=0)
+
+
+def test_a_student_of_a_pipeline_says_its_steps(tmp_path, model):
+    said = []
+    save_diffusers(model, linear_schedule(), tmp_path / "m", "v", say=said.append, steps=4)
+    assert len(said) == 1 and "num_inference_steps=4" in said[0]
 
 
 def test_flow_says_how_to_sample(tmp_path, model, capsys):
@@ -696,14 +730,19 @@ def test_no_pickle_under_any_name(folder, name):
     "cls, changes, words",
     [
         ("DDPMScheduler", {}, ["spacing='leading'"]), ("DDIMScheduler", dict(timestep_spacing="trailing"), []),
-        ("DDIMScheduler", dict(timestep_spacing="linspace", clip_sample=False), ["spacing='linspace', clip=False"]),
+        (
+            "DDIMScheduler", dict(timestep_spacing="linspace", clip_sample=False),
+            ["sampler spacing='linspace'", "Denoiser clip=False"]),
         (
             "DDIMScheduler", dict(thresholding=True, clip_sample_range=2.0),
             ["thresholding=True", "clip_sample_range=2.0", "do not have"]),
         ("DDIMScheduler", dict(set_alpha_to_one=False, steps_offset=1), ["set_alpha_to_one=False", "steps_offset=1"]),
-        ("PNDMScheduler", {}, ["spacing='leading', clip=False"]),
-        ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), ["spacing='linspace'", "karras"]),
-        ("UniPCMultistepScheduler", {}, ["spacing='linspace', clip=False"])],
+        ("PNDMScheduler", {}, ["sampler spacing='leading'", "Denoiser clip=False"]),
+        ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), ["Denoiser clip=False", "karras"]),
+        ("DPMSolverMultistepScheduler", dict(timestep_spacing="leading"), ["no spacing of diffnb's"]),
+        ("DDPMScheduler", dict(timestep_spacing="trailing", variance_type="fixed_large"), ["'fixed_large'"]),
+        ("DDPMScheduler", dict(timestep_spacing="trailing", variance_type="fixed_small_log"), []),
+        ("UniPCMultistepScheduler", {}, ["Denoiser clip=False"])],
     ids=str)
 def test_how_their_scheduler_samples_is_said(folder, cls, changes, words):
     import diffusers
@@ -715,6 +754,20 @@ def test_how_their_scheduler_samples_is_said(folder, cls, changes, words):
         and all(w in said for w in words)
         and bool(words) == bool(said)
         and "does not know" not in said)
+
+
+@pytest.mark.parametrize("cls", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_solver_walks_nearly_our_usual_timesteps_and_so_no_other_spacing_is_named(folder, cls):
+    "Their 'linspace' is that of N + 1 points without the last."
+    import diffusers
+    (theirs := getattr(diffusers, cls)()).save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", cls])
+    _, schedule, _, said = heard(folder)
+    assert "spacing" not in said
+    for steps in (7, 10, 25):
+        theirs.set_timesteps(steps)
+        ours = torch.tensor(schedule.timesteps(steps))
+        assert (ours - theirs.timesteps).abs().max() <= 1
 
 
 def test_what_our_samplers_are_told_is_what_theirs_does(folder, model):

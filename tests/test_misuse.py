@@ -98,7 +98,7 @@ def test_python_callers_are_told_the_same(wrong, tmp_path):
 
 def test_sample_batches_checks_what_it_is_given():
     trained = untrained()
-    for wrong in (dict(batch_size=0), dict(seed=-1)):
+    for wrong in (dict(batch_size=0), dict(seed=-1), dict(precision="auto"), dict(precision="fp16")):
         with pytest.raises(DiffnbError):
             next(sample_batches(trained.denoiser(), trained.shape, [0], progress=False, steps=1, **wrong))
 

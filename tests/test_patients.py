@@ -1,14 +1,18 @@
 "Runs that were really trained, sick and healthy (bench/doctor/patients.py): the doctor finds what is wrong with each."
-import importlib.util, json
+import functools, importlib.util, json, shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffnb.doctor import CHECKS, findings
-from diffnb.workshop import report
+from diffnb.sample import load_model
+from diffnb.workshop import cli, report
+from diffnb.workshop.diagnosis import duplicate_images
 from diffnb.workshop.facts import gather
+from diffnb.workshop.settings import resolve
 
 root = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("patients", root / "bench/doctor/patients.py")
@@ -86,6 +90,28 @@ def test_a_loss_that_nothing_explains(digits):
     assert alarms(digits, fit=off | {"tried": {("inputs", "inputs mirrored"): np.nan}}) == ["loss-mismatch"]
 
 
+@pytest.mark.parametrize("kind, words, settings", [
+    ("target", "a network that predicts v", {"prediction": "v"}), ("schedule", "shift 2", {"shift": 2.0}),
+    ("schedule", "the cosine schedule", {"schedule": "cosine", "zero_terminal_snr": False})])
+def test_the_advice_for_good_weights_makes_weights_that_say_what_they_are(kind, words, settings, digits):
+    "`diffnb sample RUN` takes prediction and schedule from the checkpoint, so that other settings change nothing."
+    fit = digits.fit | {"late": (1.0, 200.0), "mean": (0.3, 0.09), "earlier": (8, 1.2), "tried": {(kind, words): 0.01}}
+    (x,) = [x for x in findings(replace(digits, fit=fit)) if x.severity == "critical"]
+    assert x.id == f"{kind}-differs" and x.command is None
+    exec(x.advice.split("In Python: ")[1].split(". Then ")[0], {})
+    m = load_model(digits.run / "mended.safetensors", "cpu")
+    noise = digits.config.change(**settings).noise
+    assert m.prediction == noise.prediction and m.schedule.a.equal(noise.make_schedule().a)
+    assert m.settings == load_model(digits.run, "cpu").settings | settings
+
+
+def test_no_setting_mends_a_target_of_the_other_sign(digits):
+    fit = digits.fit | {"late": (1.0, 200.0), "mean": (0.3, 0.09), "earlier": (8, 1.2),
+                        "tried": {("target", "the sign of the target reversed"): 0.01}}
+    (x,) = [x for x in findings(replace(digits, fit=fit)) if x.severity == "critical"]
+    assert x.id == "target-differs" and "sign" in x.advice and x.command.startswith("diffnb train")
+
+
 def test_the_rate_that_helps_is_named(digits):
     now = np.exp(0.1 * np.sin(np.arange(300)))
     tried = lambda tenth, same, ten: {"now": now, "a tenth of the rate": now * tenth, "the same rate": now * same,
@@ -104,6 +130,36 @@ def test_blank_images_copies_and_brightness(digits):
     real, made = digits.grid
     bright = (made.int() + 20).clamp(0, 255).to(made.dtype)
     assert alarms(digits, grid=(real, bright)) == ["colour-cast"]
+
+
+def test_copies_that_stand_side_by_side_are_seen_in_a_large_set():
+    "Evenly spaced images of it, few of 30,000, would show the first of each two."
+    x = torch.arange(15_000).repeat_interleave(2)
+    images = torch.stack([x % 256, x // 256], 1).to(torch.uint8).view(-1, 1, 1, 2)
+    assert duplicate_images(images)[:2] == (1.0, 2)
+
+
+def test_a_part_of_the_images_is_called_a_part(digits, monkeypatch):
+    said = lambda **measured: {x.id: x.evidence for x in findings(replace(digits, **measured)) if x.severity != "good"}
+    assert "30% of the images" in said(repeated=(0.3, 9, 0))["duplicates"]
+    monkeypatch.setattr("diffnb.workshop.findings.LOOKED", 1000)
+    words = said(repeated=(0.3, 9, 500))
+    assert "At least 30%" in words["duplicates"] and "1,000 of 1,498" in words["duplicates"]
+    assert "500 of 1,000 images looked at" in words["blank-images"]
+
+
+def test_the_command_for_copies_is_possible_for_a_folder(tmp_path):
+    "A folder's images may differ in size: without --image-size they cannot be read."
+    f = gather(patients.admit("duplicates", tmp_path))
+    command = next(x.command for x in findings(f) if x.id == "duplicates")
+    program, name, *words = shlex.split(command)
+    given = []
+    @functools.wraps(cli.commands["check"])
+    def noted(**arguments): given.append(arguments["config"])
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(cli.commands, "check", noted)
+        assert (program, name) == ("diffnb", "check") and cli.main([name, *words]) == 0
+    assert given == [f.config] and resolve(given[0]).data.digest == f.images.digest
 
 
 def test_nothing_is_said_without_measurements(digits):

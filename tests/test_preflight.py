@@ -47,12 +47,24 @@ def states(stored): return {item["name"]: item["state"] for item in stored["item
 
 def test_a_scan_of_a_part_keeps_the_numbers_of_the_images(clothes):
     scan = p.scan_images(clothes, most=150)
-    assert scan.index.tolist() == list(range(0, 400, 3))
+    assert scan.index.tolist() == [*range(64), *range(128, 192), *range(256, 278)]          # neighbours stay together
     x = clothes.clone()
     x[9] = x[3]
     assert p.look_for_duplicates(p.scan_images(x, most=150)).facts["examples"][0] == ["9", "3"]
     blank = p.look_for_blanks(p.scan_images(torch.zeros_like(x), most=150))
-    assert blank.facts["examples"] == [str(i) for i in range(0, 60, 3)]
+    assert blank.facts["examples"] == [str(i) for i in range(20)]
+    assert len(p.scan_images(x, most=400).index) == 400 and len(p.scan_images(x, most=399).index) == 399
+
+def test_of_a_larger_set_copies_beside_each_other_are_found_and_the_line_says_that_not_all_was_looked_at():
+    x = noise(500, 1, 8, 8).repeat_interleave(2, 0)                        # a.png, a-copy.png, b.png, b-copy.png, …
+    item = p.look_for_duplicates(p.scan_images(x, most=200))
+    assert (item.state, item.facts["exact"]) == ("mend", 100) and "looked at 200 of 1,000 images" in item.text
+    other, all_, part = p.scan_images(noise(9, 1, 8, 8, seed=1)), p.scan_images(x[::2]), p.scan_images(x, most=200)
+    assert p.look_for_leaks(all_, other).state == "ok" and "looked at" not in p.look_for_leaks(all_, other).text
+    item = p.look_for_leaks(part, other)
+    assert item.state == "look" and "looked at 200 of 1,000 training images" in item.text and item.advice
+    leaked = p.look_for_leaks(part, p.scan_images(x, most=20))
+    assert leaked.state == "mend" and "looked at 20 of 1,000 test images" in leaked.text
 
 @pytest.mark.parametrize("size", [1, 4, 8, 9, 33])
 @pytest.mark.parametrize("channels", [1, 3])

@@ -237,6 +237,29 @@ def test_each_rank_has_a_gpu_of_its_own(device, local, words, monkeypatch):
     assert not taken
 
 
+def test_apples_gpu_is_not_shared_by_ranks(monkeypatch):
+    "gloo cannot send what lies on it."
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("diffnb.scale._fresh_store", lambda *_: None)
+    monkeypatch.setattr("diffnb.scale.dist.rendezvous", lambda *_, **__: iter([(None, 0, 1)]))
+    monkeypatch.setattr("diffnb.scale.dist.init_process_group", lambda *_, **__: None)
+    for device in ("auto", "mps"):
+        with pytest.raises(DiffnbError, match="Apple's GPU: train on the CPU .--device cpu."):
+            Ranks(device=device)
+    assert Ranks(device="cpu").world_size == 2
+
+
+def test_a_rank_says_what_it_was_told_when_another_is_lost():
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.world_size = 1, 2
+    with pytest.raises(DiffnbError, match="lost another.* was told: .*invalid usage ncclInvalidUsage: Duplicate GPU$"):
+        with ranks.guard():
+            raise RuntimeError("NCCL error in: NCCLUtils.cpp:94, invalid usage\nncclInvalidUsage: Duplicate GPU\n")
+
+
 class Divided: # a tensor of FSDP, which all ranks gather
     def __init__(self, log): self.log = log
     def full_tensor(self):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest, torch
 
 import diffnb
-from diffnb.core import DiffnbError, addressed, read_tensors, write_whole
+from diffnb.core import DiffnbError, addressed, read_tensors, write_tensors, write_whole
 from diffnb.data import to_float
 from diffnb.workshop.datasets import load_data
 from diffnb.guide import guided
@@ -694,6 +694,17 @@ def test_requests_that_the_digits_refuse():
         (lambda: ddim(digits.denoiser(torch.arange(40) % 10), one), "40 labels for 1 images")):
         with pytest.raises(DiffnbError, match=words):
             call()
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "momentum_buffer", "meter", "autoencoder"])
+def test_only_weights_are_loaded_as_weights(tmp_path, name):
+    "Moments have the names and shapes of the weights."
+    tensors, meta = read_tensors(Path(diffnb.__file__).parent / "weights/digits.safetensors")
+    tensors |= {k.replace("ema.", f"{other}.", 1): v.clone() for other in ("model", name) for k, v in tensors.items()}
+    write_tensors(tmp_path / "checkpoint.safetensors", tensors, meta)
+    assert load_model(tmp_path / "checkpoint.safetensors", "cpu", "model").classes
+    with pytest.raises(DiffnbError, match=f"holds no '{name}' weights, only ema, model: choose"):
+        load_model(tmp_path / "checkpoint.safetensors", "cpu", name)
 
 
 def test_saved_weights_are_the_same_model(tmp_path):

@@ -43,7 +43,7 @@ class Anywhere:
 X = Anywhere()
 
 # words of a comment that say: this changes speed or memory alone
-SPEED = r"memory|faster|speed|fuse|a few calls|on a GPU|on the GPU|at a time|a batch is cut"
+SPEED = r"memory|faster|speed|fuse|a few calls|on a GPU|on CUDA|on the GPU|at a time|a batch is cut"
 step = 8 / 1498                                                            # epochs of one step
 T = TrainConfig.of(
     data="digits", image_size=8, base_channels=16, channel_mult=(1,), blocks=1, attention=(), norm_groups=8,
@@ -165,6 +165,11 @@ def test_every_setting_has_an_entry():
     for name in SPEED_SETTINGS:
         assert re.search(SPEED, comments()[name]), f"the comment of {name} must say that it is for speed or memory"
 
+def test_the_comments_say_where_a_default_holds():
+    said = comments()
+    assert all("CUDA" in said[name] for name in ("compile", "channels_last", "tf32", "resident"))
+    assert "at most a tenth of the run" in said["warmup"]                     # as lr_at does it
+
 def test_every_setting_changes_what_a_run_leaves(work, tmp_path, monkeypatch, quick):
     monkeypatch.setenv("DIFFNB_DATA", str(work / "cache"))
     known, bad = {}, []
@@ -264,8 +269,8 @@ OPTIONS = {
     "evaluate": ("evaluate {u}", {
         "source": ("", "{v}"), "n": ("", "--n 20"), "reference": ("", "--reference fashion"), "out": ("", "--out here"),
         "features": ("", "--features digits"), "inception": ("", "--inception file.pth"), "steps": ("", "--steps 3"),
-        "guidance_scale": ("", "--guidance-scale 2"), "seed": ("", "--seed 1"), "device": ("", "--device cpu"),
-        "data_root": ("", "--data-root there")}),
+        "guidance_scale": ("", "--guidance-scale 2"), "seed": ("", "--seed 1"), "batch_size": ("", "--batch-size 9"),
+        "device": ("", "--device cpu"), "data_root": ("", "--data-root there")}),
     "doctor": ("doctor {u}", {"run": ("", "{v}"), "deep": ("", "--no-deep"), "out": ("", "--out here"),
                              "json": ("", "--json")}),
     "export": ("export {u} --out a", {"run": ("", "{v}"), "out": ("", "--out b"), "to": ("", "--to onnx")}),
@@ -665,6 +670,8 @@ def of_doctor(w):
     yield "Facts.in_training", Case(D.Facts.in_training, self=u, curve=V(u.floor, 2 * u.floor))
     yield "Facts.command", Case(D.Facts.command, self=u, name=V("sample", "resume"), options=V((), ("--n", "3")))
     yield "Facts.retrain", Case(D.Facts.retrain, self=u, changes=V({"lr": 1e-3}, {"lr": 2e-3}))
+    scored = replace(u, scores={"score": {}})
+    yield "Facts.rescore", Case(D.Facts.rescore, self=scored, n=V(1000, 2000))
     yield "gallery_neighbours", Case(D.gallery_neighbours,
         f=V(replace(u, data={**u.data, "name": "cifar10", "image_size": 32}),
         replace(u, data={**u.data, "name": "a folder", "image_size": 32})))
@@ -854,7 +861,7 @@ def of_interchange(w):
         schedule=V(linear, diffnb.schedule.cosine_schedule(20)), folder=V("a", "b"), prediction=V("eps", "v"),
         say=print)
     yield "save_diffusers", Case(I.save_diffusers, model=model, schedule=flow, folder="a", prediction="velocity",
-        say=V(print, str))
+        say=V(print, str), steps=V(None, 4))
     if not (both := w / "both").exists():                    # an average beside the last weights, and a variant of each
         shutil.copytree(w / "two/saved", both)
         shutil.copytree(both / "unet", both / "unet_ema")

@@ -132,6 +132,30 @@ def test_each_gpu_is_asked_itself(monkeypatch):
     assert torch.device(waited[0]).index == 1
 
 
+@pytest.mark.parametrize("machine, avx512, native", [
+    ("x86_64", True, True), ("AMD64", False, False), ("x86_64", None, True), ("aarch64", False, True)])
+def test_a_cpu_on_which_onednn_only_accepts_bf16_has_no_instructions_for_it(machine, avx512, native, monkeypatch):
+    "oneDNN emulates it with AVX-512, and has no backward pass for it with AVX2-VNNI-2."
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    if avx512 is None:                                                     # a PyTorch that cannot say
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert C.has_native_bf16(torch.device("cpu")) == native
+
+
+def test_apples_gpu_is_timed_as_a_gpu(monkeypatch):
+    from diffnb.scale import matmul_speed, wait
+    waited, sides, ones = [], [], torch.ones(1, 1)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch, "randn", lambda n, *_, **__: sides.append(n) or ones)
+    wait("mps")
+    assert waited == ["mps"]
+    matmul_speed("mps")
+    assert sides == [8192, 8192] and len(waited) == 21
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_resumed_run_is_the_same_in_either_order_of_memory(tmp_path, last):
     "A GPU keeps channels last and refuses moments that lie otherwise; a CPU took them and went astray."
@@ -219,7 +243,21 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
         train(tiny, tmp_path / "run", progress=False)
     tensors, meta = last_checkpoint(tmp_path / "run")
     assert meta["step"] == 12 and all(t.isfinite().all() for t in tensors.values())
-    assert np.isfinite(read_metrics(tmp_path / "run")["loss"]).all()
+    loss = read_metrics(tmp_path / "run")["loss"]                    # the last row says why the run ended
+    assert np.isfinite(loss[:-1]).all() and np.isnan(loss[-1])
+    monkeypatch.undo()
+    state = train(tiny, tmp_path / "run", progress=False)            # a resume does without that row
+    rows = read_metrics(tmp_path / "run")
+    assert np.isfinite(rows["loss"]).all() and rows["step"][-1] == state.step == 24
+
+
+def test_a_checkpoint_that_is_due_before_the_row_of_a_nan_writes_that_row(tmp_path, monkeypatch):
+    real = T.diffusion_loss
+    monkeypatch.setattr(T, "diffusion_loss", lambda *args, **kw: real(*args, **kw) * float("nan"))
+    with pytest.raises(TrainingStopped, match="no checkpoint yet"):
+        train(tiny.change(log_every=1000), tmp_path / "run", progress=False)
+    rows = read_metrics(tmp_path / "run")
+    assert rows["step"].tolist() == [12] and np.isnan(rows["loss"]).all()
 
 
 def test_unlabelled_folder_trains_unconditionally(tmp_path):
@@ -377,12 +415,24 @@ def test_a_grid_is_drawn_with_as_many_images_at_a_time_as_the_run_trains(tmp_pat
 def test_a_memory_that_cannot_be_measured_is_unknown(monkeypatch):
     "os.sysconf exists on no Windows."
     from diffnb.workshop.memory import _memory_advice
-    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(M, "os", object())                                    # other modules still need theirs
     assert M._room(torch.device("cpu")) is None
     net = S.resolve(smallest)[2]
     with pytest.raises(DiffnbError, match="out of memory with batch_size=64.*--grad-accum-steps 2"):
         with _memory_advice(net, smallest.change(precision="float32"), torch.device("cpu")):
             raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")])          # on Windows
+def test_out_of_memory_is_known_everywhere(error, monkeypatch):
+    monkeypatch.setattr(M, "training_memory", lambda *_: (150, 40))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 18 * 10**9)
+    with pytest.raises(DiffnbError, match=r"out of memory \(18 GB\) with batch_size=64"):
+        with M._memory_advice({}, smallest, torch.device("mps")):
+            raise error
 
 
 def test_the_parts_of_a_batch_may_change_where_that_changes_rounding_alone(tmp_path):
@@ -478,6 +528,14 @@ def test_five_line_script_of_the_readme(tmp_path):
         assert (pathlib.Path(__file__).parent.parent / f"diffnb/weights/{name}.safetensors").stat().st_size < most
 
 
+def test_a_schedule_that_cannot_be_made_is_refused_before_the_data_is_read(monkeypatch):
+    def read(*_, **__): raise AssertionError("an hour later")
+    monkeypatch.setattr("diffnb.workshop.datasets.load_data", read)
+    for setting, words in ((dict(shift=1e-9), "alpha_bar"), (dict(T=1, sample_steps=1), "T=1 .* at least 2")):
+        with pytest.raises(DiffnbError, match=words):
+            S.resolve(tiny.change(**setting))
+
+
 def test_changed_data_is_noticed_on_resume(tmp_path):
     def add(i):
         (tmp_path / "f" / "cat").mkdir(parents=True, exist_ok=True)
@@ -494,7 +552,7 @@ def test_changed_data_is_noticed_on_resume(tmp_path):
 
 
 def test_checkpoint_is_written_before_the_last_pictures(tmp_path):
-    def broken(*args, **kw): raise RuntimeError("out of memory while sampling")
+    def broken(*args, **kw): raise RuntimeError("a fault while sampling")
     with pytest.raises(RuntimeError):
         train(tiny, tmp_path / "run", sampler=broken, progress=False)
     assert last_checkpoint(tmp_path / "run")[1]["step"] == 24

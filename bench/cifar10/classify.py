@@ -12,6 +12,8 @@ OUT/classifier.json has the accuracy on the real test images, per class; OUT/nam
 """
 from score import *
 
+import hashlib
+
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from diffnb.data import augment, to_float
@@ -58,10 +60,10 @@ def load_state(net, optimizer, path, plan): # -> (epochs done, processor seconds
     if not path.exists():
         return 0, 0.0
     tensors, meta = read_tensors(path)
-    if changed := [k for k in plan if meta["plan"][k] != plan[k]]:
+    if changed := [k for k in plan if meta["plan"].get(k) != plan[k]]:
         k = changed[0]
-        raise DiffnbError(f"{path.parent} was begun with {k}={meta['plan'][k]!r}, and now {plan[k]!r} is asked for: "
-                          "repeat the first command, or choose another --out")
+        raise DiffnbError(f"{path.parent} was begun with {k}={meta['plan'].get(k)!r}, and now {plan[k]!r} is asked "
+                          "for: repeat the first command, or choose another --out")
     net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
     for i, p in enumerate(net.parameters()):
         optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{i}"].clone()
@@ -74,8 +76,10 @@ def save_state(net, optimizer, path, **meta):
 def learn(images, labels, a): # -> (ResNet, processor seconds); goes on from the last epoch in OUT/state.safetensors
     torch.manual_seed(a.seed)
     net, path = network(), a.out / "state.safetensors"
+    content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
     optimizer, plan = optimizer_of(net), {
-        "images": str(a.images), "n": len(images), **{k: getattr(a, k) for k in ("epochs", "batch", "lr", "seed")}}
+        "images": str(a.images), "content": content, "n": len(images),
+        **{k: getattr(a, k) for k in ("epochs", "batch", "lr", "seed")}}
     done, spent = load_state(net, optimizer, path, plan)
     steps = len(images) // a.batch
     for epoch in range(done, a.epochs):

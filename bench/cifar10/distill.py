@@ -60,7 +60,8 @@ class Round:
         plan, device = self.plan, self.device
         g = addressed(plan["seed"], "distill", self.steps, self.step, device=device)
         index = batch_indices(len(self.data), plan["batch_size"], plan["seed"], self.step)
-        x0 = augment(to_float(self.data.take(index).to(device)), g, self.teacher.settings.get("flip", False))
+        s = self.teacher.settings
+        x0 = augment(to_float(self.data.take(index).to(device)), g, s.get("flip", False), s.get("jitter", 0.0))
         i = 2 * torch.randint(self.steps, (len(x0),), generator=g, device=device)
         t, middle, end = (self.grid.to(device)[i + k] for k in range(3))
         x_t = self.teacher.schedule.add_noise(x0, torch.randn(x0.shape, generator=g, device=device), t)
@@ -152,7 +153,7 @@ def score(a, plan): # every finished student, and the first teacher with as many
     rows += [(f"teacher, ddim, {n} steps", plan["model"], "ddim", n, w) for n in (*rounds, last)]
     rows += [(f"teacher, dpmpp_2m, {n} steps", plan["model"], "dpmpp_2m", n, w) for n in rounds]
     for name, source, sampler, steps, w in rows:
-        if name in done or not (source == plan["model"] or source.exists()):
+        if done.get(name, {}).get("n") == a.n or not (source == plan["model"] or source.exists()):
             continue
         m = load_model(source, a.device)
         images = draw(m.model, m.schedule, m.shape, a.n, prediction=m.prediction, sampler=sampler, steps=steps, w=w,

@@ -73,15 +73,19 @@ class Evaluator:
     def measure(self, j): # -> dict, also in OUT/results
         m = self.model(j["model"])
         path = self.a.out / "results" / f"{name_of(j, m.step, self.a.n)}.json"
-        if path.exists() and (not self.classifier or "named_right" in read_json(path)):
-            return read_json(path)
+        found = read_json(path) if path.exists() else {}
+        if found and found.get("real") != self.a.real: # results to other real images do not belong into one figure
+            raise DiffnbError(f"{path} was measured with --real {found.get('real')}, and now --real {self.a.real} is "
+                              "asked for: choose another --out")
+        if found and (not self.classifier or "named_right" in found):
+            return found
         real, (images, seconds) = self.real_at(j["at"]), self.images_of(j)
         f = torch.cat([self.features(resized(x.to(self.device), j["at"])) for x in images.split(self.batch)])
         train = real["train"].features
         order = torch.randperm(len(train), generator=addressed(0, "train"))[:len(f)].to(train.device)
         facts = {
-            **j, "n": self.a.n, "step": m.step, "size": m.shape[-1], "network_calls": calls(j, m.schedule),
-            "distances": distances(f, real), "floor": floors(real, self.a.n),
+            **j, "n": self.a.n, "real": self.a.real, "step": m.step, "size": m.shape[-1],
+            "network_calls": calls(j, m.schedule), "distances": distances(f, real), "floor": floors(real, self.a.n),
             **dict(zip(("precision", "recall"), precision_recall(f, train[order]))),
             "seconds_sampling": seconds, "protocol": PROTOCOL, **machine(self.a.device)}
         if self.classifier and m.classes:

@@ -24,7 +24,7 @@ from diffnb.data import save_grid
 from diffnb.workshop.scoring import read_images
 from diffnb.workshop.generate import sample_to
 from diffnb.scale import Ranks
-from diffnb.workshop.folder import read_config, read_metrics, training_now
+from diffnb.workshop.folder import locked, read_config, read_metrics, training_now
 from diffnb.workshop.report import examine
 from diffnb.workshop.settings import flattened, pick_precision, PRESETS
 
@@ -94,12 +94,18 @@ def settings_of(path): # JSON file or name of a preset -> TrainConfig
     else:
         values = read_json(path)
         config = make_config(values.get("config", values))               # a result of pilots.py has them under "config"
+    if not config.images.conditional or not config.images.label_dropout:
+        changed = "conditional=False" if not config.images.conditional else "label_dropout=0"
+        raise DiffnbError(f"{path}: {changed}, but --score draws by class, and with guidance: the run needs "
+                          "conditional=True and label_dropout above 0, 0.1 say")
     return config.change(epochs=FOREVER, decay_share=DECAY_SHARE, sample_steps=15, keep=2)
 
 def begin_plan(a): # -> dict
     if not a.config:
         raise DiffnbError(f"{a.out} holds no long run yet: name its settings with --config FILE.json")
-    return {"config": flattened(settings_of(a.config)), "decay_from": None}
+    # what was told counts for every later call, until another is told
+    config = settings_of(a.config).change(device=a.device, data_root=a.data_root)
+    return {"config": flattened(config), "decay_from": None}
 
 def check_same(a, plan):
     "A --config given again must be the one that the run began with."
@@ -125,7 +131,9 @@ def seconds_per_step(config, run): # of processor time, all threads and ranks to
         if len(m["step"]) > 1:
             return np.ptp(m["processor_seconds"]) / np.ptp(m["step"])
     config, data, net, *_ = resolve(config)
-    return time_steps(config, data, net, 3, 1)[0] * torch.get_num_threads()
+    # on a GPU one thread waits for it, and the others idle
+    threads = torch.get_num_threads() if pick_device(config.run.device).type == "cpu" else 1
+    return time_steps(config, data, net, 3, 1)[0] * threads
 
 def write_plan(a):
     "Bring OUT/plan.json up to date: settings, end, and how many epochs lie between checkpoints and between grids."
@@ -289,10 +297,12 @@ def begin_score(a, done): # names of finished rows -> folder with weights.safete
     """A folder for one row, with the weights to score. Of the newest checkpoint, unless a file is named or a call with
     these settings was interrupted: then the weights that it had begun with."""
     settings, scores = f"{a.steps}steps_n{a.n}_w{a.guidance:g}n{a.n_guided}", a.out / "scores"
+    settings += f"_real{a.real}" if a.real else ""
     if a.score != "newest":
         found, label = read_tensors(a.score), Path(a.score).stem
     else:
-        begun = sorted(p.parent for p in scores.glob(f"step_*_{a.weights}_{settings}/weights.safetensors"))
+        # nine places: with * files named …_ema, of --score FILE, would be found too
+        begun = sorted(p.parent for p in scores.glob(f"step_{'?' * 9}_{a.weights}_{settings}/weights.safetensors"))
         if begun := [p for p in begun if p.name not in done]:
             return begun[-1]
         found, label = last_checkpoint(a.out / "run"), a.weights
@@ -356,7 +366,9 @@ def score_long(a): # -> the row
     if found := [r for r in rows if r["name"] == folder.name]:
         return found[0]
     row = Scoring(a, folder).row()
-    save_json(path, rows + [row])
+    with locked(f"{path}.lock", lambda: None): # read again: another score may have ended meanwhile
+        rows = read_json(path) if path.exists() else []
+        save_json(path, [r for r in rows if r["name"] != row["name"]] + [row])
     log(a.out, "scored", row["step"], weights=a.weights)
     for left in folder.iterdir(): # samples and their features go, the weights stay
         if left.is_dir():
@@ -372,11 +384,18 @@ def tell(row): # a line for each kind of samples and each split
                   f"KID {d['kid']:.5f} ({floor['kid']:.5f})", flush=True)
 
 
+def begun_with(a): # -> {"device": …, "data_root": …}, of the plan, or of the settings that begin it
+    if (path := a.out / "plan.json").exists():
+        config = read_json(path)["config"]
+    else:
+        config = flattened(settings_of(a.config)) if a.config else {}
+    return {"device": config.get("device", "auto"), "data_root": config.get("data_root")}
+
 def parsed(): # -> the command's arguments
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder of the run")
     p.add_argument("--data-root", help="folder with cifar-10-batches-py; default: $DIFFNB_DATA, or ./data")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--device", help="default: that of the first call, or of the settings")
     p.add_argument("--config", type=Path, help="to begin with: a file of settings, a result of pilots.py, or a preset")
     p.add_argument("--finish", action="store_true", help="let the decay begin at the newest checkpoint")
     p.add_argument("--resume-from", type=Path, metavar="WEIGHTS", help="begin from a --snapshot, or a weights file")
@@ -394,6 +413,8 @@ def parsed(): # -> the command's arguments
     p.add_argument("--guidance", type=float, default=2.0)
     a = scoring_arguments(p).parse_args()
     a.cache = a.cache or a.out / "cache"
+    for k, v in begun_with(a).items():
+        setattr(a, k, v if getattr(a, k) is None else getattr(a, k))
     return a
 
 def main():

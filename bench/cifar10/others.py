@@ -27,7 +27,7 @@ begins anew. Drawing costs as much time again as training, for the large network
 """
 from score import *
 
-import contextlib, copy, io, itertools, subprocess
+import contextlib, copy, io, itertools, signal, subprocess
 
 from PIL import Image
 
@@ -44,7 +44,11 @@ from diffnb.workshop.settings import PRESETS
 SAMPLERS_TRIED = (("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m", 25))
 
 def clock(device): # seconds that count: of the processor, all threads together, or of the wall
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+def wait(device): # until a GPU has done what it was told
+    if device.type != "cpu":
+        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
 
 def bf16(device, on): return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
@@ -52,12 +56,11 @@ def clocked(step, device, batch): # -> run: step() once and again until the time
     def run(seconds):
         start, images = clock(device), 0
         while clock(device) - start < seconds:
-            for _ in range(10 if device.type == "cuda" else 1):
+            for _ in range(1 if device.type == "cpu" else 10):
                 if step() is False:
                     return images, clock(device) - start                    # the plan is fulfilled
                 images += batch
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait(device)
         return images, clock(device) - start
     return run
 
@@ -70,8 +73,7 @@ def changed(config, a): # a TrainConfig with what the command line says
 def seconds_a_step(config, net, data, device, steps=4): # by the clock that counts; the network is thrown away
     state, times = new_state(net, config, device), []
     for _ in train_steps(state, data, config.noise.make_schedule(), steps, config.run.precision, ready(state, device)):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         times.append(clock(device))
     return (times[-1] - times[0]) / (steps - 1)
 
@@ -145,7 +147,9 @@ def png_folder(data, folder): # what the Trainer reads; written once
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(data.images):
         if not (path := folder / f"{i:05d}.png").exists():
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
+            file = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
+            write_whole(path, file.getvalue())          # half a file would count as written
     return folder
 
 def ddpm_pytorch(a, device, half=False):
@@ -160,7 +164,7 @@ def ddpm_pytorch(a, device, half=False):
     trainer = Trainer(
         diffusion, str(folder), train_batch_size=batch, save_and_sample_every=10**9,
         results_folder=str(a.out / "ddpm-pytorch"), calculate_fid=False, amp=half, mixed_precision_type="bf16")
-    chunk = 50 if device.type == "cuda" else 1
+    chunk = 1 if device.type == "cpu" else 50
     trainer.train_num_steps = 0
     def step():
         trainer.train_num_steps += chunk
@@ -244,6 +248,16 @@ def final_scores(snapshot, a, size, device, features, batch, real, label): # -> 
         save_grid(x[:100], a.out / "results" / f"{label}_w{w:g}.png", cols=10, scale=2)
     return found
 
+def asked_of(a): # what makes a trained network and its rows
+    return {k: getattr(a, k) for k in ("total_minutes", "moments", "base_channels", "batch_size", "n_small", "real")}
+
+def check_asked(path, found, a): # weights, or a result, which has `n` as well
+    then, now = {"n": a.n, **found, **found.get("asked", {})}, {"n": a.n, **asked_of(a)}
+    if changed := [k for k in now if then.get(k) != now[k]]:
+        k = changed[0]
+        raise DiffnbError(f"{path} was made with {k}={then.get(k)}, and now {now[k]} is asked for: remove it, or "
+                          "choose another --out")
+
 def train_racer(name, racer, a, features, batch, real, path): # until the time is up; leaves its average in `path`
     run, average, snapshot, facts = racer
     device, (sampler, steps) = pick_device(a.device), SAMPLERS_TRIED[1]
@@ -261,7 +275,7 @@ def train_racer(name, racer, a, features, batch, real, path): # until the time i
             f"{name:14} {seconds / 60:6.2f} min {images:10,} images  {rows[-1]['distances']['train']['frechet']:.4f}",
             flush=True)
     write_tensors(path, {k: v.contiguous() for k, v in average().state_dict().items()}, {
-        **facts, "rows": rows, "wall_minutes": wall / 60, "n_rows": a.n_small, "sampler": sampler,
+        **facts, "asked": asked_of(a), "rows": rows, "wall_minutes": wall / 60, "n_rows": a.n_small, "sampler": sampler,
         "sampler_steps": steps})
 
 def race(name, a, features, batch, real):
@@ -275,13 +289,14 @@ def race(name, a, features, batch, real):
     if not path.exists():
         train_racer(name, racer, a, features, batch, real, path)
     tensors, trained = read_tensors(path)
+    check_asked(path, trained, a)
     average().load_state_dict(tensors)
     final = final_scores(snapshot, a, facts.get("size") or 32, device, features, batch, real, label)
     save_json(
         a.out / "results" / f"{label}.json",
         {
             "name": name, "precision": "bf16" if name.endswith(":bf16") else "float32", **trained, "final": final,
-            "n": a.n, "threads": torch.get_num_threads(), "clock": "wall" if device.type == "cuda" else "processor",
+            "n": a.n, "threads": torch.get_num_threads(), "clock": "processor" if device.type == "cpu" else "wall",
             "protocol": PROTOCOL + "; models with classes drawn by class, the others have none",
             "versions": versions(), **machine(a.device)})
 
@@ -304,7 +319,12 @@ def main():
     p.add_argument("--base-channels", type=int, help="width of the networks; smaller for a rehearsal")
     p.add_argument("--batch-size", type=int, help="of training")
     a = p.parse_args()
-    def done(name): return (a.out / "results" / f"{name.replace(':', '_')}.json").exists()
+    def done(name):
+        if found := (path := a.out / "results" / f"{name.replace(':', '_')}.json").exists():
+            check_asked(path, read_json(path), a)
+        return found
+    # subprocess.run ends its process when an exception passes through it; a signal alone would leave that training on
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     todo = [name for name in a.only if not done(name)]
     if len(todo) > 1: # a process for each: accelerate has one precision in a process, and memory is given back
         words = [w for w in sys.argv[1:] if w not in (*RACERS, "--only")]

@@ -466,6 +466,8 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
              # w in uncond + w (cond - uncond), when sampling from a model; 1: no guidance
              guidance_scale: Guidance = 1.0,
              seed: int = 0,                # random seed, when sampling from a model
+             # images at a time; affects only speed and memory; default: 500 on CUDA, else 64, to sample; 256 to score
+             batch_size: int | None = None,
              device: str = "auto",         # auto, cpu, cuda, cuda:1, mps
              data_root: str | None = None  # where downloads are kept
             ) -> int: # exit code
@@ -477,7 +479,7 @@ def evaluate(source: Run,                  # a run folder, a weights file or dig
     with _ranks(device) as ranks:
         result = evaluate_run(
             source, n, reference, out, features, inception, steps=steps, guidance_scale=guidance_scale, seed=seed,
-            device=device, data_root=data_root, ranks=ranks)
+            device=device, batch_size=batch_size, data_root=data_root, ranks=ranks)
     if ranks.rank == 0:
         print(result)
         if (source / "config.json").is_file():     # a run: its loss beside the Gaussian floor, which is no score
@@ -516,7 +518,7 @@ def export(run: Run,                         # a run folder, checkpoint, weights
     if m.autoencoder is not None:
         raise DiffnbError(f"{run} was trained in latents, and diffusers has no counterpart of its autoencoder: use "
                           "diffnb.sample.save_weights, which keeps both")
-    save_diffusers(m.model, m.schedule, out, m.prediction)
+    save_diffusers(m.model, m.schedule, out, m.prediction, steps=m.student_steps)
     if m.classes and not m.schedule.straight:
         print(
             "this model has classes: DDIMPipeline loads it, but passes no labels; call its unet with class_labels=...")
@@ -624,6 +626,13 @@ def _check_arguments(args):
     print(f"diffnb: there is no command {args[0]!r}{hint} Commands: {', '.join(commands)}", file=sys.stderr)
     raise SystemExit(2)
 
+def _full_memory(error, command): # what to print; None for errors of another kind
+    if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(error)):
+        return None
+    told = ". ".join(str(error).partition("\n")[0].split(". ")[:2]).rstrip(".")   # the rest is advice to programmers
+    smaller = {"batch_size", "config"} & inspect.signature(commands[command]).parameters.keys()
+    return f"diffnb: out of memory on the device: {told}" + "; try a smaller --batch-size" * bool(smaller)
+
 def _run(args):
     "Run the command that the arguments name; returns its exit code."
     if args == ["--version"]:
@@ -638,6 +647,11 @@ def _run(args):
                         "is.") or 0
     except DiffnbError as e:
         print(f"diffnb: {e}", file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if (told := _full_memory(e, args[0])) is None:
+            raise
+        print(told, file=sys.stderr)
         return 1
     except OSError as e:
         print(f"diffnb: {e}. Is the disk full, or are permissions missing for a file or folder?", file=sys.stderr)

@@ -236,7 +236,7 @@ def continue_training(model, config, schedule, data, case, # as in training; a C
     return found
 
 # %% ../../nbs/workshop/diagnosis.ipynb #c018
-LOOKED = 20_000 # images of a larger set that are compared, evenly spaced
+LOOKED = 100_000 # images of a larger set that are compared, evenly spaced: copies outside of them are not seen
 
 def repeated(digests # of images, hashable
             ) -> tuple: # (share of images that have an equal one, how often the most frequent occurs)

@@ -4,7 +4,7 @@
 __all__ = ['OTHERS', 'FLOOR_DIMS', 'FLOOR_IMAGES', 'BUDGET', 'TRIED', 'INITIAL', 'Facts', 'gather']
 
 # %% ../../nbs/workshop/facts.ipynb #i0
-import itertools, json, math, shlex, time
+import itertools, json, math, re, shlex, time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -32,7 +32,7 @@ from .diagnosis import (
 from .findings import AGREE, copies, mirror_test
 from .folder import as_command, as_options, free_to_change, make_config, read_config, rows_of
 from .reader import match_classes
-from .settings import check_config, flattened, TrainConfig
+from .settings import _positions, check_config, flattened, TrainConfig
 
 # %% ../../nbs/workshop/facts.ipynb #c018
 @lru_cache(maxsize=8)
@@ -133,6 +133,20 @@ class Facts:
         "A `diffnb` command for this run."
         return shlex.join(["diffnb", name, str(self.run), *options])
 
+    def rescore(self, n) -> str | None: # for a shell
+        """The `diffnb evaluate` command that scores n images, drawn and compared as those of the score that is there.
+        None if that was drawn by another sampler than the command's."""
+        made, network = self.scores, str(self.scores["score"].get("network"))
+        if made.get("sampler", "ddim") != "ddim":
+            return None
+        dim = self.scores["score"].get("dim")
+        features = f"inception-{dim}" if network.startswith("Inception") else (
+            "digits" if network == "digits classifier" else None)
+        options = {"--steps": made.get("steps"), "--guidance-scale": made.get("guidance"), "--seed": made.get("seed"),
+                   "--features": features}
+        return self.command(
+            "evaluate", "--n", str(n), *(str(x) for k, v in options.items() if v is not None for x in (k, v)))
+
     def retrain(self, **changes) -> str | None: # for a shell
         """The `diffnb train` command with these settings changed: of this run if it may change them, else of a new run
         beside it. None if no run may have such settings."""
@@ -141,6 +155,8 @@ class Facts:
             config = config.change(ema_decay=usual["ema_decay"])         # they take its place
         try:
             check_config(config)
+            if size := changes.get("image_size"):
+                _network_facts(json.dumps({**self.net, "image_size": _positions(size, config.images.latent)}))
         except DiffnbError:
             return None
         if changes and changes.keys() <= free_to_change - {"epochs"}:
@@ -250,7 +266,8 @@ def _load(f, split, size): # ImageData, or None; `f.missing` gets the reason
     try:
         data = load_data(
             c.images.data, size, split, interpolation=c.images.interpolation, root=c.images.data_root,
-            url="file:///offline/cifar-10-python.tar.gz", on_broken="skip", channels=f.data["channels"], progress=False)
+            url="file:///offline/cifar-10-python.tar.gz", on_broken=c.images.on_broken, channels=f.data["channels"],
+            progress=False)
         if data.labels is None or not c.images.conditional:
             return data
         labels = match_classes(data.labels, data.classes, f.data["classes"], f"the {split} split of {c.images.data}")
@@ -367,7 +384,7 @@ def _measure(f):
     if c.noise.logit_normal: # as often as training draws each
         t = torch.searchsorted(f.chances.cumsum(0), (torch.arange(n).double() + 0.5) / n).clamp(max=c.noise.T - 1)
     t, noise = t[torch.randperm(n, generator=g)], torch.randn(n, f.net["in_channels"], f.size, f.size, generator=g)
-    model, f.losses = make_network(meta["model"]).to(device).eval(), {"t": t.numpy()}
+    model, losses = make_network(meta["model"]).to(device).eval(), {"t": t.numpy()}
     for name, weights, data in (("train", "ema", f.images), ("held-out", "ema", f.test), ("raw", "model", f.images)):
         if data is None or len(data) < n:
             continue
@@ -375,7 +392,8 @@ def _measure(f):
         index = torch.arange(n) * len(data) // n
         y = data.labels[index] if c.images.conditional and data.labels is not None else None
         shown = _on(device, to_float(data.take(index)), t, noise, y)
-        f.losses[name] = losses_of(Case(model, schedule, *shown, c.noise.prediction))
+        losses[name] = losses_of(Case(model, schedule, *shown, c.noise.prediction))
+    f.losses = losses
 
 def _find_optimum(f, each=4): # at `each` timesteps of a bin, as training draws them
     c, data, T = f.config, f.images, f.config.noise.T
@@ -550,12 +568,20 @@ def gather(run,        # a run folder, finished or running
     if deep and f.images is not None and f.floor is not None:
         _find_optimum(f)
     if deep and f.saved and f.images is not None and f.saved[1]["model"]["image_size"] == f.size:
-        _measure(f)
-        _diagnose(f)
+        _if_it_fits(f, _measure, "held-out loss and the loss of the EMA")
+        _if_it_fits(f, _diagnose, "what the network does with its images, or a part of it")
     elif not deep:
         f.missing.append(
             "held-out loss, the loss of the EMA and the least possible loss: not measured, because deep=False")
     return f
+
+def _if_it_fits(f, measure, what): # a training run may fill the device
+    try:
+        measure(f)
+    except RuntimeError as e: # only some devices raise torch.OutOfMemoryError, which is one
+        if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(e)):
+            raise
+        f.missing.append(f"{what}: there is no memory left on the device for it; wait until nothing else runs there")
 
 def _read_extras(f): # the last sample grid, and evaluation.json
     grids, path = _grids(f.run), f.run / "evaluation.json"

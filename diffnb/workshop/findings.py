@@ -2,19 +2,19 @@
 
 # %% auto #0
 __all__ = ['EMA_LEAST', 'EMA_SHARE', 'COLD', 'GROWTH', 'TENTH', 'WORSE', 'SURE', 'SEEN', 'PUBLISHED', 'MIRROR_LOSS',
-           'MIRROR_TOLD', 'PASSES', 'HOLD', 'PURE', 'FAINT', 'COPY', 'COPIES', 'CONTRAST', 'ALIKE', 'SCORE_TIMES',
-           'SCORE_ERROR', 'COPIED', 'COPIED_SURE', 'LOST', 'AGREE', 'CHANCE', 'WEAK', 'BLIND', 'SAME', 'CAST', 'GAIN',
-           'REPEATED', 'BLANK', 'CAUSES', 'mirror_test', 'picture_facts', 'copies']
+           'MIRROR_TOLD', 'PASSES', 'HOLD', 'ENLARGED', 'PURE', 'FAINT', 'COPY', 'COPIES', 'CONTRAST', 'ALIKE',
+           'SCORE_TIMES', 'SCORE_ERROR', 'COPIED', 'COPIED_SURE', 'LOST', 'AGREE', 'CHANCE', 'WEAK', 'BLIND', 'SAME',
+           'CAST', 'GAIN', 'REPEATED', 'BLANK', 'CAUSES', 'mirror_test', 'picture_facts', 'copies']
 
 # %% ../../nbs/workshop/findings.ipynb #i0
-import math, shlex, warnings
+import math, warnings
 
 # %% ../../nbs/workshop/findings.ipynb #i1
 import numpy as np
 import torch
 
 # %% ../../nbs/workshop/findings.ipynb #i2
-from ..core import addressed, checkpoints
+from ..core import addressed, checkpoints, has_native_bf16
 from ..data import to_float
 from ..doctor import (
     _decay_begins, _decayed, _paired, _running_median, CHECKS, DECAY_LEAST, LATE, LEAST_ROWS, looks_for, Problem)
@@ -115,8 +115,8 @@ def _lr_jump(f):
     basis="reported: Hägele et al. 2024, arXiv:2405.18392: the loss of language models falls fastest while the rate "
           "decays. For images not measured here")
 def _stopped_early(f):
-    if f.step >= f.total:
-        return None
+    if f.step >= f.total or not np.isfinite([f.metrics[k][-1] for k in ("loss", "grad_norm")]).all():
+        return None                      # a resume meets the batches again that a run died of: see `not-finite`
     usual = f.metrics["seconds"][-1] / max(1, len(f.metrics["step"]))
     if f.age < 1800 + 10 * usual:
         return None                                      # it may be running
@@ -381,36 +381,39 @@ def _size_mismatch(f):
         f"In pixels: {listed}.", "Find out which is meant, and make the others anew.",
         "Weights for one size make no good pictures in another; scores cannot be compared.", "samples",
         command=f.command("info"))
+ENLARGED = 1.2 # times the side; a smaller enlargement leaves few directions empty (rule of thumb)
 @looks_for(
     "upscaled", "moderate", "The images are enlarged: more pixels, no more detail",
     "01_data: To another size", "config",
     basis="measured: 07_evaluate: “32 px, native 0.0444” and “64 px, bicubic 0.0174”: the loss falls, the "
           "detail does not grow. The shift: reported by Hoogeboom et al. 2023, arXiv:2301.11093")
 def _upscaled(f):
-    scale = f.size / f.native
-    if scale <= 1:
+    scale, shift = f.size / f.native, f.config.noise.shift
+    if scale < ENLARGED:
         return f"Images of {f.native} pixels are trained at {f.size}." if scale == 1 else None
+    if shift > scale / ENLARGED:
+        return f"{f.native} pixels were enlarged to {f.size}, and shift={shift:g} makes up for it in the noise."
     evidence = (
         f"{f.native} pixels were enlarged to {f.size} ({f.data['filter']}): {1 - 1 / scale**2:.0%} of "
         "the directions in which such an image can vary are empty.")
     if f.spectrum is not None:
-        evidence += (
-            f" Measured: the first {len(f.spectrum) // int(scale**2):,} of {len(f.spectrum):,} "
-            "directions hold "
-            f"{f.spectrum[: len(f.spectrum) // int(scale**2)].sum() / f.spectrum.sum():.1%} of the "
-            "variance.")
+        k = int(len(f.spectrum) / scale**2)
+        evidence += (f" Measured: the first {k:,} of {len(f.spectrum):,} directions hold "
+                     f"{f.spectrum[:k].sum() / f.spectrum.sum():.1%} of the variance.")
     if f.spectrum is not None and f.native_spectrum is not None:
         small = f.in_training(gaussian_loss_floor(f.native_spectrum, f.schedule, f.config.noise.prediction))
         evidence += (
             f" The best Gaussian denoiser has a loss of {f.in_training(f.unconditional_floor):.4f} at {f.size} pixels "
             f"and {small:.4f} at {f.native}: a lower loss here is no better picture.")
+    usual = {"shift": 1.0} if shift > 1 else {}                       # a shift is for large images
+    small = next((s for s in range(f.native, f.native // 2, -1) if f.retrain(image_size=s)), f.native)
     return Problem(
         evidence,
-        f"Train at {f.native} pixels and enlarge the samples. If it must be {f.size}: shift={scale:g}, "
+        f"Train at {small} pixels and enlarge the samples. If it must be {f.size}: shift={scale:g}, "
         f"which lowers the signal-to-noise ratio by {scale**2:g}.",
-        f"At {f.native} pixels a step costs about 1/{scale**2:.3g}, so that {scale**2:.3g} times as "
+        f"At {small} pixels a step costs about 1/{(less := (f.size / small) ** 2):.3g}, so that {less:.3g} times as "
         "many images can be seen in the same time.",
-        "spectrum", command=f.retrain(image_size=f.native))
+        "spectrum", command=f.retrain(image_size=small, **usual))
 
 # %% ../../nbs/workshop/findings.ipynb #c060
 # share of the signal's amplitude left at the last timestep; DDPM leaves 0.006, Stable Diffusion 0.07
@@ -568,7 +571,7 @@ def _score_few(f):
         f"At infinite n about {f.scores['extrapolated']:.3g} instead of {s['value']:.3g}."
         if f.scores.get("extrapolated") is not None
         else "A score that others can use.",
-        "scores", command=f.command("evaluate", "--n", str(n)))
+        "scores", command=f.rescore(n))
 @looks_for(
     "score-uncertain", "minor", "The score's interval is wide", "07_evaluate: How sure are we?", "scores",
     basis="measured: 07_evaluate: “scatter of the scores of twenty models 0.543, standard error from one alone "
@@ -586,7 +589,7 @@ def _score_uncertain(f):
     times = math.ceil((1.96 * error / s["value"] / SCORE_ERROR) ** 2)
     return Problem(
         text, f"Score about {times} times as many images before you rank runs by it.",
-        "An interval of a tenth of the value.", "scores", command=f.command("evaluate", "--n", str(times * s["n"])))
+        "An interval of a tenth of the value.", "scores", command=f.rescore(times * s["n"]))
 @looks_for(
     "score-copying", "moderate", "The scored images lie too near to training images",
     "07_evaluate: Precision, recall, and copying", "scores",
@@ -665,6 +668,8 @@ def _overhead(f):
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.run.precision != "float32":
         return None
+    if torch.cuda.is_available() and not has_native_bf16(torch.device("cuda")): # what precision=auto became there
+        return None
     return Problem(
         f"precision is float32 on {f.device}.", "Train anew with precision=auto: bf16 where the device is fast in it.",
         "Shorter steps; on a CPU with bf16 they took 0.6 of the time.", "speed", command=f.retrain(precision="auto"))
@@ -710,7 +715,21 @@ def _both(f): # the sentence that all of these findings begin with
     return (f"The log ends at a loss of {logged:.4f}; the saved weights have {now:.4f} on the training images, "
             f"prepared as config.json says: a factor of {math.exp(f.fit['late'][0]):.2f} in a typical timestep bin.")
 
-def _differs(kind, advice, weights_good=False): # weights_good: other settings mend it, without training
+def _meant(words): # the settings that a hypothesis about target or schedule means; {}: there are none
+    *_, last = words.split()
+    if words.startswith("a network that predicts "):
+        return {"prediction": last}
+    if words.startswith("shift "):
+        return {"shift": float(last)}
+    return {"schedule": words.split()[1], "zero_terminal_snr": False} if last == "schedule" else {}
+def _as_they_are(f, words): # advice for good weights whose settings are wrong; `diffnb sample` reads the checkpoint's
+    if not (settings := _meant(words)):
+        return "Mend the sign of the target, and train again; or sample with the sign of the network's output reversed."
+    return ("The weights are good, and need no training: write them into a file with the settings that fit. In Python: "
+            "from dataclasses import replace; from diffnb.sample import load_model, save_weights; "
+            f"m = load_model({str(f.run)!r}); save_weights(replace(m, settings=m.settings | {settings}), "
+            f"{str(f.run / 'mended.safetensors')!r}). Then sample that file.")
+def _differs(kind, advice): # advice: a text, or a function of the facts and the hypothesis in words
     def look(f):
         if not _disagrees(f):
             return None
@@ -719,9 +738,10 @@ def _differs(kind, advice, weights_good=False): # weights_good: other settings m
             return None
         return Problem(
             f"{_both(f)} With {words} the two agree within a factor of {math.exp(fit):.2f}; "
-            f"{len(f.fit['tried'])} hypotheses were tried on the same images and noise.", advice,
+            f"{len(f.fit['tried'])} hypotheses were tried on the same images and noise.",
+            advice(f, words) if callable(advice) else advice,
             "Training and sampling then mean the same; whatever was sampled before is not what the network learned.",
-            "bins", command=f.command("sample") if weights_good else f.retrain())
+            "bins", command=None if callable(advice) and _meant(words) else f.retrain())
     return look
 
 looks_for(
@@ -735,7 +755,7 @@ looks_for(
     "02_schedule: What may the network predict?", "fit saved",
     basis="measured: bench/doctor/patients.json: found in the run “trained to predict v, settings say eps”, in "
     "no healthy one")(_differs(
-    "target", "Put the prediction that fits into the settings, and sample again: the weights are good for that.", True))
+    "target", _as_they_are))
 looks_for(
     "timesteps-differ", "critical", "The network was told the timesteps on another scale",
     "03_unet: Telling the time", "fit saved",
@@ -747,7 +767,7 @@ looks_for(
     "02_schedule: Three schedules", "fit saved",
     basis="measured: bench/doctor/patients.json: found in the run “trained with the cosine schedule, settings "
     "say linear”, in no healthy one")(_differs(
-    "schedule", "Put the schedule that fits into the settings, and sample again: the weights are good for that.", True))
+    "schedule", _as_they_are))
 looks_for(
     "noise-differs", "critical", "The noise in training was not the standard normal",
     "02_schedule: Three ways to add noise", "fit saved",
@@ -1068,7 +1088,9 @@ looks_for(
     "a batch 8 times as large", "A new run with 8 times the batch for as many steps, so 8 times the epochs; with "
     "grad_accum_steps where memory is short.", "More than the change named here, since a longer run gains more.",
     batch_size=8, epochs=8))
-def _check_command(f): return shlex.join(["diffnb", "check", "--data", str(f.config.images.data)])
+def _check_command(f): # with the run's own settings: without its size and channels the images could not be read
+    command = f.retrain()
+    return command and command.replace("diffnb train", "diffnb check", 1)
 @looks_for(
     "duplicates", "moderate", "Many images of the data are exact copies", "01_data: Two data sets",
     "repeated images",
@@ -1077,8 +1099,11 @@ def _duplicates(f):
     share, most, blank = f.repeated
     if share <= REPEATED:
         return None
+    n, every = min(len(f.images), LOOKED), len(f.images)
+    text = f"{share:.0%} of the images have an exact copy" + (
+        " among the others" if n == every else f", as {n:,} of {every:,} show, which alone were compared")
     return Problem(
-        f"{share:.0%} of the images have an exact copy among the others; the most frequent one occurs {most:,} times.",
+        f"{'At least ' * (n < every)}{text}; the most frequent one occurs {most:,} times.",
         "Remove the copies before training.",
         "What is repeated is learned by heart first, and drawn too often.", "samples",
         "critical" if share > 0.25 else None, _check_command(f))
@@ -1091,6 +1116,6 @@ def _blank_images(f):
     if blank <= max(1, BLANK * n):
         return None
     return Problem(
-        f"{blank:,} of {n:,} images have one colour only.",
+        f"{blank:,} of {n:,} images{' looked at' * (n < len(f.images))} have one colour only.",
         "Look at them; files may be broken, or values out of range.",
         "The model learns to draw them as often as they occur.", "samples", command=_check_command(f))

@@ -294,10 +294,8 @@ def training_now(run: str | Path, # a run folder
             return None
     except Timeout:
         return _who(path)
-    except PermissionError:
-        return f"{_who(path)}, unless it was killed"  # a read-only folder
-    except (OSError, NotImplementedError):
-        return None
+    except (OSError, NotImplementedError):            # a read-only folder, or a file system without locks
+        return f"{_who(path)}, unless it was killed"
 
 # %% ../../nbs/workshop/folder.ipynb #c091
 free_to_change = {f.name for f in fields(RunSettings)} - {"precision"} | {"epochs", "data_root", "data_url"}

@@ -40,8 +40,10 @@ def _device_of(model): # of its weights; the CPU for a function
     weights = () if (network := _network(model)[0]) is None else network.parameters()
     return next((p.device for p in weights), torch.device("cpu"))
 
-def _check_names(sampler=ddim, **settings): # those of `sample_batches` may be among them
-    "Raises DiffnbError for a setting that nobody takes."
+def _check_names(sampler=ddim, precision="float32", **settings): # those of `sample_batches` may be among them
+    "Raises DiffnbError for a setting that nobody takes, and for an unknown precision."
+    if precision not in ("float32", "bf16"):
+        raise DiffnbError(f"precision={precision!r}: expected 'float32' or 'bf16'")
     takes, own = (list(inspect.signature(f).parameters.values()) for f in (sampler, sample_batches))
     known = [p.name for p in takes[2:] if p.name != "generator"]         # after denoiser and x_T
     odd = settings.keys() - {*known, *(p.name for p in own if p.kind is p.KEYWORD_ONLY)}
@@ -72,7 +74,7 @@ def sample_batches(denoiser,   # Denoiser with the labels of images 0, 1, 2, …
     """Sample images by their numbers, batch by batch; the batch size affects only speed and memory.
     Raises DiffnbError for a batch size, seed, or settings of the sampler that cannot work."""
     check_sampling(batch_size=batch_size, seed=seed)
-    _check_names(sampler, **settings)
+    _check_names(sampler, precision, **settings)
     device = torch.device(_device_of(denoiser.model) if device is None else device)
     compiled = getattr(denoiser.model, "_compiled_call_impl", None) is not None
     for start in tqdm(range(0, len(numbers), batch_size), unit="batch", disable=not progress):

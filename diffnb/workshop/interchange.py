@@ -195,6 +195,8 @@ def unet_to_diffusers(model # our UNet
     _check_network(model, "unet")
     settings = _their_settings(model.config)
     unet = _diffusers().UNet2DModel(**settings)
+    if settings["num_class_embeds"]:
+        unet.register_to_config(_null_class=True)    # a note for `from_diffusers`; names with _ are kept
     unet.load_state_dict(_parts(model, key_map(model)))
     return unet.to(model.conv_in.weight.device).train(model.training)
 
@@ -331,18 +333,19 @@ def to_diffusers(model,            # our UNet or transformer
 
 
 # %% ../../nbs/workshop/interchange.ipynb #c032
-def _how_to_sample(model, schedule):
+def _how_to_sample(model, schedule, student_steps=None):
     "README.md of a folder for which diffusers has no pipeline: of a flow model, or of a transformer."
-    c, T, steps = model.config, schedule.T, min(50, schedule.T)
+    c, T, steps = model.config, schedule.T, student_steps or min(50, schedule.T)
+    student = student_steps and f"This is a student, distilled for {steps} steps; other numbers make worse images."
     name, kind, t = "unet", "UNet2DModel", "t"
     if _is_transformer(model):
         name, kind, t = "transformer", "DiTTransformer2DModel", "t.expand(4)"
     classes, null = ("", "") if c["num_classes"] is None else (
         ", class_labels=y", f"y = torch.arange(4) % {c['num_classes']}  # {c['num_classes']} stands for no class\n")
     size = f"{c['in_channels']}, {c['image_size']}, {c['image_size']}"
-    head, numpy, scheduler, times, foot = _of_flow(T, steps) if schedule.straight else (
+    head, numpy, scheduler, times, foot = _of_flow(T, steps, student) if schedule.straight else (
         "A transformer, written by diffnb\n\ndiffusers' pipeline for transformers works on latents alone.", "",
-        "DDIMScheduler", f"scheduler.set_timesteps({steps})", "")
+        "DDIMScheduler", f"scheduler.set_timesteps({steps})", f"\n{student}\n" if student else "")
     return f"""# {head}
 Run this here:
 
@@ -360,16 +363,17 @@ images = (x.clamp(-1, 1) + 1) / 2
 ```
 {foot}"""
 
-def _of_flow(T, steps):
+def _of_flow(T, steps, student):
     "What `_how_to_sample` says of a flow: head, import, scheduler, its timesteps, foot."
     head = ("A flow model, written by diffnb\n\ndiffusers has no pipeline for it, and `DDIMPipeline` would replace the "
             "scheduler by one that does not fit.")
+    which = student or f"A number of steps that divides {T} visits only timesteps that were trained."
     times = (f"u = np.linspace(1, 1 / {steps}, {steps})  # {steps} steps\n"
              f"scheduler.set_timesteps(sigmas=u, timesteps={T} * u - 1)")
     return head, "import numpy as np\n", "FlowMatchEulerDiscreteScheduler", times, f"""
 `set_timesteps` needs both lists. The network was trained on the number of the timestep, 0 to {T - 1}; given a
 number of steps, the scheduler chooses T * sigma instead, which means something else to this network.
-A number of steps that divides {T} visits only timesteps that were trained. diffnb's own sampler also clips its
+{which} diffnb's own sampler also clips its
 estimate of the image to [-1, 1] at every step; with `clip=False` it takes the same steps as this code.
 """
 
@@ -377,14 +381,17 @@ def save_diffusers(model,            # our UNet or transformer
                    schedule,         # the NoiseSchedule it was trained with
                    folder,           # where; must not exist yet, or be empty
                    prediction="eps", # what it predicts: "eps", "x0", "v" or "velocity"
-                   say=print,        # called with instructions where diffusers has no pipeline
+                   say=print,        # called with instructions on how to sample, where it needs some
+                   steps=None,       # for which a student was distilled (lesson 11); None: any number will do
                   ) -> Path: # the folder
     """Write a folder that `diffusers.DDIMPipeline.from_pretrained(folder)` loads. That pipeline samples models without
     classes; `UNet2DModel.from_pretrained(folder, subfolder="unet")` loads a network with classes. diffusers has no
     pipeline for flows, nor for transformers on pixels: their folder holds unet/ or transformer/, scheduler/ and a
     README.md with the code that samples.
-    Raises DiffnbError for a folder that is not empty, and for what diffusers does not have."""
+    Raises DiffnbError for a folder that is not empty, for what diffusers does not have, and for impossible steps."""
     folder = Path(folder)
+    if steps is not None:
+        schedule.timesteps(steps)                            # raises for an impossible number
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DiffnbError(f"{folder} exists already: choose another folder, or delete this one")
     model = _unwrapped(model)
@@ -396,7 +403,7 @@ def save_diffusers(model,            # our UNet or transformer
         if bare:
             for where, one in ((name, network), ("scheduler", scheduler)):
                 one.save_pretrained(part / where)
-            (part / "README.md").write_text(_how_to_sample(model, schedule), encoding="utf-8")
+            (part / "README.md").write_text(_how_to_sample(model, schedule, steps), encoding="utf-8")
         else:
             _diffusers().DDIMPipeline(network, scheduler).save_pretrained(part)
         if not folder.exists():
@@ -413,6 +420,9 @@ def save_diffusers(model,            # our UNet or transformer
     if bare:
         what = "flows" if schedule.straight else "transformers on pixels"
         say(f"diffusers has no pipeline for {what}: README.md in the folder has the code that samples it")
+    elif steps is not None:
+        say(f"this student was distilled for {steps} steps: give them to the pipeline (num_inference_steps={steps}) or "
+            f"to its scheduler (set_timesteps({steps}))")
     return folder
 
 # %% ../../nbs/workshop/interchange.ipynb #c039
@@ -534,23 +544,31 @@ _describes = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", 
               "rescale_betas_zero_snr")  # the schedule itself
 _as_ours = dict(clip_sample_range=1, thresholding=False, set_alpha_to_one=True, steps_offset=0, use_karras_sigmas=False,
                 use_exponential_sigmas=False, use_beta_sigmas=False, use_lu_lambdas=False, final_sigmas_type="zero")
-_solver = ("dynamic_thresholding_ratio", "sample_max_value", "variance_type", "skip_prk_steps", "solver_order",
-           "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0",
+_solver = ("dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "solver_order", "algorithm_type",
+           "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "predict_x0",
            "disable_corrector", "solver_p", "flow_shift", "use_dynamic_shifting", "time_shift_type", "sigma_min",
            "sigma_max", "shift_terminal", "use_flow_sigmas")
 
 def _say_sampling(config, say):
     "Say where diffusers would sample differently from our samplers' defaults."
-    old = config["_class_name"] in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-    spacing = config.get("timestep_spacing", "leading" if old else "linspace")
-    clip = config.get("clip_sample", config["_class_name"] in ("DDPMScheduler", "DDIMScheduler"))
-    arguments = [f"spacing={spacing!r}"] * (spacing != "trailing") + ["clip=False"] * (not clip)
-    if arguments:
-        say(f"its scheduler differs from diffnb's defaults: give the sampler {', '.join(arguments)}")
+    name = config["_class_name"]
+    solver = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    spacing = config.get("timestep_spacing", "linspace" if solver else "leading")
+    if solver and spacing == "linspace":                # N + 1 points without the last: at most one off our trailing
+        spacing = "trailing"
+    if solver and spacing == "leading":
+        say("no spacing of diffnb's has the timesteps of its scheduler, 'leading' of N + 1 points without the last")
+    elif spacing != "trailing":
+        say(f"its scheduler differs from diffnb's defaults: give the sampler spacing={spacing!r}")
+    if not config.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler")):
+        say("its scheduler does not clip: give the Denoiser clip=False")
+    variance = config.get("variance_type") or "fixed_small"
+    if name == "DDPMScheduler" and variance not in ("fixed_small", "fixed_small_log"):
+        say(f"its scheduler has variance_type={variance!r}: diffnb's ddpm adds the noise of 'fixed_small'")
     unlike = [f"{k}={config[k]!r}" for k, ours in _as_ours.items() if k in config and config[k] != ours]
     if unlike:
         say(f"settings of its scheduler that diffnb's samplers do not have: {', '.join(unlike)}")
-    known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample"}
+    known = {*_describes, *_as_ours, *_solver, "timestep_spacing", "clip_sample", "variance_type"}
     if new := sorted(k for k in config if not k.startswith("_") and k not in known):
         say(f"settings of its scheduler that diffnb does not know and ignores: {', '.join(new)}")
 
@@ -649,5 +667,9 @@ def from_diffusers(path,            # a folder on this machine
         say("no scheduler_config.json beside the model: assumed the schedule of Ho et al. 2020, linear with T = 1000, "
             "and a network that predicts eps")
     if kind == "UNet2DModel":
-        return _build_unet(config, tensors, null_class).eval(), schedule, prediction
+        model = _build_unet(config, tensors, null_class).eval()
+        if null_class and (n := model.config["num_classes"]) is not None and not config.get("_null_class"):
+            say(f"the last of the {n + 1} rows of its class table was taken for the null class, which leaves {n} "
+                "classes: give null_class=False if it was trained without a null class")
+        return model, schedule, prediction
     return _build_transformer(config, tensors).eval(), schedule, prediction

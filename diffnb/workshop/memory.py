@@ -70,6 +70,8 @@ def checkpoint_activations(model) -> torch.nn.Module: # the same model
 def _room(device): # bytes available to this process; None: unknown
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     if not hasattr(os, "sysconf"):                                       # Windows
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -79,8 +81,8 @@ def _memory_advice(net, config, device, ranks=SingleProcess()):
     "Turns running out of memory into a DiffnbError that names a batch size that fits."
     try:
         yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is a RuntimeError; the CPU has no type of its own
-        if not isinstance(e, torch.OutOfMemoryError) and not re.search("can't allocate memory|ALLOC_FAILED", str(e)):
+    except RuntimeError as e:  # only some devices raise torch.OutOfMemoryError, which is one
+        if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(e)):
             raise
         room = _room(device)
         known = "" if room is None else f" ({room / 1e9:.0f} GB)"

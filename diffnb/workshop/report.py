@@ -18,7 +18,7 @@ import torch
 import diffnb
 from .. import __version__
 from ..core import late_import, write_whole
-from ..doctor import _no_metrics, bin_floor, CHECKS, findings, spikes, trend, verdict
+from ..doctor import _no_metrics, _outdated, bin_floor, CHECKS, findings, spikes, trend, verdict
 from ..train import BINS, lr_at, make_averages
 from .curves import plot_metrics
 from .facts import Facts, gather
@@ -239,8 +239,10 @@ def _scored(scores):
 
 def _watch(f): # metrics to watch, with their usual ranges in this run
     late = f.late()
-    yield (f"loss: {f.loss()[0]:.4f}; single rows scatter by {np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, "
-           "so smaller changes between two rows mean nothing")
+    if np.isfinite(f.loss()[0]):
+        yield (f"loss: {f.loss()[0]:.4f}; single rows scatter by "
+               f"{np.nanstd(late['loss']) / np.nanmean(late['loss']):.0%}, "
+               "so smaller changes between two rows mean nothing")
     if np.isfinite(late["loss_bin_0"]).any():
         yield f"loss at little noise (bin 0): {np.nanmean(late['loss_bin_0']):.3f}; detail is learned there, and last"
     low, high = np.nanquantile(late["grad_norm"], (0.05, 0.95))
@@ -261,6 +263,8 @@ def _next(f, problems): # (what, command or None) of each step
         yield f"Fix first: {problems[0].title.lower()}. {problems[0].advice}", problems[0].command
     if not f.scores and f.saved:
         yield "Score its pictures.", f.command("evaluate", "--n", "10000")
+    elif f.saved and (at := _outdated(f)):
+        yield f"Score its pictures again: the score is of step {at:,}.", f.rescore(f.scores["score"]["n"])
     if f.saved:
         yield "Make samples, and look at them beside real images.", f.command("sample")
 

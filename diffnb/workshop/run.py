@@ -294,10 +294,11 @@ class Recorder:
     def log(self) -> bool:
         "Write a row; True if `on_log` asks the run to stop. Raises TrainingStopped if the loss is not finite."
         row = self.row()
-        _check_finite(row, self.run)
         if self.ranks.rank == 0:
             with open(self.run / "metrics.csv", "a") as f:
-                f.write(_csv([row]))
+                f.write(_csv([row]))         # one that is not finite, too: it says why the run ended
+        _check_finite(row, self.run)
+        if self.ranks.rank == 0:
             self.watch.row(row["step"], row["loss"])
             self.line = f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s"
         return self._heard()
@@ -309,7 +310,7 @@ class Recorder:
         "Write a checkpoint. Raises TrainingStopped if a number in it is not finite."
         state = self.state
         if not state.meter.total(self.ranks).isfinite().all():
-            _check_finite(state.meter.read(self.ranks), self.run)
+            self.log()                                                   # raises, after the row that says why
         state.seconds, state.processor_seconds = time.perf_counter() - self.begun, self.processor_seconds()
         self.saved, tensors = time.monotonic(), state.tensors(self.ranks)
         data = {"classes": list(self.data.classes), "native_size": self.data.native_size}

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 # %% ../../nbs/workshop/scoring.ipynb #i1
 import numpy as np
@@ -170,6 +171,16 @@ def _in_order_of(classes, real):
             "have nothing to be compared with")
     return replace(real, labels=labels, classes=tuple(classes))
 
+def _labels_as_in(real, classes, n): # -> (int64 (n,), the mark of their shares in a folder's name)
+    """Labels of samples: all classes in turn; or, where those of the reference differ by more than a fifth, in its
+    shares, evenly spread. A longer list begins like a shorter one."""
+    counts = torch.ones(len(classes)) if real.labels is None else real.labels.cpu().bincount(minlength=len(classes))
+    if counts.min() == 0 or counts.max() <= 1.2 * counts.min():
+        return torch.arange(n) % len(classes), ""
+    place = torch.cat([(torch.arange(m) + 0.5) / m for m in counts.tolist()])
+    y = torch.arange(len(classes)).repeat_interleave(counts)[place.argsort(stable=True)]
+    return y.repeat(math.ceil(n / len(y)))[:n], f"_shares{crc32(counts.numpy().tobytes()):08x}"
+
 def grid_beside(real,      # ImageData
                 generated, # uint8 (N, C, H, W)
                 labels,    # int64 (N,), or None
@@ -213,10 +224,11 @@ def _config_of(source, trained): # TrainConfig; for a run, with the current plac
     config = make_config(trained.settings)
     return config.change(data=read_config(source)["config"].images.data) if _kind(source) == "run" else config
 
-def _sampled(out, trained, denoiser, n, sampler, steps, seed, **settings): # -> (images, facts for evaluation.json)
+def _sampled(out, trained, denoiser, n, sampler, steps, seed, shares, **settings):
+    "-> (images, facts for evaluation.json)."
     sampler_name, w = getattr(sampler, "__name__", "sampler"), denoiser.guidance_scale
     name = f"step_{trained.step:09d}_{sampler_name}{steps}"
-    name += (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "")
+    name += (f"_w{w:g}" if w != 1 else "") + (f"_seed{seed}" if seed else "") + shares
     folder = sample_to(
         out / "evaluation" / name, denoiser, trained.shape, n, sampler=sampler,
         decode=trained.decode, steps=steps, seed=seed, **settings)
@@ -246,6 +258,7 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
     in shape or classes, or if the settings cannot work."""
     source, device, ranked = Path(source), pick_device(device), ranks.rank
     kind = _kind(source)
+    at_once = 256 if batch_size is None else batch_size                  # in the feature network
     if batch_size is None:
         batch_size = 500 if device.type == "cuda" else 64
     check_sampling(n=LEAST_IMAGES if n is None else n, batch_size=batch_size, seed=seed, steps=steps)
@@ -275,28 +288,30 @@ def evaluate_run(source,            # a run folder, a weights file or "digits"; 
         like, config = torch.empty(1, *trained.image_shape), _config_of(source, trained)
         reference, interpolation, data_root = (
             reference or config.images.data, config.images.interpolation, data_root or config.images.data_root)
-        # a longer list allows a larger n later
-        y = torch.arange(max(n, 1000)) % len(trained.classes) if trained.classes else None
-        denoiser = trained.denoiser(y, guidance_scale)
     real, held_out, split = _real(
         reference, like, interpolation, data_root, "stop" if kind == "files" else config.images.on_broken)
     _check_comparable(like, real, len(images) if kind == "files" else n)
     if kind != "files":
         real = _in_order_of(trained.classes, real)
+        # a longer list allows a larger n later
+        y, shares = _labels_as_in(real, trained.classes, max(n, 1000)) if trained.classes else (None, "")
+        denoiser = trained.denoiser(y, guidance_scale)
     # names are matched; labels without names are positions in the reference's classes
     elif y is not None and real.classes:
         y = match_classes(y, names or real.classes, real.classes, shown(source))
     if not isinstance(features, Features):
-        features = make_features(features, real.name, device, weights)
+        # not real.name: of a folder that is its last part, which may be "digits"
+        data = real.name if isinstance(reference, ImageData) else str(reference)
+        features = make_features(features, data, device, weights)
     features = replace(features, ranks=ranks)
     with ExitStack() as held:
         ranks.first(lambda: ranked or held.enter_context(alone_in(out, "evaluating")))
         if kind != "files":
             images, more = _sampled(
-                out, trained, denoiser, n, sampler, steps, seed, batch_size=batch_size, device=device,
+                out, trained, denoiser, n, sampler, steps, seed, shares, batch_size=batch_size, device=device,
                 progress=progress, precision=pick_precision(precision, device, config), ranks=ranks)
             facts |= more
-        result = evaluate(images, real, features, held_out, split, seed)
+        result = evaluate(images, real, features, held_out, split, seed, min(at_once, 256))
         if ranked:
             return result
         if kind == "run":

@@ -70,7 +70,7 @@ class ImageSettings:
 class NoiseSettings:
     "How noise is added, at which timesteps, and what the network predicts."
     schedule: Literal["linear", "cosine", "sigmoid", "flow"] = "linear" # how noise is added over time
-    T: Annotated[int, Ge(1), Le(100_000)] = 1000         # timesteps of that schedule
+    T: Annotated[int, Ge(2), Le(100_000)] = 1000         # timesteps of that schedule
     shift: Positive = 1.0 # divide its signal-to-noise ratio by shift²; 2 for twice the resolution
     zero_terminal_snr: bool = False                      # let the last timestep be pure noise; needs prediction v or x0
     prediction: Literal["eps", "x0", "v", "velocity"] = "eps" # what the network outputs; velocity: with schedule flow
@@ -111,7 +111,7 @@ class TrainingSettings:
     grad_accum_steps: Count = 1                          # parts a batch is cut into, to save memory
     optimizer: Literal["adamw", "muon"] = "adamw"        # muon: on hidden matrices, with AdamW for the rest
     lr: Positive = 1e-4                                  # learning rate at its peak
-    warmup: Annotated[int, Ge(0), Lt(10**9)] = 500       # steps until the peak
+    warmup: Annotated[int, Ge(0), Lt(10**9)] = 500       # steps until the peak; at most a tenth of the run
     decay_share: Annotated[float, Gt(0), Le(1)] | None = None # share of a final linear decay; None: a cosine
     weight_decay: Amount = 0.0                           # decoupled weight decay, as in AdamW
     grad_clip: Amount = 1.0                              # bound on the gradient norm; 0: none
@@ -124,11 +124,11 @@ class RunSettings:
     "Where and in which precision training runs, and what it records."
     precision: Literal["auto", "float32", "bf16"] = "auto" # precision of the network; auto: bf16 where it is faster
     device: str = "auto"                                 # auto, cpu, cuda, cuda:1, mps
-    compile: bool | None = None                          # compile the network with torch.compile; None: on a GPU
-    channels_last: bool | None = None # keep the channels of a pixel together in memory; None: on a GPU
+    compile: bool | None = None                          # compile the network with torch.compile; None: on CUDA
+    channels_last: bool | None = None # keep the channels of a pixel together in memory; None: on CUDA
     fused: bool = True # AdamW and EMA update all weights in a few calls, not one by one
-    tf32: bool = True # on a GPU, round the inputs of float32 matrix products to 19 bits
-    resident: bool | None = None # keep all images on the GPU; None: if they fit into half of its free memory
+    tf32: bool = True # on CUDA, round the inputs of float32 matrix products to 19 bits
+    resident: bool | None = None # keep all images on the GPU; None: on CUDA, if they fit into half its free memory
     activation_checkpointing: bool = False # compute activations twice: less memory, more time
     sample_every: Positive = 25                          # epochs between sample grids
     sample_steps: Count = 50                             # DDIM steps of those grids
@@ -306,6 +306,7 @@ def resolve(config: TrainConfig, # as the user gave it
     if size := images.image_size or SIDES.get(images.data): # before a download that may take an hour
         with torch.device("meta"):
             make_network(dict(image_size=_positions(size, images.latent), **shape))
+    schedule = config.noise.make_schedule()
     data = load_data(
         images.data, images.image_size, interpolation=images.interpolation, root=images.data_root, url=images.data_url,
         on_broken=images.on_broken, channels=images.channels)
@@ -320,7 +321,7 @@ def resolve(config: TrainConfig, # as the user gave it
         net = make_network(dict(
             image_size=_positions(data.size, images.latent), num_classes=classes,
             in_channels=LATENT_CHANNELS if images.latent else data.images.shape[1], **shape)).config
-    return Settled(config, data, net, device, config.noise.make_schedule(), total_steps(config, len(data)))
+    return Settled(config, data, net, device, schedule, total_steps(config, len(data)))
 
 LATENT_CHANNELS = 4 # numbers that a run in latents keeps of each square of pixels
 

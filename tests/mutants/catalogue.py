@@ -1219,8 +1219,8 @@ bug(
     "sizes-agree", "sizes that disagree pass", "if len({v for v in sizes.values() if v}) == 1:",
     "if len({v for v in sizes.values() if v}) >= 1:")
 bug(
-    "upscaled-inverted", "images that were shrunk are called enlarged", "scale = f.size / f.native",
-    "scale = f.native / f.size")
+    "upscaled-inverted", "images that were shrunk are called enlarged", "f.size / f.native, f.config.noise.shift",
+    "f.native / f.size, f.config.noise.shift")
 bug(
     "few-is-good", "scores of few images pass", 's["n"] >= SCORE_TIMES * dim',
     's["n"] < SCORE_TIMES * dim')
