@@ -13,6 +13,7 @@ from diffnb.core import DiffnbError, SingleProcess, addressed
 from diffnb.sample import ddim, load_model, save_weights
 from diffnb.schedule import make_schedule
 from diffnb.core import checkpoints, last_checkpoint, read_tensors, write_tensors
+from diffnb.workshop.cli import main
 from diffnb.workshop.folder import make_config, read_config, read_metrics
 from diffnb.workshop.run import TrainingStopped, train
 from diffnb.unet import UNet, count_parameters
@@ -232,7 +233,7 @@ def test_config_from_json_is_validated():
             make_config({**good, key: value})
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
     real = T.diffusion_loss
     count = [0]
     def poisoned(*args, **kw):
@@ -245,6 +246,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     assert meta["step"] == 12 and all(t.isfinite().all() for t in tensors.values())
     loss = read_metrics(tmp_path / "run")["loss"]                    # the last row says why the run ended
     assert np.isfinite(loss[:-1]).all() and np.isnan(loss[-1])
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert "stopped, as the loss or the gradient was no longer a number" in capsys.readouterr().out
     monkeypatch.undo()
     state = train(tiny, tmp_path / "run", progress=False)            # a resume does without that row
     rows = read_metrics(tmp_path / "run")

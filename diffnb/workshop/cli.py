@@ -5,7 +5,7 @@ __all__ = ['Run', 'Guidance', 'commands', 'train', 'check', 'resume', 'sample', 
            'workbook', 'main']
 
 # %% ../../nbs/workshop/cli.ipynb #i0
-import codecs, difflib, errno, inspect, os, platform, re, shlex, shutil, sys
+import codecs, difflib, errno, inspect, math, os, platform, re, shlex, shutil, sys
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -439,6 +439,8 @@ def _progress(run, config, plans, images):
         yield f"state        running ({who})"
     elif last == total:
         yield "state        finished"
+    elif m and not all(math.isfinite(m[k][-1]) for k in ("loss", "grad_norm")):
+        yield "state        stopped, as the loss or the gradient was no longer a number: diffnb doctor says what to do"
     elif last < total:
         yield f"state        interrupted: {resume} continues it from step {last:,}"
     else:
