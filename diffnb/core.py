@@ -6,7 +6,7 @@ __all__ = ['MOST_JSON', 'late_import', 'DiffnbError', 'shown', 'addressed', 'syn
            'write_tensors', 'read_tensors', 'checkpoints', 'last_checkpoint', 'config_json']
 
 # %% ../nbs/workshop/core.ipynb #i0
-import hashlib, importlib, json, math, os, platform, secrets, warnings
+import hashlib, importlib, json, math, os, platform, re, secrets, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +108,10 @@ def has_native_bf16(device) -> bool:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
         not on_x86 or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
+
+def _out_of_memory(error) -> bool: # only some devices raise torch.OutOfMemoryError
+    "Whether a RuntimeError says that a device or the machine has no memory left."
+    return bool(re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(error)))
 
 # %% ../nbs/workshop/core.ipynb #c042x
 def to_device(x, device) -> "torch.Tensor":

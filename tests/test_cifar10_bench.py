@@ -449,12 +449,12 @@ def test_the_clock_of_a_gpu_is_that_of_the_wall(script, tmp_path, monkeypatch):
     monkeypatch.setattr(others, "final_scores", lambda *_: {})
     others.write_tensors(tmp_path / "weights" / "one.safetensors", net.state_dict(), {"asked": others.asked_of(a)})
     def result(kind):
-        monkeypatch.setattr(others, "pick_device", lambda _: SimpleNamespace(type=kind))
+        monkeypatch.setattr(others, "pick_device", lambda _: torch.device(kind))
         others.race("one", a, None, None, None)
         return json.loads((tmp_path / "results" / "one.json").read_text())["clock"]
     for kind in ("cuda", "mps"):
         monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_, kind=kind: waited.append(kind))
-        device = SimpleNamespace(type=kind)
+        device = torch.device(kind)
         start, (images, seconds) = time.perf_counter(), others.clocked(lambda: time.sleep(0.01), device, 4)(0.05)
         assert 0.05 <= seconds <= time.perf_counter() - start and images < 4 * 20 and waited[-1] == kind
         assert result(kind) == "wall"

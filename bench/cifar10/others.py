@@ -32,6 +32,7 @@ import contextlib, copy, io, itertools, signal, subprocess
 from PIL import Image
 
 from diffnb.data import save_grid, to_float
+from diffnb.scale import wait
 from diffnb.schedule import NoiseSchedule, linear_schedule
 from diffnb.train import train_steps
 from diffnb.unet import count_parameters
@@ -45,10 +46,6 @@ SAMPLERS_TRIED = (("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m", 25))
 
 def clock(device): # seconds that count: of the processor, all threads together, or of the wall
     return time.process_time() if device.type == "cpu" else time.perf_counter()
-
-def wait(device): # until a GPU has done what it was told
-    if device.type != "cpu":
-        {"cuda": torch.cuda, "mps": torch.mps}[device.type].synchronize()
 
 def bf16(device, on): return torch.autocast(device.type, torch.bfloat16, enabled=on)
 

@@ -17,7 +17,7 @@ import tyro
 # %% ../../nbs/workshop/cli.ipynb #i2
 from .. import __version__
 from ..__main__ import importing
-from ..core import checkpoints, DiffnbError, late_import, pick_device, shown, SingleProcess
+from ..core import _out_of_memory, checkpoints, DiffnbError, late_import, pick_device, shown, SingleProcess
 from .folder import (
     as_command, as_options, check_place, make_config, reached, read_config, read_metrics, training_now)
 from .settings import (
@@ -629,7 +629,7 @@ def _check_arguments(args):
     raise SystemExit(2)
 
 def _full_memory(error, command): # what to print; None for errors of another kind
-    if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(error)):
+    if not _out_of_memory(error):
         return None
     told = ". ".join(str(error).partition("\n")[0].split(". ")[:2]).rstrip(".")   # the rest is advice to programmers
     smaller = {"batch_size", "config"} & inspect.signature(commands[command]).parameters.keys()

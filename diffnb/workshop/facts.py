@@ -4,7 +4,7 @@
 __all__ = ['OTHERS', 'FLOOR_DIMS', 'FLOOR_IMAGES', 'BUDGET', 'TRIED', 'INITIAL', 'Facts', 'gather']
 
 # %% ../../nbs/workshop/facts.ipynb #i0
-import itertools, json, math, re, shlex, time
+import itertools, json, math, shlex, time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/workshop/facts.ipynb #i2
-from ..core import addressed, checkpoints, DiffnbError, pick_device, read_tensors
+from ..core import _out_of_memory, addressed, checkpoints, DiffnbError, pick_device, read_tensors
 from ..data import augment, resize, to_float
 from ..doctor import _by_bin, LEAST_ROWS, optimal_loss, spikes
 from ..latent import in_latents
@@ -578,8 +578,8 @@ def gather(run,        # a run folder, finished or running
 def _if_it_fits(f, measure, what): # a training run may fill the device
     try:
         measure(f)
-    except RuntimeError as e: # only some devices raise torch.OutOfMemoryError, which is one
-        if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(e)):
+    except RuntimeError as e:
+        if not _out_of_memory(e):
             raise
         f.missing.append(f"{what}: there is no memory left on the device for it; wait until nothing else runs there")
 

@@ -4,7 +4,7 @@
 __all__ = ['kept_bytes', 'training_memory', 'checkpoint_activations']
 
 # %% ../../nbs/workshop/memory.ipynb #i0
-import math, os, re
+import math, os
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/workshop/memory.ipynb #i2
-from ..core import DiffnbError, SingleProcess
+from ..core import _out_of_memory, DiffnbError, SingleProcess
 from ..scale import UNITS
 from ..train import moments_of, TrainState
 from ..unet import make_network
@@ -81,8 +81,8 @@ def _memory_advice(net, config, device, ranks=SingleProcess()):
     "Turns running out of memory into a DiffnbError that names a batch size that fits."
     try:
         yield
-    except RuntimeError as e:  # only some devices raise torch.OutOfMemoryError, which is one
-        if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(e)):
+    except RuntimeError as e:
+        if not _out_of_memory(e):
             raise
         room = _room(device)
         known = "" if room is None else f" ({room / 1e9:.0f} GB)"
