@@ -663,7 +663,7 @@ def _overhead(f):
         "speed", command=f.retrain(sample_every=2 * f.config.run.sample_every))
 @looks_for(
     "float32-on-gpu", "minor", "float32 on a GPU", "workshop/settings: One configuration", "config",
-    basis="measured: bench/README.md: on a CPU a step takes “bf16 | 807” ms, and “float32 | 1379” without it. On a GPU "
+    basis="measured: bench/README.md: on a CPU a step takes “bf16 | 419” ms, and “float32 | 947” without it. On a GPU "
           "not measured here")
 def _float32_on_gpu(f):
     if not f.device.startswith("cuda") or f.config.run.precision != "float32":
@@ -672,7 +672,7 @@ def _float32_on_gpu(f):
         return None
     return Problem(
         f"precision is float32 on {f.device}.", "Train anew with precision=auto: bf16 where the device is fast in it.",
-        "Shorter steps; on a CPU with bf16 they took 0.6 of the time.", "speed", command=f.retrain(precision="auto"))
+        "Shorter steps; on a CPU with bf16 they took 0.44 of the time.", "speed", command=f.retrain(precision="auto"))
 
 
 # %% ../../nbs/workshop/findings.ipynb #d2
