@@ -245,6 +245,24 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
     assert {p.name for p in (tmp_path / "images").iterdir()} == {
         "cifar10_steps.png", "cifar10_guidance.png", "cifar10_sizes.png"}
 
+    whole = tmp_path / "whole"
+    for name, facts in {
+        "measured/w1": {"samples": "runs/w1.npz", "asked": {"n_realism": 3}, "n": 9, "distances": {"train": 1}},
+        "classifier/classifier": {"accuracy_on_test": {"all": 0.9}, "n": 50, "epochs": 12, "device": "x"},
+        "classifier/named_w1": {"named_right": {"all": 0.5}},
+        "cas_w1/classifier": {"accuracy_on_test": {"all": 0.4}, "n": 9}}.items():
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        common.save_json(whole / f"{name}.json", facts)
+    with pytest.raises(common.DiffnbError, match="run evaluate.py first"):
+        figures.quality(whole, tmp_path / "quality.json")
+    (tmp_path / "settings").rename(whole / "evaluated")
+    figures.quality(whole, tmp_path / "quality.json")
+    found = common.read_json(tmp_path / "quality.json")
+    assert found["sets"] == {"w1": {"n": 9, "distances": {"train": 1}, "named_right": {"all": 0.5}}}
+    assert found["taught"] == {"w1": {"n": 9, "accuracy_on_test": {"all": 0.4}}} and found["step"] == step
+    assert len(found["evaluated"]) == 7 and found["classifier"]["accuracy_on_test"] == {"all": 0.9}
+    assert "bf16" in found["protocol"]
+
 
 def test_a_set_of_samples_is_measured_and_copies_are_seen(common, script, tmp_path, monkeypatch):
     measure = script("measure")
@@ -295,6 +313,9 @@ def test_rows_of_one_cost_have_the_same_number_of_steps(script, tmp_path, monkey
     pilots.speed(SimpleNamespace(out=tmp_path, rows=ablations.ROWS, only=names, data_root=None))
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [found[n]["seconds_per_step"] for n in names] == [1, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6]
+    pilots.speed(SimpleNamespace(out=tmp_path, rows=pilots.PILOTS, only=["v-cosine", "large"], data_root=None))
+    found = json.loads((tmp_path / "speed.json").read_text())            # beside rows that are not pilots
+    assert [found[n]["seconds_per_step"] for n in ("v-cosine", "large")] == [1, 7]
 
 
 def test_our_inception_is_torch_fidelitys(script):

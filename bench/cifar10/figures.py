@@ -2,10 +2,12 @@
 
     python bench/cifar10/figures.py --evaluated runs/evaluated --sizes runs/sizes --others runs/others --to images
     python bench/cifar10/figures.py --pilots runs/pilots
+    python bench/cifar10/figures.py --quality runs/quality
 
 Draws what is there: cifar10_steps.png (distance against steps), cifar10_guidance.png, cifar10_sizes.png (32 against 64
 pixels), cifar10_others.png (distance against hours), cifar10_pilots.png with bench/cifar10/pilots.json (all that
-pilots.py and ablations.py have measured).
+pilots.py and ablations.py have measured). --quality draws nothing: it writes all that measure.py, classify.py and
+evaluate.py found of the shipped model into one file beside its weights, from which lesson 15 draws.
 """
 from common import *
 
@@ -197,12 +199,37 @@ def pilots(folder, to, table):
     save(fig, to, "cifar10_pilots.png")
 
 
+# ---- the shipped model
+
+def quality(folder, path):
+    """Of FOLDER/measured (measure.py), classifier and cas_* (classify.py), evaluated (evaluate.py). The sets of samples
+    have the same names in all of them."""
+    folder = Path(folder)
+    judge = read_json(folder / "classifier" / "classifier.json")
+    sets = {p.stem: read_json(p) for p in sorted((folder / "measured").glob("*.json"))}
+    for name, found in sets.items():
+        del found["samples"], found["asked"]
+        found["named_right"] = read_json(folder / "classifier" / f"named_{name}.json")["named_right"]
+    taught = {p.parent.name[4:]: read_json(p) for p in sorted(folder.glob("cas_*/classifier.json"))}
+    rows = alike([r for r in results(folder / "evaluated") if r["at"] == r["size"]])
+    if not rows:
+        raise DiffnbError(f"{folder}/evaluated has no results: run evaluate.py first")
+    kept = ("sampler", "steps", "w", "interval", "n", "network_calls", "distances", "floor", "precision", "recall",
+            "named_right")
+    print(save_json(path, {
+        "sets": sets, "protocol": rows[0]["protocol"],
+        "classifier": {"accuracy_on_test": judge["accuracy_on_test"], "n": judge["n"], "epochs": judge["epochs"]},
+        "taught": {name: {"n": r["n"], "accuracy_on_test": r["accuracy_on_test"]} for name, r in taught.items()},
+        "evaluated": [{k: r[k] for k in kept if k in r} for r in rows], "step": rows[0]["step"]}))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("evaluated", "sizes", "others", "pilots"):
+    for name in ("evaluated", "sizes", "others", "pilots", "quality"):
         p.add_argument(f"--{name}", type=Path)
     p.add_argument("--to", type=Path, default=HERE.parent.parent / "images")
     p.add_argument("--pilots-json", type=Path, default=HERE / "pilots.json", help="the table of --pilots")
+    p.add_argument("--quality-json", type=Path, default=HERE.parent.parent / "diffnb/weights/cifar10/quality.json")
     a = p.parse_args()
     if a.evaluated:
         by_steps(a.evaluated, a.to)
@@ -213,6 +240,8 @@ def main():
         others(a.others, a.to)
     if a.pilots:
         pilots(a.pilots, a.to, a.pilots_json)
+    if a.quality:
+        quality(a.quality, a.quality_json)
 
 if __name__ == "__main__":
     run_main(main)
