@@ -202,8 +202,8 @@ def pilots(folder, to, table):
 # ---- the shipped model
 
 def quality(folder, path):
-    """Of FOLDER/measured (measure.py), classifier and cas_* (classify.py), evaluated (evaluate.py). The sets of samples
-    have the same names in all of them."""
+    """Of FOLDER/measured (measure.py), classifier and cas_* (classify.py), and what is there of evaluated
+    (evaluate.py). The sets of samples have the same names in all of them."""
     folder = Path(folder)
     judge = read_json(folder / "classifier" / "classifier.json")
     sets = {p.stem: read_json(p) for p in sorted((folder / "measured").glob("*.json"))}
@@ -212,15 +212,13 @@ def quality(folder, path):
         found["named_right"] = read_json(folder / "classifier" / f"named_{name}.json")["named_right"]
     taught = {p.parent.name[4:]: read_json(p) for p in sorted(folder.glob("cas_*/classifier.json"))}
     rows = alike([r for r in results(folder / "evaluated") if r["at"] == r["size"]])
-    if not rows:
-        raise DiffnbError(f"{folder}/evaluated has no results: run evaluate.py first")
     kept = ("sampler", "steps", "w", "interval", "n", "network_calls", "distances", "floor", "precision", "recall",
             "named_right")
     print(save_json(path, {
-        "sets": sets, "protocol": rows[0]["protocol"],
+        "sets": sets,
         "classifier": {"accuracy_on_test": judge["accuracy_on_test"], "n": judge["n"], "epochs": judge["epochs"]},
         "taught": {name: {"n": r["n"], "accuracy_on_test": r["accuracy_on_test"]} for name, r in taught.items()},
-        "evaluated": [{k: r[k] for k in kept if k in r} for r in rows], "step": rows[0]["step"]}))
+        "evaluated": [{k: r[k] for k in kept if k in r} for r in rows]}))
 
 
 def main():
