@@ -61,7 +61,8 @@ WRONG = {
         (lambda x0, x_t: 1 - (x_t - x0).var((1, 2, 3)), "it holds (a - 1) x0"),
         (lambda x0, x_t: 1 - x_t.var((1, 2, 3)), "for pure noise"),
         (lambda x0, x_t: (level(x0, x_t) ** 2).mean().expand(6), "each has its own"),
-        (lambda x0, x_t: (x_t / (x0 + (x0 == 0))).mean((1, 2, 3)) ** 2, "alpha_bar is wrong in"), # dividing by 0 has a message of its own
+        # pixels of exactly 0 have a message of their own
+        (lambda x0, x_t: (x_t / (x0 + (x0 == 0))).mean((1, 2, 3)) ** 2, "alpha_bar is wrong in"),
         (lambda x0, x_t: (level(x0, x_t) ** 2)[0], "has shape ()")],
     "2.2": [
         (lambda x0, x_t, now, before: before[0] * x0, "stepped to x0 alone"),
