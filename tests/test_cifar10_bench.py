@@ -117,8 +117,22 @@ def test_an_ablation_is_trained_scored_and_put_into_the_table(common, script, tm
         assert len({id(model) for model, _ in drawn[2:]}) == 14
         command("--seeds", "0", "1")
         assert len(drawn) == 30                                  # what is there is not done again
+        load_model, asked = pilots.load_model, []
+        def load_average(source, device, weights):
+            asked.append(weights)
+            return load_model(source, device)
+        monkeypatch.setattr(pilots, "load_model", load_average)
+        for more in ((), ("--average", "ema2")):
+            monkeypatch.setattr(sys, "argv", [
+                "pilots.py", "--out", str(tmp_path / "scored"), "--weights", "digits", "--n", "120", *more])
+            pilots.main()
+        assert asked == ["ema", "ema2"]
     finally:
         torch.set_num_threads(threads)
+    scored = {path.name: common.read_json(path) for path in (tmp_path / "scored").glob("scored_*.json")}
+    assert {name: r["average"] for name, r in scored.items()} == {
+        "scored_digits.json": "ema", "scored_digits_ema2.json": "ema2"}
+    assert set(scored["scored_digits.json"]) >= {"step", "n", "x0_error", "w1", "w2"}      # what --quality reads
     base, half, other = (common.read_json(tmp_path / f"{name}.json") for name in (
         ablations.BASELINE, "half", "half_s1"))
     assert (base["steps"], half["steps"]) == (60, 30) and (half["seed"], other["seed"]) == (0, 1)
@@ -250,6 +264,8 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
         "measured/w1": {"samples": "runs/w1.npz", "asked": {"n_realism": 3}, "n": 9, "distances": {"train": 1}},
         "classifier/classifier": {"accuracy_on_test": {"all": 0.9}, "n": 50, "epochs": 12, "device": "x"},
         "classifier/named_w1": {"named_right": {"all": 0.5}},
+        "averages/scored_run_ema2": {
+            "name": "x", "average": "ema2", "step": 7, "n": 9, "x0_error": {}, "w1": 1, "w2": 2},
         "cas_w1/classifier": {"accuracy_on_test": {"all": 0.4}, "n": 9}}.items():
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
         common.save_json(whole / f"{name}.json", facts)
@@ -258,6 +274,7 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
     found = common.read_json(tmp_path / "quality.json")
     assert found["sets"] == {"w1": {"n": 9, "distances": {"train": 1}, "named_right": {"all": 0.5}}}
     assert found["taught"] == {"w1": {"n": 9, "accuracy_on_test": {"all": 0.4}}}
+    assert found["averages"] == {"ema2": {"step": 7, "n": 9, "x0_error": {}, "w1": 1, "w2": 2}}
     assert len(found["evaluated"]) == 7 and found["classifier"]["accuracy_on_test"] == {"all": 0.9}
 
 

@@ -3,6 +3,7 @@
     python bench/cifar10/pilots.py --speed                              # on an idle machine: how many steps fit
     python bench/cifar10/pilots.py --only flow-muon-3e-3 adamw-1e-3     # train and score; what is done stays
     python bench/cifar10/pilots.py --weights cifar10                    # score any model in the same way
+    python bench/cifar10/pilots.py --weights runs/long/run --average model    # or other weights of a run: ema2, …
     python bench/cifar10/figures.py --pilots runs/pilots                # bench/cifar10/pilots.json, and its figure
 
 A pilot has as many minutes of one core as `--core-minutes` says (24: twelve minutes of two), on one thread, and so
@@ -180,11 +181,12 @@ def pilot(name, a, seed=0, scored=("ema",)): # scored: of which weights samples 
     save_json(path, facts)
     print(path.stem, facts["ema"], flush=True)
 
-def score_weights(source, a): # a file, or the name of an embedded model -> dict, also in OUT/scored_NAME.json
-    m, name = load_model(source, "cpu"), Path(source).stem
+def score_weights(source, a): # a run, file, or name of an embedded model -> dict, also in OUT/scored_NAME.json
+    m = load_model(source, "cpu", weights=a.average)
+    name = Path(source).stem if a.average == "ema" else f"{Path(source).stem}_{a.average}"
     test = load_data("cifar10", split="test", root=a.data_root)
     facts = {
-        "name": name, "step": m.step, "images": m.step * m.settings["batch_size"], "n": a.n,
+        "name": name, "average": a.average, "step": m.step, "images": m.step * m.settings["batch_size"], "n": a.n,
         "x0_error": x0_errors(m.model, m.schedule, m.prediction, test),
         **score(m.model, m.schedule, a, m.prediction, name), **machine("cpu")}
     save_json(a.out / f"scored_{name}.json", facts)
@@ -220,7 +222,8 @@ def check_speeds(names, a):
 
 def main():
     p = pilot_arguments(__doc__, PILOTS)
-    p.add_argument("--weights", help="a weights file or the name of a model: score it, train nothing")
+    p.add_argument("--weights", help="a run, a weights file or the name of a model: score it, train nothing")
+    p.add_argument("--average", default="ema", help="with --weights: which average, or model, the last weights")
     a = prepared(p)
     if a.speed:
         return speed(a)
