@@ -369,8 +369,9 @@ def test_guidance_sees_the_same_shapes(script): # so that a compiled network is 
             return torch.zeros_like(x)
     schedule = importlib.import_module("diffnb.schedule").linear_schedule()
     for w in (1.0, 2.0):
-        assert score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4).shape == (
-            8, 3, 8, 8)
+        drawn = [score.draw(Model(), schedule, (3, 8, 8), 8, prediction="eps", steps=2, w=w, batch=4, first=first)
+                 for first in (0, 4)]
+        assert drawn[0].shape == (8, 3, 8, 8) and torch.equal(drawn[0][4:], drawn[1])
     assert set(seen) == {4}
     seen.clear()                                                                         # one of two steps is guided
     score.draw(Model(), schedule, (3, 8, 8), 4, prediction="eps", steps=2, w=2.0, batch=8, interval=(0, 600))
@@ -382,7 +383,8 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
     features = Features(lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1), "quarters", 12)
     real = {split: others.Real(255 * torch.rand(80, 12, generator=torch.Generator().manual_seed(i)))
             for i, split in enumerate(("train", "test"))}
-    steps, asked = [], []
+    steps, asked, cut_off = [], [], None
+    monkeypatch.setattr(others, "PART", 20)
     def racer(classes):
         def start(a, device):
             net = torch.nn.Linear(1, 1)
@@ -390,11 +392,13 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
             return run, lambda: net, lambda: (net, None, "eps", classes), {
                 "parameters": 7, "batch": 16, "lr": 1e-4, "size": 8}
         return start
-    def draw(model, schedule, shape, n, *, sampler, steps, w, **how):
-        asked.append((sampler, steps, w, n))
+    def draw(model, schedule, shape, n, *, sampler, steps, w, first, **how):
+        asked.append((sampler, steps, w, first, n))
+        if asked[-1] == cut_off:
+            raise KeyboardInterrupt
         g = torch.Generator().manual_seed(steps)
         spread = 40 if (sampler, steps) == ("dpmpp_2m", 25) else 5                    # this one is nearest
-        return (128 + spread * torch.randn(n, 3, 32, 32, generator=g)).clamp(0, 255).byte()
+        return (128 + spread * torch.randn(n, 3, 32, 32, generator=g)).clamp(0, 255).byte()[first:]
     monkeypatch.setattr(others, "RACERS", {"with": racer(10), "without:bf16": racer(0)})
     monkeypatch.setattr(others, "draw", draw)
     monkeypatch.setattr(others, "open_features", lambda a: (features, 32))
@@ -406,25 +410,27 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
         with handlers_kept():
             others.main()
         return capsys.readouterr().out
-    score = others.final_scores
-    monkeypatch.setattr(others, "final_scores", lambda *_: 1 / 0)                        # after training
-    with pytest.raises(ZeroDivisionError):
+    cut_off = ("dpmpp_2m", 25, 2.0, 40, 60)                                        # the last part of the last samples
+    with pytest.raises(KeyboardInterrupt):
         command("with")
-    trained = len(steps)
-    monkeypatch.setattr(others, "final_scores", score)
+    trained, cut_off = len(steps), None
+    assert (asked.count(("dpmpp_2m", 15, 1.0, 0, 20)), asked.count(("dpmpp_2m", 25, 1.0, 0, 20))) == (3, 1)
+    asked.clear()
     with pytest.raises(common.DiffnbError, match="made with total_minutes=0.004, and now 120.0"):
         command("with", minutes="120")                                            # a rehearsal is no racer
     command("with")
+    assert asked == [("dpmpp_2m", 25, 2.0, 40, 60)] and not any((tmp_path / "samples").iterdir())
     for more in (dict(minutes="120"), dict(n="70")):
         with pytest.raises(common.DiffnbError, match="choose another --out"):
             command("with", **more)
     assert len(steps) == trained                                                       # it is not trained again
     command("without:bf16")
     run = []
-    monkeypatch.setattr(others.subprocess, "run", run.append)
+    monkeypatch.setattr(others.subprocess, "run", lambda words: run.append(words) or SimpleNamespace(returncode=-9))
     (tmp_path / "results" / "with.json").rename(tmp_path / "with.json")
     (tmp_path / "results" / "without_bf16.json").rename(tmp_path / "without_bf16.json")
-    assert "not done: with, without:bf16" in command("with", "without:bf16")
+    with pytest.raises(common.DiffnbError, match=r"not done: with \(exit status -9\), without:bf16"):
+        command("with", "without:bf16")
     assert [words[-2:] for words in run] == [["--only", "with"], ["--only", "without:bf16"]]
     assert all(words[2:-2] == sys.argv[1:3] + sys.argv[6:] for words in run)
     for name in ("with", "without_bf16"):
@@ -435,10 +441,11 @@ def test_a_race_scores_on_the_way_and_lets_each_choose_its_sampler(common, scrip
         assert r["rows"][-1]["images"] > r["rows"][0]["images"] > 0 and r["clock"] == "processor"
         assert (r["final"]["sampler"], r["final"]["sampler_steps"]) == ("dpmpp_2m", 25)
         assert set(r["final"]["tried"]) == {"ddim 50", "dpmpp_2m 15", "dpmpp_2m 25"}
+        assert r["rows"][-1]["distances"] == r["final"]["tried"]["dpmpp_2m 15"]
     assert "w2" in one["final"] and "w2" not in other["final"] and (one["precision"], other["precision"]) == (
         "float32", "bf16")
     assert sum(images["images"] for images in (one["rows"][-1], other["rows"][-1])) == 16 * len(steps)
-    assert ("dpmpp_2m", 25, 2.0, 60) in asked and command("with", "without:bf16") == "done\n"
+    assert command("with", "without:bf16") == "done\n"
     figures.others(tmp_path, tmp_path / "images")
     assert (tmp_path / "images" / "cifar10_others.png").stat().st_size > 10_000
 
@@ -454,6 +461,32 @@ def test_a_stopped_race_stops_its_racer_too(script, tmp_path, monkeypatch):
     with handlers_kept(), pytest.raises(SystemExit) as stopped:
         others.main()
     assert stopped.value.code == 143 and told == ["ours"]
+
+
+def test_a_race_that_cannot_be_run_says_so_before_it_begins(script, common, tmp_path, monkeypatch):
+    others = script("others")
+    def absent(a, device):
+        raise ModuleNotFoundError("No module named 'smalldiffusion'")
+    net = torch.nn.Linear(1, 1)
+    idle = lambda a, device: (lambda seconds: (0, seconds), lambda: net, None, {})
+    monkeypatch.setattr(others, "RACERS", {"absent": absent, "idle": idle})
+    monkeypatch.setattr(others, "open_features", lambda a: (None, 32))
+    monkeypatch.setattr(others, "real_images", lambda *_: None)
+    def command(name, minutes="1"):
+        monkeypatch.setattr(sys, "argv", ["others.py", "--out", str(tmp_path), "--only", name, "--device", "cpu",
+                                          "--total-minutes", minutes])
+        with handlers_kept():
+            others.main()
+    for name, words in (("absent", "absent cannot race.*No module named"), ("idle", "no step in 1 minutes")):
+        with pytest.raises(common.DiffnbError, match=words):
+            command(name)
+    with others.alone_in(tmp_path, "racing"), pytest.raises(common.DiffnbError, match="is racing in it"):
+        command("absent")
+    others.write_tensors(tmp_path / "weights" / "absent.safetensors", net.state_dict(), {
+        "asked": {**dict.fromkeys(("base_channels", "batch_size", "real")), "total_minutes": 2.0,
+                  "moments": [20, 60], "n_small": 500}})
+    with pytest.raises(common.DiffnbError, match="made with total_minutes=2.0, and now 1.0"):    # of a rehearsal
+        command("absent")
 
 
 def test_a_picture_that_was_being_written_is_written_again(script, common, tmp_path, monkeypatch):
@@ -481,8 +514,9 @@ def test_the_clock_of_a_gpu_is_that_of_the_wall(script, tmp_path, monkeypatch):
     a = SimpleNamespace(out=tmp_path, n=5, **dict.fromkeys(("total_minutes", "moments", "base_channels", "batch_size",
                                                             "n_small", "real")), device="cpu")
     monkeypatch.setattr(others, "RACERS", {"one": lambda a, device: (None, lambda: net, None, {})})
-    monkeypatch.setattr(others, "final_scores", lambda *_: {})
-    others.write_tensors(tmp_path / "weights" / "one.safetensors", net.state_dict(), {"asked": others.asked_of(a)})
+    monkeypatch.setattr(others, "final_scores", lambda *_: {"tried": {"dpmpp_2m 15": {}}})
+    others.write_tensors(tmp_path / "weights" / "one.safetensors", net.state_dict(), {
+        "asked": others.asked_of(a), "rows": [{}]})
     def result(kind):
         monkeypatch.setattr(others, "pick_device", lambda _: torch.device(kind))
         others.race("one", a, None, None, None)

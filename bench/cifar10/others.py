@@ -8,11 +8,11 @@ smalldiffusion.
 Each trains on the same images for --total-minutes: of processor time on a processor, all threads together, which equals
 wall time times threads only while nothing else runs (`wall_minutes` tells); of wall time on a GPU. At the --moments its
 average is scored, while the clock stands still: --n-small samples by one sampler. When the time is up the average is
-saved, so that scoring can be interrupted. Then --n-small samples by each of SAMPLERS_TRIED choose the best one, which
-draws --n; models with classes are scored without guidance and with it. Each is sampled by diffnb, with its own schedule
-and kind of prediction. The clock begins with the first step; reading images counts, except in worker processes
-(ddpm-pytorch's). NAME:bf16 is NAME with autocast to bfloat16, one switch in each library. Training that is cut off
-begins anew. Drawing costs as much time again as training, for the large networks.
+saved, and samples are kept as they are drawn, so that drawing can be interrupted; training that is cut off begins anew.
+--n-small samples by each of SAMPLERS_TRIED choose the best one, which draws --n; models with classes are scored without
+guidance and with it. Each is sampled by diffnb, with its own schedule and kind of prediction. The clock begins with the
+first step; reading images counts, except in worker processes (ddpm-pytorch's). NAME:bf16 is NAME with autocast to
+bfloat16, one switch in each library. Drawing costs as much time again as training, for the large networks.
 - ours: the preset cifar10-20min, for the length of the race, its decay included. Its clock begins with loading and
   measuring the speed, so that the others are not charged for what they do not do. One average, as the others have.
 - analysed, analysed-64: the preset cifar10-analysed, a usual recipe, at 32 pixels and with images enlarged to 64, whose
@@ -20,8 +20,8 @@ begins anew. Drawing costs as much time again as training, for the large network
 - diffusers: examples/unconditional_image_generation/train_unconditional.py, its own UNet2DModel (113.7M parameters),
   settings and 100-epoch learning rate plan, with --resolution 32 --random_flip --use_ema as in its README; without
   accelerate, its images resident instead of read, both in its favour.
-- ddpm-pytorch: the Trainer with its defaults, on a folder of PNGs, and Unet(dim=64, dim_mults=(1, 2, 4, 8)),
-  GaussianDiffusion(image_size=32), as in its README.
+- ddpm-pytorch: network and Trainer as in its README (two batches of 32 for a step, 8e-5), on a folder of PNGs of 32
+  pixels; without flash_attn, which concerns speed alone, of one layer, and amp=True only in :bf16.
 - smalldiffusion: network, schedule, batch and rate of its examples/cifar_unet.py, its training loop; images from
   memory. Its average is torch_ema's with 0.9999, which begins faster, written here in three lines.
 """
@@ -36,6 +36,7 @@ from diffnb.scale import wait
 from diffnb.schedule import NoiseSchedule, linear_schedule
 from diffnb.train import train_steps
 from diffnb.unet import count_parameters
+from diffnb.workshop.folder import alone_in
 from diffnb.workshop.run import new_state, ready
 from diffnb.workshop.settings import PRESETS
 
@@ -43,6 +44,8 @@ from diffnb.workshop.settings import PRESETS
 # average() is the averaged network; snapshot() gives (model(x_t, t, y), schedule, prediction, classes) of it.
 
 SAMPLERS_TRIED = (("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m", 25))
+ON_THE_WAY = SAMPLERS_TRIED[1]
+PART = 500       # images: as many are lost when drawing is stopped
 
 def clock(device): # seconds that count: of the processor, all threads together, or of the wall
     return time.process_time() if device.type == "cpu" else time.perf_counter()
@@ -67,12 +70,12 @@ def changed(config, a): # a TrainConfig with what the command line says
         given |= {"norm_groups": 8, "head_dim": None}      # a rehearsal's widths are not divisible by 16 or 64
     return config.change(device=a.device, **given)
 
-def seconds_a_step(config, net, data, device, steps=4): # by the clock that counts; the network is thrown away
+def seconds_a_step(config, net, data, device, steps=12): # by the clock that counts; the network is thrown away
     state, times = new_state(net, config, device), []
     for _ in train_steps(state, data, config.noise.make_schedule(), steps, config.run.precision, ready(state, device)):
         wait(device)
         times.append(clock(device))
-    return (times[-1] - times[0]) / (steps - 1)
+    return float(np.median(np.diff(times)))
 
 def preset(config, a, device):
     "One of our recipes, planned for the length of the race."
@@ -89,7 +92,8 @@ def preset(config, a, device):
     steps = train_steps(state, data, schedule, total, config.run.precision, ready(state, device))
     facts = {
         "parameters": count_parameters(state.model), "batch": config.training.batch_size, "lr": config.training.lr,
-        "precision": config.run.precision, "seconds_before": spent, "size": config.images.image_size}
+        "precision": config.run.precision, "seconds_before": spent, "steps_planned": total,
+        "size": config.images.image_size}
     return (
         clocked(lambda: next(steps, False), device, config.training.batch_size), lambda: state.ema.model,
         lambda: (state.ema.model, schedule, config.noise.prediction, len(data.classes)), facts)
@@ -157,10 +161,12 @@ def ddpm_pytorch(a, device, half=False):
     folder = png_folder(
         replace(data, images=data.images[: a.real]) if a.real else data, a.out / f"png_{a.real or 'all'}")
     diffusion = GaussianDiffusion(Unet(dim=a.base_channels or 64, dim_mults=(1, 2, 4, 8)), image_size=32)
-    batch = max(16, a.batch_size or 16)                          # it refuses less
+    part = max(8, a.batch_size or 32)                             # it refuses less than 16 images for a step
+    batch = 2 * part
     trainer = Trainer(
-        diffusion, str(folder), train_batch_size=batch, save_and_sample_every=10**9,
-        results_folder=str(a.out / "ddpm-pytorch"), calculate_fid=False, amp=half, mixed_precision_type="bf16")
+        diffusion, str(folder), train_batch_size=part, gradient_accumulate_every=2, train_lr=8e-5, ema_decay=0.995,
+        save_and_sample_every=10**9, results_folder=str(a.out / "ddpm-pytorch"), calculate_fid=False, amp=half,
+        mixed_precision_type="bf16")
     chunk = 1 if device.type == "cpu" else 50
     trainer.train_num_steps = 0
     def step():
@@ -177,7 +183,7 @@ def ddpm_pytorch(a, device, half=False):
     kind = {"pred_v": "v", "pred_noise": "eps", "pred_x0": "x0"}[model.objective]
     return (
         run, lambda: trainer.ema.ema_model.model, lambda: (lambda x, t, y=None: model.model(x, t), schedule, kind, 0),
-        {"parameters": count_parameters(diffusion.model), "batch": batch, "lr": 1e-4})
+        {"parameters": count_parameters(diffusion.model), "batch": batch, "lr": 8e-5})
 
 def smalldiffusion(a, device, half=False):
     from accelerate import Accelerator
@@ -219,28 +225,40 @@ RACERS = {
     **{f"{name}:bf16": lambda a, device, start=start: start(a, device, True) for name, start in LIBRARIES.items()}}
 
 
-def drawn(snapshot, a, n, sampler, steps, size, device, w=1.0): # -> uint8 (n, 3, 32, 32)
+def drawn(snapshot, a, n, sampler, steps, size, device, w=1.0, folder=None): # -> uint8 (n, 3, 32, 32)
+    "In parts, which are kept in `folder`: what is there is not drawn again."
     model, schedule, prediction, classes = snapshot()
-    # in bf16 whatever it was trained in, to save hours; on the digits that changed no distance (bench/precision.py)
-    x = draw(
-        model, schedule, (3, size, size), n, prediction=prediction, classes=classes, sampler=sampler, steps=steps, w=w,
-        batch=a.sample_batch, device=device, precision="bf16")
-    return resized(x, 32)
+    parts = []
+    for first in range(0, n, PART):
+        last = min(n, first + PART)
+        path = folder and folder / f"{sampler}{steps}_w{w:g}_{first}-{last}.safetensors"
+        if not path or not path.exists():
+            # in bf16 whatever it was trained in, to save hours; on the digits that changed no distance
+            # (bench/precision.py)
+            x = resized(draw(
+                model, schedule, (3, size, size), last, prediction=prediction, classes=classes, sampler=sampler,
+                steps=steps, w=w, batch=a.sample_batch, device=device, precision="bf16", first=first), 32)
+            if path:
+                write_tensors(path, {"images": x}, {})
+        parts.append(read_tensors(path)[0]["images"] if path else x)
+    return torch.cat(parts)
 
 def seen(x, features, batch): return torch.cat([features(part) for part in x.split(batch)])
 
-def best_sampler(snapshot, a, size, device, features, batch, real): # -> (name, steps), {name: distance}
+def best_sampler(snapshot, a, size, device, features, batch, real, folder): # -> (name, steps), {name: distances}
     found = {}
     for sampler, steps in SAMPLERS_TRIED:
-        x = drawn(snapshot, a, a.n_small, sampler, steps, size, device)
-        found[sampler, steps] = frechet_distance(Moments([seen(x, features, batch)]), real["train"].moments)
-    return min(found, key=found.get), {f"{sampler} {steps}": d for (sampler, steps), d in found.items()}
+        x = drawn(snapshot, a, a.n_small, sampler, steps, size, device, folder=folder)
+        found[sampler, steps] = distances(seen(x, features, batch), real)
+    best = min(found, key=lambda k: found[k]["train"]["frechet"])
+    return best, {f"{sampler} {steps}": d for (sampler, steps), d in found.items()}
 
 def final_scores(snapshot, a, size, device, features, batch, real, label): # -> dict
-    (sampler, steps), tried = best_sampler(snapshot, a, size, device, features, batch, real)
+    folder = samples_of(a, label)
+    (sampler, steps), tried = best_sampler(snapshot, a, size, device, features, batch, real, folder)
     found = {"sampler": sampler, "sampler_steps": steps, "tried": tried, "n_tried": a.n_small}
     for w in (1.0, 2.0) if snapshot()[3] else (1.0,):
-        x = drawn(snapshot, a, a.n, sampler, steps, size, device, w)
+        x = drawn(snapshot, a, a.n, sampler, steps, size, device, w, folder)
         found[f"w{w:g}"] = distances(seen(x, features, batch), real)
         save_grid(x[:100], a.out / "results" / f"{label}_w{w:g}.png", cols=10, scale=2)
     return found
@@ -257,7 +275,8 @@ def check_asked(path, found, a): # weights, or a result, which has `n` as well
 
 def train_racer(name, racer, a, features, batch, real, path): # until the time is up; leaves its average in `path`
     run, average, snapshot, facts = racer
-    device, (sampler, steps) = pick_device(a.device), SAMPLERS_TRIED[1]
+    device = pick_device(a.device)
+    shutil.rmtree(samples_of(a, path.stem), ignore_errors=True)                              # of another training
     rows, images, seconds, wall = [], 0, facts.get("seconds_before", 0.0), 0.0
     for moment in sorted({m for m in a.moments if m < a.total_minutes} | {a.total_minutes}):
         began = time.perf_counter()
@@ -265,15 +284,17 @@ def train_racer(name, racer, a, features, batch, real, path): # until the time i
         images, seconds, wall = images + made[0], seconds + made[1], wall + time.perf_counter() - began
         if not images:
             continue                                  # nothing but preparation so far
-        average()
-        x = drawn(snapshot, a, a.n_small, sampler, steps, facts.get("size") or 32, device)
-        rows.append({"minutes": seconds / 60, "images": images, "distances": distances(seen(x, features, batch), real)})
-        print(
-            f"{name:14} {seconds / 60:6.2f} min {images:10,} images  {rows[-1]['distances']['train']['frechet']:.4f}",
-            flush=True)
+        rows.append({"minutes": seconds / 60, "images": images})
+        if moment < a.total_minutes:                  # the last is scored by final_scores, once the weights are safe
+            average()
+            x = drawn(snapshot, a, a.n_small, *ON_THE_WAY, facts.get("size") or 32, device)
+            rows[-1]["distances"] = distances(seen(x, features, batch), real)
+        print(f"{name:14} {seconds / 60:6.2f} min {images:10,} images", flush=True)
+    if not rows:
+        raise DiffnbError(f"{name} made no step in {a.total_minutes:g} minutes: give it more --total-minutes")
     write_tensors(path, {k: v.contiguous() for k, v in average().state_dict().items()}, {
-        **facts, "asked": asked_of(a), "rows": rows, "wall_minutes": wall / 60, "n_rows": a.n_small, "sampler": sampler,
-        "sampler_steps": steps})
+        **facts, "asked": asked_of(a), "rows": rows, "wall_minutes": wall / 60, "n_rows": a.n_small,
+        "sampler": ON_THE_WAY[0], "sampler_steps": ON_THE_WAY[1]})
 
 def race(name, a, features, batch, real):
     "One racer: train, score on the way, and draw at the end. The result appears when all is scored."
@@ -282,13 +303,17 @@ def race(name, a, features, batch, real):
     torch.manual_seed(0)
     # as PyTorch comes: ours sets them for itself
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    racer = _, average, snapshot, facts = RACERS[name](a, device)
+    try:
+        racer = _, average, snapshot, facts = RACERS[name](a, device)
+    except ImportError as e:
+        raise DiffnbError(f"{name} cannot race, its library cannot be imported: {e}") from e
     if not path.exists():
         train_racer(name, racer, a, features, batch, real, path)
     tensors, trained = read_tensors(path)
     check_asked(path, trained, a)
     average().load_state_dict(tensors)
     final = final_scores(snapshot, a, facts.get("size") or 32, device, features, batch, real, label)
+    trained["rows"][-1]["distances"] = final["tried"]["{} {}".format(*ON_THE_WAY)]
     save_json(
         a.out / "results" / f"{label}.json",
         {
@@ -296,6 +321,9 @@ def race(name, a, features, batch, real):
             "n": a.n, "threads": torch.get_num_threads(), "clock": "processor" if device.type == "cpu" else "wall",
             "protocol": PROTOCOL + "; models with classes drawn by class, the others have none",
             "versions": versions(), **machine(a.device)})
+    shutil.rmtree(samples_of(a, label), ignore_errors=True)
+
+def samples_of(a, label): return a.out / "samples" / label # folder of what has been drawn so far
 
 def versions():
     from importlib.metadata import PackageNotFoundError, version
@@ -317,7 +345,10 @@ def main():
     p.add_argument("--batch-size", type=int, help="of training")
     a = p.parse_args()
     def done(name):
-        if found := (path := a.out / "results" / f"{name.replace(':', '_')}.json").exists():
+        label = name.replace(":", "_")
+        if (weights := a.out / "weights" / f"{label}.safetensors").exists():
+            check_asked(weights, read_tensors(weights)[1], a)                        # now, not hours later
+        if found := (path := a.out / "results" / f"{label}.json").exists():
             check_asked(path, read_json(path), a)
         return found
     # subprocess.run ends its process when an exception passes through it; a signal alone would leave that training on
@@ -325,18 +356,16 @@ def main():
     todo = [name for name in a.only if not done(name)]
     if len(todo) > 1: # a process for each: accelerate has one precision in a process, and memory is given back
         words = [w for w in sys.argv[1:] if w not in (*RACERS, "--only")]
-        for name in todo:
-            subprocess.run([sys.executable, __file__, *words, "--only", name])
-        todo = [name for name in todo if not done(name)]
-        return print("done" if not todo else f"not done: {', '.join(todo)}")
+        ended = {n: subprocess.run([sys.executable, __file__, *words, "--only", n]).returncode for n in todo}
+        if left := [f"{name} (exit status {ended[name]})" for name in todo if not done(name)]:
+            raise DiffnbError(f"not done: {', '.join(left)}")
+        return print("done")
     if not todo:
         return print("done")
-    features, batch = open_features(a)
-    real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
-    try:
+    with alone_in(a.out, "racing"):              # two at a time would slow each other, and both clocks count waiting
+        features, batch = open_features(a)
+        real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
         race(todo[0], a, features, batch, real)
-    except ImportError as e:
-        print(f"{todo[0]} is left out, its library cannot be imported: {e}")
 
 if __name__ == "__main__":
     run_main(main)

@@ -168,15 +168,15 @@ def floors(real, n): # {split: Real} -> {split: dict}
 
 def draw(
     model, schedule, shape, n, *, prediction, classes=10, sampler="dpmpp_2m", steps=20, w=1.0, batch=64, device="cpu",
-    precision="float32", interval=None,
-): # -> uint8 (n, C, H, W)
-    """Images 0 … n-1; with `interval`, guidance only from its first timestep to its last. With guidance half as many at
-    a time, so that the network, which then answers twice, sees the same shapes and compiles once."""
+    precision="float32", interval=None, first=0,
+): # -> uint8 (n - first, C, H, W)
+    """Images first … n-1; with `interval`, guidance only from its first timestep to its last. With guidance half as
+    many at a time, so that the network, which then answers twice, sees the same shapes and compiles once."""
     denoiser = Denoiser(model, schedule, prediction, torch.arange(n) % classes if classes else None)
     if w != 1:
         denoiser = guided(denoiser, w, interval=interval)
     return torch.cat([x for _, x in sample_batches(
-        denoiser, shape, list(range(n)), batch_size=batch if w == 1 else batch // 2, sampler=SAMPLERS[sampler],
+        denoiser, shape, list(range(first, n)), batch_size=batch if w == 1 else batch // 2, sampler=SAMPLERS[sampler],
         device=device, progress=False, precision=precision, steps=steps)])
 
 def scoring_arguments(p):
