@@ -49,7 +49,9 @@ def _running_median(y):
 def spikes(y # losses, (n,)
           ) -> np.ndarray: # positions of the spikes, int (k,)
     """Rows more than 8 scaled median absolute deviations, and more than a half, above the median of the 11 rows around
-    them, and more than a half above that of the 5 rows before."""
+    them, and more than a half above that of the 5 rows before. NaNs are left out, and are no neighbours either."""
+    known = np.flatnonzero(~np.isnan(y))
+    y = y[known]
     if len(y) < 2 * LEAST_ROWS:
         return np.array([], dtype=int)
     y = np.log(np.clip(y, 1e-12, 1e300))
@@ -57,8 +59,8 @@ def spikes(y # losses, (n,)
     scale = 1.4826 * np.median(np.abs(rest))  # equals the standard deviation for Gaussian noise
     before = np.median(np.lib.stride_tricks.sliding_window_view(np.r_[np.full(5, np.inf), y[:-1]], 5), axis=1)
     # a steep fall puts early rows above the median around them: a spike is also above the rows before it
-    return np.flatnonzero(
-        (rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO)))
+    return known[
+        (rest > SPIKE_MADS * scale) & (rest > math.log(SPIKE_RATIO)) & (y - before > math.log(SPIKE_RATIO))]
 
 # %% ../nbs/08_doctor.ipynb #c024x
 def _paired(a, b): # losses on the same timesteps and noise -> (relative difference of a to b, its t value)
@@ -271,7 +273,7 @@ def _spikes(f):
     worst = at[np.argmax(y[at])]
     return Problem(
         f"{len(at)} of {len(y)} rows, the worst at step {int(f.metrics['step'][worst])} with "
-        f"{y[worst]:.3f} where its neighbours have {np.median(y[max(0, worst - 5) : worst + 6]):.3f}.",
+        f"{y[worst]:.3f} where its neighbours have {np.nanmedian(y[max(0, worst - 5) : worst + 6]):.3f}.",
         "Halve the peak learning rate, and look at the batches of those steps." if f.config.training.grad_clip else
         "Clip the gradient, and look at the batches of those steps.",
         "Each spike costs the steps until the curve is back where it was.", "loss",

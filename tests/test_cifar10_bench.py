@@ -266,6 +266,9 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
         "classifier/named_w1": {"named_right": {"all": 0.5}},
         "averages/scored_run_ema2": {
             "name": "x", "average": "ema2", "step": 7, "n": 9, "x0_error": {}, "w1": 1, "w2": 2},
+        **{f"stages/scored_{name}": {
+            "name": name, "average": "ema", "step": step, "n": 9, "x0_error": {}, "w1": 1, "w2": 2}
+           for name, step in (("late", 4), ("new", 3))},
         "cas_w1/classifier": {"accuracy_on_test": {"all": 0.4}, "n": 9}}.items():
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
         common.save_json(whole / f"{name}.json", facts)
@@ -274,7 +277,8 @@ def test_an_evaluation_goes_on_where_it_stopped(common, script, tmp_path, monkey
     found = common.read_json(tmp_path / "quality.json")
     assert found["sets"] == {"w1": {"n": 9, "distances": {"train": 1}, "named_right": {"all": 0.5}}}
     assert found["taught"] == {"w1": {"n": 9, "accuracy_on_test": {"all": 0.4}}}
-    assert found["averages"] == {"ema2": {"step": 7, "n": 9, "x0_error": {}, "w1": 1, "w2": 2}}
+    assert found["averages"] == [{"average": "ema2", "step": 7, "n": 9, "x0_error": {}, "w1": 1, "w2": 2}]
+    assert [r["step"] for r in found["stages"]] == [3, 4]                            # not in the order of their names
     assert len(found["evaluated"]) == 7 and found["classifier"]["accuracy_on_test"] == {"all": 0.9}
 
 

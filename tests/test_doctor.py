@@ -1042,6 +1042,8 @@ def test_spikes_in_noise_are_rare():
     y = np.exp(0.05 * rng.standard_normal(200))
     y[[50, 120]] *= 2
     assert spikes(y).tolist() == [50, 120]
+    y[[0, 48, 49, 51, 52, 199]] = np.nan                         # each is told of by another check
+    assert spikes(y).tolist() == [50, 120] and len(spikes(np.full(100, np.nan))) == 0
 
 
 def test_the_floor_of_bins_averages_to_the_floor(ward):

@@ -42,7 +42,7 @@ class Evaluator:
     "Draws and measures, one job after the other; keeps models, real images and the last samples."
     def __init__(self, a):
         self.a, (self.features, self.batch) = a, open_features(a)
-        self.device, self.models, self.real, self.last = pick_device(a.device), {}, {}, (None, None)
+        self.device, self.models, self.real, self.floor, self.last = pick_device(a.device), {}, {}, {}, (None, None)
         self.classifier = None
         if a.classifier:
             from classify import load_classifier
@@ -68,6 +68,7 @@ class Evaluator:
         if size not in self.real:
             self.real[size] = real_images(
                 size, self.features, self.a.data_root, self.a.cache, self.a.real, self.batch)
+            self.floor[size] = floors(self.real[size], self.a.n)
         return self.real[size]
 
     def measure(self, j): # -> dict, also in OUT/results
@@ -85,7 +86,7 @@ class Evaluator:
         order = torch.randperm(len(train), generator=addressed(0, "train"))[:len(f)].to(train.device)
         facts = {
             **j, "n": self.a.n, "real": self.a.real, "step": m.step, "size": m.shape[-1],
-            "network_calls": calls(j, m.schedule), "distances": distances(f, real), "floor": floors(real, self.a.n),
+            "network_calls": calls(j, m.schedule), "distances": distances(f, real), "floor": self.floor[j["at"]],
             **dict(zip(("precision", "recall"), precision_recall(f, train[order]))),
             "seconds_sampling": seconds, "protocol": PROTOCOL, **machine(self.a.device)}
         if self.classifier and m.classes:

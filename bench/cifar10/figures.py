@@ -203,7 +203,8 @@ def pilots(folder, to, table):
 
 def quality(folder, path):
     """Of FOLDER/measured (measure.py), classifier and cas_* (classify.py), averages (pilots.py --weights RUN --average
-    NAME), and what is there of evaluated (evaluate.py). The sets of samples have the same names in all of them."""
+    NAME), stages (pilots.py --weights FILE, of earlier steps), and what is there of evaluated (evaluate.py). The sets
+    of samples have the same names in all of them."""
     folder = Path(folder)
     judge = read_json(folder / "classifier" / "classifier.json")
     sets = {p.stem: read_json(p) for p in sorted((folder / "measured").glob("*.json"))}
@@ -211,7 +212,10 @@ def quality(folder, path):
         del found["samples"], found["asked"]
         found["named_right"] = read_json(folder / "classifier" / f"named_{name}.json")["named_right"]
     taught = {p.parent.name[4:]: read_json(p) for p in sorted(folder.glob("cas_*/classifier.json"))}
-    scored = [read_json(p) for p in sorted((folder / "averages").glob("scored_*.json"))]
+    averages, stages = (
+        [{k: r[k] for k in ("average", "step", "n", "x0_error", "w1", "w2")} for r in sorted(
+            map(read_json, (folder / kind).glob("scored_*.json")), key=lambda r: (r["step"], r["average"]))]
+        for kind in ("averages", "stages"))
     rows = alike([r for r in results(folder / "evaluated") if r["at"] == r["size"]])
     kept = ("sampler", "steps", "w", "interval", "n", "network_calls", "distances", "floor", "precision", "recall",
             "named_right")
@@ -219,7 +223,7 @@ def quality(folder, path):
         "sets": sets,
         "classifier": {"accuracy_on_test": judge["accuracy_on_test"], "n": judge["n"], "epochs": judge["epochs"]},
         "taught": {name: {"n": r["n"], "accuracy_on_test": r["accuracy_on_test"]} for name, r in taught.items()},
-        "averages": {r["average"]: {k: r[k] for k in ("step", "n", "x0_error", "w1", "w2")} for r in scored},
+        "averages": averages, "stages": stages,
         "evaluated": [{k: r[k] for k in kept if k in r} for r in rows]}))
 
 
