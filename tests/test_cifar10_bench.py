@@ -484,7 +484,8 @@ def test_a_race_that_cannot_be_run_says_so_before_it_begins(script, common, tmp_
     for name, words in (("absent", "absent cannot race.*No module named"), ("idle", "no step in 1 minutes")):
         with pytest.raises(common.DiffnbError, match=words):
             command(name)
-    with others.alone_in(tmp_path, "racing"), pytest.raises(common.DiffnbError, match="is racing in it"):
+    with others.locked(tmp_path / ".racing.lock", lambda: None), pytest.raises(
+            common.DiffnbError, match="another race goes on"):
         command("absent")
     others.write_tensors(tmp_path / "weights" / "absent.safetensors", net.state_dict(), {
         "asked": {**dict.fromkeys(("base_channels", "batch_size", "real")), "total_minutes": 2.0,

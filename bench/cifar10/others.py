@@ -36,7 +36,7 @@ from diffnb.scale import wait
 from diffnb.schedule import NoiseSchedule, linear_schedule
 from diffnb.train import train_steps
 from diffnb.unet import count_parameters
-from diffnb.workshop.folder import alone_in
+from diffnb.workshop.folder import locked
 from diffnb.workshop.run import new_state, ready
 from diffnb.workshop.settings import PRESETS
 
@@ -362,7 +362,11 @@ def main():
         return print("done")
     if not todo:
         return print("done")
-    with alone_in(a.out, "racing"):              # two at a time would slow each other, and both clocks count waiting
+    def taken():
+        raise DiffnbError(f"another race goes on in {a.out}: wait for it. Two at a time would slow each other, and "
+                          "both clocks count waiting")
+    a.out.mkdir(parents=True, exist_ok=True)
+    with locked(a.out / ".racing.lock", taken):
         features, batch = open_features(a)
         real = real_images(32, features, a.data_root, a.cache or a.out / "cache", a.real, batch)
         race(todo[0], a, features, batch, real)
